@@ -1,0 +1,1 @@
+"""A recurrent progressive image codec."""

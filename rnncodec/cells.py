@@ -1,0 +1,188 @@
+"""Convolutional recurrent cells; each call computes one step and takes and returns its state as a value."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+CellName = Literal["none", "lstm", "gru", "associative_lstm"]
+CellState = tuple[Tensor, ...]
+
+
+def conv(in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, bias: bool = True) -> nn.Conv2d:
+    """A convolution whose output has the input's size divided by `stride` (zero padding, odd kernels)."""
+    return nn.Conv2d(in_channels, out_channels, kernel_size, stride, kernel_size // 2, bias=bias)
+
+
+class Feedforward(nn.Module):
+    """A convolution with tanh, in the form of a cell without state: the layer of the non-recurrent models (T16 sec. 3.2).
+
+    Args and shapes as for `ConvLSTM`; the state is an empty tuple.
+    """
+
+    def __init__(
+        self, in_channels: int, hidden_channels: int, kernel_size: int = 3, hidden_kernel_size: int = 1, stride: int = 1
+    ) -> None:
+        super().__init__()
+        self.input = conv(in_channels, hidden_channels, kernel_size, stride)
+
+    def forward(self, x: Tensor, state: CellState | None = None) -> tuple[Tensor, CellState]:
+        return torch.tanh(self.input(x)), ()
+
+
+class ConvLSTM(nn.Module):
+    """LSTM without peepholes whose products are convolutions (T17 sec. 3.1).
+
+    Args:
+        in_channels: channels of the input.
+        hidden_channels: channels of the output, the hidden state and the memory.
+        kernel_size: odd kernel of the input convolution.
+        hidden_kernel_size: odd kernel of the convolution over the previous hidden state.
+        stride: stride of the input convolution.
+
+    Shapes: x is [B, in, H, W]; the output and both parts of the state (hidden, memory) are
+    [B, hidden, H / stride, W / stride]. A state of None stands for zeros.
+    """
+
+    def __init__(
+        self, in_channels: int, hidden_channels: int, kernel_size: int = 3, hidden_kernel_size: int = 1, stride: int = 1
+    ) -> None:
+        super().__init__()
+        self.input = conv(in_channels, 4 * hidden_channels, kernel_size, stride)
+        self.hidden = conv(hidden_channels, 4 * hidden_channels, hidden_kernel_size, bias=False)
+        self.input.blocks = self.hidden.blocks = 4  # pyright: ignore[reportAttributeAccessIssue]
+        with torch.no_grad():  # remember by default (Jozefowicz et al. 2015)
+            assert self.input.bias is not None
+            self.input.bias[hidden_channels : 2 * hidden_channels] += 1.0
+
+    def forward(self, x: Tensor, state: CellState | None = None) -> tuple[Tensor, CellState]:
+        gates = self.input(x)
+        if state is not None:
+            gates = gates + self.hidden(state[0])
+        i, f, o, j = gates.chunk(4, dim=1)
+        memory = torch.sigmoid(i) * torch.tanh(j)
+        if state is not None:
+            memory = memory + torch.sigmoid(f) * state[1]
+        hidden = torch.sigmoid(o) * torch.tanh(memory)
+        return hidden, (hidden, memory)
+
+
+class ConvGRU(nn.Module):
+    """GRU with residual connections in its state and its output (T17 sec. 3.1).
+
+        z = sigmoid(W_z x + U_z h)        r = sigmoid(W_r x + U_r h)
+        h' = (1 - z) h + z tanh(W x + U (r h)) + a_h W_h h
+        output = h' + a_x W_x x
+
+    Args and shapes as for `ConvLSTM`; the state is (h,).
+        residual_scale: a_h and a_x.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        hidden_channels: int,
+        kernel_size: int = 3,
+        hidden_kernel_size: int = 1,
+        stride: int = 1,
+        residual_scale: float = 0.1,
+    ) -> None:
+        super().__init__()
+        self.residual_scale = residual_scale
+        self.input = conv(in_channels, 4 * hidden_channels, kernel_size, stride)  # z, r, candidate, output
+        self.hidden = conv(hidden_channels, 3 * hidden_channels, hidden_kernel_size, bias=False)  # z, r, state
+        self.candidate = conv(hidden_channels, hidden_channels, hidden_kernel_size, bias=False)
+        self.input.blocks = 4  # pyright: ignore[reportAttributeAccessIssue]
+        self.hidden.blocks = 3  # pyright: ignore[reportAttributeAccessIssue]
+
+    def forward(self, x: Tensor, state: CellState | None = None) -> tuple[Tensor, CellState]:
+        z, r, candidate, output = self.input(x).chunk(4, dim=1)
+        if state is None:
+            hidden = torch.sigmoid(z) * torch.tanh(candidate)
+        else:
+            (previous,) = state
+            hidden_z, hidden_r, hidden_state = self.hidden(previous).chunk(3, dim=1)
+            z, r = torch.sigmoid(z + hidden_z), torch.sigmoid(r + hidden_r)
+            candidate = torch.tanh(candidate + self.candidate(r * previous))
+            hidden = previous + z * (candidate - previous) + self.residual_scale * hidden_state
+        return hidden + self.residual_scale * output, (hidden,)
+
+
+class AssociativeConvLSTM(nn.Module):
+    """LSTM with a complex memory that is written to and read by keys (Danihelka et al. 2016; T17 sec. 3.1).
+
+    Every tensor of `hidden_channels` holds the real parts in its first half and the imaginary parts in its second.
+
+        i, f, o = sigmoid(W x + U h)                         one real gate for each complex number
+        u, k, q = bound(W x + U h)                           value, write key, read key
+        memory_s' = f memory_s + P_s k * (i u)               a complex product, for each copy s
+        h' = o bound(mean over s of P_s q * memory_s')
+        bound(v) = v / max(1, |v|)
+
+    Args and shapes as for `ConvLSTM`, `hidden_channels` even; the memory part of the state is
+    [B, copies * hidden, H / stride, W / stride].
+        copies: redundant copies of the memory, each with a fixed random permutation P_s of the keys.
+    """
+
+    permutations: Tensor
+
+    def __init__(
+        self,
+        in_channels: int,
+        hidden_channels: int,
+        kernel_size: int = 3,
+        hidden_kernel_size: int = 1,
+        stride: int = 1,
+        copies: int = 4,
+    ) -> None:
+        super().__init__()
+        if hidden_channels % 2:
+            raise ValueError(f"an associative LSTM needs an even number of channels, not {hidden_channels}")
+        numbers = hidden_channels // 2
+        self.splits = [numbers] * 3 + [hidden_channels] * 3
+        self.input = conv(in_channels, sum(self.splits), kernel_size, stride)
+        self.hidden = conv(hidden_channels, sum(self.splits), hidden_kernel_size, bias=False)
+        self.input.blocks = self.hidden.blocks = 9  # pyright: ignore[reportAttributeAccessIssue]
+        generator = torch.Generator().manual_seed(0)
+        permutations = torch.stack([torch.randperm(numbers, generator=generator) for _ in range(copies)])
+        self.register_buffer("permutations", permutations)
+        with torch.no_grad():
+            assert self.input.bias is not None
+            self.input.bias[numbers : 2 * numbers] += 1.0
+
+    @staticmethod
+    def bound(real: Tensor, imaginary: Tensor) -> tuple[Tensor, Tensor]:
+        """Complex numbers scaled down to a modulus of at most 1."""
+        # The square is clamped before the root, whose gradient at zero would be infinite.
+        scale = torch.rsqrt(torch.clamp(real.square() + imaginary.square(), min=1.0))
+        return real * scale, imaginary * scale
+
+    def permuted(self, key: Tensor) -> tuple[Tensor, Tensor]:
+        """Real and imaginary part of a key [B, hidden, H, W] for every copy, each [B, copies, hidden / 2, H, W]."""
+        real, imaginary = self.bound(*key.chunk(2, dim=1))
+        return real[:, self.permutations], imaginary[:, self.permutations]
+
+    def forward(self, x: Tensor, state: CellState | None = None) -> tuple[Tensor, CellState]:
+        gates = self.input(x)
+        if state is not None:
+            gates = gates + self.hidden(state[0])
+        i, f, o, value, write_key, read_key = gates.split(self.splits, dim=1)
+        i, f, o = torch.sigmoid(i), torch.sigmoid(f), torch.sigmoid(o)
+        real, imaginary = (part * i for part in self.bound(*value.chunk(2, dim=1)))
+        real, imaginary = real[:, None], imaginary[:, None]  # the same value into every copy
+        key_real, key_imaginary = self.permuted(write_key)
+        memory_real = key_real * real - key_imaginary * imaginary
+        memory_imaginary = key_real * imaginary + key_imaginary * real
+        if state is not None:
+            old_real, old_imaginary = state[1].unflatten(1, (2, len(self.permutations), -1)).unbind(1)
+            memory_real = memory_real + f[:, None] * old_real
+            memory_imaginary = memory_imaginary + f[:, None] * old_imaginary
+        key_real, key_imaginary = self.permuted(read_key)
+        real = (key_real * memory_real - key_imaginary * memory_imaginary).mean(1)
+        imaginary = (key_real * memory_imaginary + key_imaginary * memory_real).mean(1)
+        hidden = torch.cat([o * part for part in self.bound(real, imaginary)], dim=1)
+        memory = torch.stack([memory_real, memory_imaginary], dim=1).flatten(1, 3)
+        return hidden, (hidden, memory)
+
+
+CELLS = {"none": Feedforward, "lstm": ConvLSTM, "gru": ConvGRU, "associative_lstm": AssociativeConvLSTM}

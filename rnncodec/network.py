@@ -1,0 +1,212 @@
+"""The recurrent codec network: encoder, binarizer, decoder and the residual loop that joins them, one step at a time.
+
+    x ──►(-)──► encoder ──► binarizer ──► bits ──► decoder ──►(+)──► x_hat
+          ▲      state t                            state t     ▲      │
+          └───────────────── x_hat of step t-1 ─────────────────┴──────┘
+
+Training, encoding and decoding all run `RecurrentCodec.forward`, one step, in a loop: `unroll`.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rnncodec.binarizer import Binarizer, BinarizerName
+from rnncodec.cells import CELLS, CellName, CellState, Feedforward, conv
+
+ReconstructionName = Literal["one_shot", "additive", "residual_scaling"]
+
+
+@dataclass(frozen=True)
+class NetworkConfig:
+    """Everything that decides the shapes and the equations of a network; the defaults are the 35.5 M-parameter LSTM of T17.
+
+    Attributes:
+        encoder_cell, decoder_cell: recurrent cell of each side (`none` for the feed-forward models of T16).
+        reconstruction: `one_shot` predicts the image anew in each iteration, `additive` adds to the previous
+            reconstruction, `residual_scaling` adds and lets a gain network amplify small residuals (T17 sec. 3.2).
+        binarizer: see `rnncodec.binarizer.binarize`.
+        bits: bits for each location and iteration.
+        encoder_channels: of the first convolution, then of each cell; every layer halves the resolution.
+        encoder_hidden_kernels: one for each encoder cell.
+        decoder_channels: of the first convolution, then of each cell; every cell is followed by depth-to-space 2.
+        decoder_hidden_kernels: one for each decoder cell.
+        patch_size: if above 1, the fully connected models of T16: patches of this size are coded independently,
+            every kernel is 1x1 and no layer changes the resolution.
+        gain_channels: of the first four convolutions of the gain network of `residual_scaling`.
+    """
+
+    encoder_cell: CellName = "lstm"
+    decoder_cell: CellName = "lstm"
+    reconstruction: ReconstructionName = "additive"
+    binarizer: BinarizerName = "stochastic"
+    bits: int = 32
+    encoder_channels: tuple[int, ...] = (64, 256, 512, 512)
+    encoder_hidden_kernels: tuple[int, ...] = (1, 1, 1)
+    decoder_channels: tuple[int, ...] = (512, 512, 512, 256, 128)
+    decoder_hidden_kernels: tuple[int, ...] = (1, 1, 3, 3)
+    patch_size: int = 1
+    gain_channels: tuple[int, ...] = (32, 32, 64, 64)
+
+    def __post_init__(self) -> None:
+        for name in ("encoder", "decoder"):
+            channels, kernels = getattr(self, f"{name}_channels"), getattr(self, f"{name}_hidden_kernels")
+            if len(channels) != len(kernels) + 1:
+                raise ValueError(f"{name}_channels {channels} need {len(channels) - 1} hidden kernels, not {kernels}")
+            if any(kernel % 2 == 0 for kernel in kernels):
+                raise ValueError(f"{name}_hidden_kernels must be odd, not {kernels}")
+        if self.patch_size == 1:
+            if len(self.encoder_channels) != len(self.decoder_channels) - 1:
+                raise ValueError(f"{len(self.encoder_channels)} halvings need as many decoder cells")
+            if any(channels % 4 for channels in self.decoder_channels[1:]):
+                raise ValueError(f"depth-to-space needs multiples of 4, not {self.decoder_channels[1:]}")
+        if self.bits < 1 or self.patch_size < 1:
+            raise ValueError("bits and patch_size must be at least 1")
+
+    @property
+    def stride(self) -> int:
+        """Side in pixels of the block of one location of the code."""
+        return self.patch_size if self.patch_size > 1 else 2 ** len(self.encoder_channels)
+
+
+class State(NamedTuple):
+    """What one step hands to the next: the cells' states (the encoder's are None in a decoder) and the reconstruction."""
+
+    encoder: list[CellState] | None
+    decoder: list[CellState]
+    x_hat: Tensor
+
+
+class Step(NamedTuple):
+    """What one iteration yields: its bits [B, bits, H / stride, W / stride], the reconstruction [B, 3, H, W], the state."""
+
+    bits: Tensor
+    x_hat: Tensor
+    state: State
+
+
+class Encoder(nn.Module):
+    """A strided convolution and a stack of strided cells: [B, 3, H, W] to features [B, C, H / stride, W / stride]."""
+
+    def __init__(self, config: NetworkConfig) -> None:
+        super().__init__()
+        first, *channels = config.encoder_channels
+        kernel, stride = (1, 1) if config.patch_size > 1 else (3, 2)
+        self.patch_size = config.patch_size
+        stem = Feedforward if config.encoder_cell == "none" else conv
+        self.stem = stem(3 * config.patch_size**2, first, kernel, stride=stride)
+        self.cells = nn.ModuleList(
+            CELLS[config.encoder_cell](before, after, kernel, hidden_kernel, stride)
+            for before, after, hidden_kernel in zip(
+                config.encoder_channels, channels, config.encoder_hidden_kernels, strict=False
+            )
+        )
+
+    def forward(self, x: Tensor, states: list[CellState] | None) -> tuple[Tensor, list[CellState]]:
+        x = self.stem(F.pixel_unshuffle(x, self.patch_size))
+        if isinstance(x, tuple):
+            x = x[0]
+        new_states = []
+        for cell, state in zip(self.cells, states or [None] * len(self.cells), strict=True):
+            x, new_state = cell(x, state)
+            new_states.append(new_state)
+        return x, new_states
+
+
+class Decoder(nn.Module):
+    """A 1x1 convolution, a stack of cells with depth-to-space and a last convolution: bits to an image in (-1, 1)."""
+
+    def __init__(self, config: NetworkConfig) -> None:
+        super().__init__()
+        first, *channels = config.decoder_channels
+        patches = config.patch_size > 1
+        self.kernel, self.upscale = (1, 1) if patches else (3, 2)
+        self.patch_size = config.patch_size
+        self.stem = conv(config.bits, first, 1)
+        self.cells = nn.ModuleList()
+        width = first
+        for hidden, hidden_kernel in zip(channels, config.decoder_hidden_kernels, strict=True):
+            self.cells.append(CELLS[config.decoder_cell](width, hidden, self.kernel, hidden_kernel))
+            width = hidden // self.upscale**2
+        self.output = conv(width, 3 * config.patch_size**2, 1)
+        # An additive decoder must start near zero, or each early iteration adds noise to the reconstruction.
+        nn.init.normal_(self.output.weight, std=0.01)
+
+    def forward(self, bits: Tensor, states: list[CellState] | None) -> tuple[Tensor, list[CellState]]:
+        x = self.stem(bits)
+        new_states = []
+        for cell, state in zip(self.cells, states or [None] * len(self.cells), strict=True):
+            x, new_state = cell(x, state)
+            x = F.pixel_shuffle(x, self.upscale)
+            new_states.append(new_state)
+        return torch.tanh(F.pixel_shuffle(self.output(x), self.patch_size)), new_states
+
+
+class GainNetwork(nn.Module):
+    """The gain of residual scaling: a reconstruction [B, 3, H, W] to one gain above 1 per 32x32 block, [B, 1, H, W] (T17 sec. 3.2)."""
+
+    def __init__(self, channels: tuple[int, ...]) -> None:
+        super().__init__()
+        widths = [3, *channels, 1]
+        self.layers = nn.ModuleList(conv(before, after, 3, 2) for before, after in zip(widths, widths[1:], strict=False))
+
+    def forward(self, x_hat: Tensor) -> Tensor:
+        gain = x_hat
+        for layer in self.layers:
+            gain = F.elu(layer(gain))
+        height, width = x_hat.shape[-2:]
+        return F.interpolate(gain + 2, scale_factor=2.0 ** len(self.layers), mode="nearest")[..., :height, :width]
+
+
+class RecurrentCodec(nn.Module):
+    """The progressive codec: each step codes what the earlier steps left over (T16 sec. 3; T17 eq. 1-2)."""
+
+    def __init__(self, config: NetworkConfig | None = None) -> None:
+        super().__init__()
+        self.config = config = config or NetworkConfig()
+        self.encoder = Encoder(config)
+        self.binarizer = Binarizer(config.encoder_channels[-1], config.bits, config.binarizer)
+        self.decoder = Decoder(config)
+        self.gain = GainNetwork(config.gain_channels) if config.reconstruction == "residual_scaling" else None
+
+    def forward(self, state: State | None = None, *, x: Tensor | None = None, bits: Tensor | None = None) -> Step:
+        """One step: codes the residual of an image, or decodes given bits.
+
+            b_t = B(E_t(g_t (x - x_hat_{t-1})))        x_hat_t = D_t(b_t) / g_t + gamma x_hat_{t-1}
+
+        gamma is 0 in one-shot reconstruction and 1 otherwise; g_t is 1 but in residual scaling.
+
+        Args:
+            state: of the step before; None at the first.
+            x: images to encode, [B, 3, H, W] in [-1, 1], H and W multiples of the stride.
+            bits: or the bits of this step to decode, [B, bits, H / stride, W / stride] of -1 and +1.
+        """
+        gain = self.gain(state.x_hat) if self.gain is not None and state is not None else None
+        encoder_state = None
+        if bits is None:
+            if x is None:
+                raise ValueError("a step needs an image to encode or bits to decode")
+            residual = x if state is None else x - state.x_hat
+            if gain is not None:
+                residual = residual * gain
+            features, encoder_state = self.encoder(residual, state.encoder if state else None)
+            bits = self.binarizer(features)
+        output, decoder_state = self.decoder(bits, state.decoder if state else None)
+        x_hat = output.float()  # the sum over iterations stays exact under mixed precision
+        if gain is not None:
+            x_hat = x_hat / gain
+        if state is not None and self.config.reconstruction != "one_shot":
+            x_hat = x_hat + state.x_hat
+        return Step(bits, x_hat, State(encoder_state, decoder_state, x_hat))
+
+    def unroll(self, x: Tensor, iterations: int) -> Iterator[Step]:
+        """The steps that encode images x, [B, 3, H, W] in [-1, 1], H and W multiples of the stride."""
+        state = None
+        for _ in range(iterations):
+            step = self(state, x=x)
+            state = step.state
+            yield step
