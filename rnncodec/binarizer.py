@@ -11,7 +11,7 @@ BinarizerName = Literal["stochastic", "sign", "noise"]
 
 
 def binarize(y: Tensor, training: bool, method: BinarizerName = "stochastic") -> Tensor:
-    """Features in (-1, 1) to bits, with the gradient passed straight through (T16 sec. 3.1; Theis et al. 2017 sec. 2.1).
+    """Features in (-1, 1) to bits, the gradient passed straight through (T16 sec. 3.1; Theis et al. 2017 sec. 2.1).
 
     Args:
         y: features of any shape.

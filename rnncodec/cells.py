@@ -9,13 +9,23 @@ CellName = Literal["none", "lstm", "gru", "associative_lstm"]
 CellState = tuple[Tensor, ...]
 
 
-def conv(in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, bias: bool = True) -> nn.Conv2d:
+def conv(in_channels: int, out_channels: int, kernel_size: int, stride: int = 1) -> nn.Conv2d:
     """A convolution whose output has the input's size divided by `stride` (zero padding, odd kernels)."""
-    return nn.Conv2d(in_channels, out_channels, kernel_size, stride, kernel_size // 2, bias=bias)
+    return nn.Conv2d(in_channels, out_channels, kernel_size, stride, kernel_size // 2)
+
+
+class GateConv(nn.Conv2d):
+    """A convolution that computes several gates of equal width, which Muon treats one by one."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, bias: bool = True, gates: int = 1
+    ) -> None:
+        super().__init__(in_channels, out_channels, kernel_size, stride, kernel_size // 2, bias=bias)
+        self.gates = gates
 
 
 class Feedforward(nn.Module):
-    """A convolution with tanh, in the form of a cell without state: the layer of the non-recurrent models (T16 sec. 3.2).
+    """A convolution with tanh in the form of a cell: the layer of the models without recurrence (T16 sec. 3.2).
 
     Args and shapes as for `ConvLSTM`; the state is an empty tuple.
     """
@@ -24,7 +34,7 @@ class Feedforward(nn.Module):
         self, in_channels: int, hidden_channels: int, kernel_size: int = 3, hidden_kernel_size: int = 1, stride: int = 1
     ) -> None:
         super().__init__()
-        self.input = conv(in_channels, hidden_channels, kernel_size, stride)
+        self.input = GateConv(in_channels, hidden_channels, kernel_size, stride)
 
     def forward(self, x: Tensor, state: CellState | None = None) -> tuple[Tensor, CellState]:
         return torch.tanh(self.input(x)), ()
@@ -48,9 +58,8 @@ class ConvLSTM(nn.Module):
         self, in_channels: int, hidden_channels: int, kernel_size: int = 3, hidden_kernel_size: int = 1, stride: int = 1
     ) -> None:
         super().__init__()
-        self.input = conv(in_channels, 4 * hidden_channels, kernel_size, stride)
-        self.hidden = conv(hidden_channels, 4 * hidden_channels, hidden_kernel_size, bias=False)
-        self.input.blocks = self.hidden.blocks = 4  # pyright: ignore[reportAttributeAccessIssue]
+        self.input = GateConv(in_channels, 4 * hidden_channels, kernel_size, stride, gates=4)
+        self.hidden = GateConv(hidden_channels, 4 * hidden_channels, hidden_kernel_size, bias=False, gates=4)
         with torch.no_grad():  # remember by default (Jozefowicz et al. 2015)
             assert self.input.bias is not None
             self.input.bias[hidden_channels : 2 * hidden_channels] += 1.0
@@ -89,11 +98,10 @@ class ConvGRU(nn.Module):
     ) -> None:
         super().__init__()
         self.residual_scale = residual_scale
-        self.input = conv(in_channels, 4 * hidden_channels, kernel_size, stride)  # z, r, candidate, output
-        self.hidden = conv(hidden_channels, 3 * hidden_channels, hidden_kernel_size, bias=False)  # z, r, state
-        self.candidate = conv(hidden_channels, hidden_channels, hidden_kernel_size, bias=False)
-        self.input.blocks = 4  # pyright: ignore[reportAttributeAccessIssue]
-        self.hidden.blocks = 3  # pyright: ignore[reportAttributeAccessIssue]
+        # The gates are z, r, candidate, output of the input and z, r, state of the hidden convolution.
+        self.input = GateConv(in_channels, 4 * hidden_channels, kernel_size, stride, gates=4)
+        self.hidden = GateConv(hidden_channels, 3 * hidden_channels, hidden_kernel_size, bias=False, gates=3)
+        self.candidate = GateConv(hidden_channels, hidden_channels, hidden_kernel_size, bias=False)
 
     def forward(self, x: Tensor, state: CellState | None = None) -> tuple[Tensor, CellState]:
         z, r, candidate, output = self.input(x).chunk(4, dim=1)
@@ -140,9 +148,8 @@ class AssociativeConvLSTM(nn.Module):
             raise ValueError(f"an associative LSTM needs an even number of channels, not {hidden_channels}")
         numbers = hidden_channels // 2
         self.splits = [numbers] * 3 + [hidden_channels] * 3
-        self.input = conv(in_channels, sum(self.splits), kernel_size, stride)
-        self.hidden = conv(hidden_channels, sum(self.splits), hidden_kernel_size, bias=False)
-        self.input.blocks = self.hidden.blocks = 9  # pyright: ignore[reportAttributeAccessIssue]
+        self.input = GateConv(in_channels, sum(self.splits), kernel_size, stride, gates=9)
+        self.hidden = GateConv(hidden_channels, sum(self.splits), hidden_kernel_size, bias=False, gates=9)
         generator = torch.Generator().manual_seed(0)
         permutations = torch.stack([torch.randperm(numbers, generator=generator) for _ in range(copies)])
         self.register_buffer("permutations", permutations)

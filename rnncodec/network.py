@@ -9,7 +9,8 @@ Training, encoding and decoding all run `RecurrentCodec.forward`, one step, in a
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from itertools import pairwise
+from typing import Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +24,7 @@ ReconstructionName = Literal["one_shot", "additive", "residual_scaling"]
 
 @dataclass(frozen=True)
 class NetworkConfig:
-    """Everything that decides the shapes and the equations of a network; the defaults are the 35.5 M-parameter LSTM of T17.
+    """Shapes and equations of a network; the defaults are the LSTM of T17 with 35.5 M parameters.
 
     Attributes:
         encoder_cell, decoder_cell: recurrent cell of each side (`none` for the feed-forward models of T16).
@@ -74,7 +75,7 @@ class NetworkConfig:
 
 
 class State(NamedTuple):
-    """What one step hands to the next: the cells' states (the encoder's are None in a decoder) and the reconstruction."""
+    """What one step hands to the next: cell states (the encoder's are None in a decoder) and the reconstruction."""
 
     encoder: list[CellState] | None
     decoder: list[CellState]
@@ -82,7 +83,7 @@ class State(NamedTuple):
 
 
 class Step(NamedTuple):
-    """What one iteration yields: its bits [B, bits, H / stride, W / stride], the reconstruction [B, 3, H, W], the state."""
+    """What one iteration yields: bits [B, bits, H / stride, W / stride], reconstruction [B, 3, H, W] and state."""
 
     bits: Tensor
     x_hat: Tensor
@@ -94,15 +95,15 @@ class Encoder(nn.Module):
 
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
-        first, *channels = config.encoder_channels
+        first = config.encoder_channels[0]
         kernel, stride = (1, 1) if config.patch_size > 1 else (3, 2)
         self.patch_size = config.patch_size
         stem = Feedforward if config.encoder_cell == "none" else conv
         self.stem = stem(3 * config.patch_size**2, first, kernel, stride=stride)
         self.cells = nn.ModuleList(
             CELLS[config.encoder_cell](before, after, kernel, hidden_kernel, stride)
-            for before, after, hidden_kernel in zip(
-                config.encoder_channels, channels, config.encoder_hidden_kernels, strict=False
+            for (before, after), hidden_kernel in zip(
+                pairwise(config.encoder_channels), config.encoder_hidden_kernels, strict=True
             )
         )
 
@@ -147,12 +148,12 @@ class Decoder(nn.Module):
 
 
 class GainNetwork(nn.Module):
-    """The gain of residual scaling: a reconstruction [B, 3, H, W] to one gain above 1 per 32x32 block, [B, 1, H, W] (T17 sec. 3.2)."""
+    """A reconstruction [B, 3, H, W] to the gain of its residual, above 1, one per 32x32 block (T17 sec. 3.2)."""
 
     def __init__(self, channels: tuple[int, ...]) -> None:
         super().__init__()
         widths = [3, *channels, 1]
-        self.layers = nn.ModuleList(conv(before, after, 3, 2) for before, after in zip(widths, widths[1:], strict=False))
+        self.layers = nn.ModuleList(conv(before, after, 3, 2) for before, after in pairwise(widths))
 
     def forward(self, x_hat: Tensor) -> Tensor:
         gain = x_hat
@@ -194,7 +195,7 @@ class RecurrentCodec(nn.Module):
             if gain is not None:
                 residual = residual * gain
             features, encoder_state = self.encoder(residual, state.encoder if state else None)
-            bits = self.binarizer(features)
+            bits = cast(Tensor, self.binarizer(features))
         output, decoder_state = self.decoder(bits, state.decoder if state else None)
         x_hat = output.float()  # the sum over iterations stays exact under mixed precision
         if gain is not None:

@@ -1,0 +1,169 @@
+"""Training of the codec network: loss, schedules, guard against divergence, validation on whole images."""
+
+import os
+from typing import Any, Literal
+
+import lightning as L
+import torch
+import wandb
+from lightning.pytorch.loggers import WandbLogger
+from torch import Tensor, nn
+from torchmetrics import MeanMetric, MetricCollection
+
+from rnncodec.metrics import ms_ssim, psnr
+from rnncodec.network import NetworkConfig, RecurrentCodec
+from rnncodec.optim import MuonAdamW, parameter_groups
+
+RATES = (1, 2, 4, 8, 16)  # iterations at which whole images are judged
+
+
+def to_uint8(x: Tensor) -> Tensor:
+    """Images in [-1, 1] (clamped) to the nearest 8-bit values."""
+    return ((x.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+class CodecTraining(L.LightningModule):
+    """Trains a `RecurrentCodec` on patches for the mean L1 of all iterations (T17 sec. 3.3).
+
+    Args:
+        network: shapes and equations of the network.
+        iterations: steps of the unrolled loop, each weighted equally.
+        growth: iterations by training step, while they grow: {0: 2, 1000: 4} means 2 from the start, 4 from
+            step 1000 on. `iterations` is the upper bound; an empty mapping means all of them from the start.
+        growth_end: the training step from which on all `iterations` are unrolled.
+        optimizer: `adam` (the papers'), or `muon`: Muon for the recurrent kernels beside AdamW for the rest.
+        learning_rate: of Adam or AdamW.
+        muon_learning_rate: of Muon.
+        warmup_steps: of the linear rise of both rates.
+        decay_steps: of the linear fall of both rates to zero that ends with `trainer.max_steps`; 0 for none.
+        compile: whether to compile the step with `torch.compile` (validation stays eager).
+        max_bad_steps: how many steps in a row with gradients that are not finite are skipped before training stops.
+    """
+
+    def __init__(
+        self,
+        network: NetworkConfig = NetworkConfig(),  # noqa: B008 - frozen
+        iterations: int = 16,
+        growth: dict[int, int] | None = None,
+        growth_end: int = 0,
+        optimizer: Literal["adam", "muon"] = "adam",
+        learning_rate: float = 5e-4,
+        muon_learning_rate: float = 0.02,
+        warmup_steps: int = 100,
+        decay_steps: int = 0,
+        compile: bool = False,
+        max_bad_steps: int = 20,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        # A checkpoint holds the dataclass as plain values.
+        self.network = RecurrentCodec(network if isinstance(network, NetworkConfig) else NetworkConfig(**network))
+        self.network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        self.iterations, self.growth, self.growth_end = iterations, growth or {}, growth_end
+        self.optimizer, self.learning_rate, self.muon_learning_rate = optimizer, learning_rate, muon_learning_rate
+        self.warmup_steps, self.decay_steps = warmup_steps, decay_steps
+        self.max_bad_steps = max_bad_steps
+        self.bad_steps = self.bad_steps_in_a_row = 0
+        if compile:
+            self.network.compile(dynamic=False)
+        # MS-SSIM is not defined for small images: these do not count.
+        means = {f"{name}_{k}": MeanMetric(nan_strategy="ignore") for k in RATES for name in ("psnr", "ms_ssim")}
+        self.val_metrics = MetricCollection(means, compute_groups=False)
+
+    def current_iterations(self, step: int) -> int:
+        """Iterations to unroll at a training step."""
+        if step >= self.growth_end:
+            return self.iterations
+        return min(
+            self.iterations, max((k for start, k in self.growth.items() if start <= step), default=self.iterations)
+        )
+
+    def configure_optimizers(self) -> Any:
+        if self.optimizer == "muon":
+            groups = parameter_groups(self.network, self.learning_rate, self.muon_learning_rate)
+            optimizer: torch.optim.Optimizer = MuonAdamW(groups)
+        else:
+            optimizer = torch.optim.Adam(self.network.parameters(), self.learning_rate)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {
+                "scheduler": torch.optim.lr_scheduler.LambdaLR(optimizer, self.learning_rate_factor),
+                "interval": "step",
+            },
+        }
+
+    def learning_rate_factor(self, step: int) -> float:
+        """Factor of the learning rates: a linear rise, a plateau, a linear fall that ends at `max_steps`."""
+        factor = min(1.0, (step + 1) / max(1, self.warmup_steps))
+        if self.decay_steps and self.trainer.max_steps > 0:
+            factor = min(factor, max(0.0, (self.trainer.max_steps - step) / self.decay_steps))
+        return factor
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        # The random state is a function of the batch, so that a resumed run draws the same bits.
+        number = self.trainer.fit_loop.epoch_loop.total_batch_idx * self.trainer.world_size + self.global_rank
+        torch.manual_seed(int(os.environ.get("PL_GLOBAL_SEED", "0")) * 2**32 + number)
+
+    def training_step(self, x: Tensor, batch_idx: int) -> Tensor:
+        iterations = self.current_iterations(self.global_step)
+        losses = torch.stack([(x - step.x_hat).abs().mean() for step in self.network.unroll(x, iterations)])
+        loss = losses.mean()
+        self.log("train/loss", loss, prog_bar=True)
+        self.log("train/l1_first", losses[0])
+        self.log("train/l1_last", losses[-1])
+        self.log("train/iterations", float(iterations))
+        return loss
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))  # pyright: ignore[reportPrivateImportUsage]
+        if torch.isfinite(norm):
+            self.bad_steps_in_a_row = 0
+        else:
+            # Without gradients an optimizer leaves weights and moments as they are.
+            for parameter in self.network.parameters():
+                parameter.grad = None
+            self.bad_steps += 1
+            self.bad_steps_in_a_row += 1
+            if self.bad_steps_in_a_row > self.max_bad_steps:
+                raise FloatingPointError(f"gradients were not finite in {self.bad_steps_in_a_row} steps in a row")
+        self.log("train/gradient_norm", norm)
+        self.log("train/skipped_steps", float(self.bad_steps))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["bad_steps"] = self.bad_steps
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.bad_steps = checkpoint["bad_steps"]
+
+    def validation_step(self, x: Tensor, batch_idx: int) -> None:
+        stride = self.network.config.stride
+        height, width = x.shape[-2:]
+        padded = nn.functional.pad(x, (0, -width % stride, 0, -height % stride), mode="replicate")
+        original, pictures = to_uint8(x), []
+        with torch.compiler.set_stance("force_eager"):  # every size of image would be compiled anew
+            for k, step in enumerate(self.network.unroll(padded, max(RATES)), start=1):
+                if k in RATES:
+                    x_hat = to_uint8(step.x_hat[..., :height, :width])
+                    self.val_metrics[f"psnr_{k}"].update(psnr(original, x_hat))
+                    self.val_metrics[f"ms_ssim_{k}"].update(ms_ssim(original, x_hat))
+                    pictures.append(x_hat)
+        if batch_idx == 0:
+            strip = torch.cat([original, *pictures], dim=-1)[0].permute(1, 2, 0).cpu().numpy()
+            for logger in self.wandb_loggers():
+                logger.log_image("val/reconstructions", [strip], caption=[f"original, then {RATES} iterations"])
+
+    def on_validation_epoch_end(self) -> None:
+        values = self.val_metrics.compute()
+        self.val_metrics.reset()
+        self.log_dict({f"val/{name}": value for name, value in values.items()})
+        self.log("val/psnr", torch.stack([values[f"psnr_{k}"] for k in RATES]).mean(), prog_bar=True)
+        bpp = self.network.config.bits / self.network.config.stride**2
+        curve = [[k, k * bpp, values[f"psnr_{k}"].item(), values[f"ms_ssim_{k}"].item()] for k in RATES]
+        for logger in self.wandb_loggers():
+            table = wandb.Table(["iterations", "bpp", "psnr", "ms_ssim"], curve)
+            logger.experiment.log({f"rate/{y}": wandb.plot.line(table, "bpp", y, title=y) for y in ("psnr", "ms_ssim")})
+
+    def wandb_loggers(self) -> list[WandbLogger]:
+        """The W&B loggers of this process; none on ranks above zero."""
+        return [logger for logger in self.loggers if isinstance(logger, WandbLogger) and self.global_rank == 0]

@@ -1,0 +1,125 @@
+r"""Trains a codec. This docstring is the launch manual.
+
+On a laptop or one GPU; a run that was stopped goes on where it was with --ckpt_path:
+
+    python train.py fit --config configs/small.yaml --data.root PHOTOS
+    python train.py fit --config configs/small.yaml --data.root PHOTOS --ckpt_path runs/small/last.ckpt
+
+On one machine with 8 GPUs, and in a SLURM job (4 nodes, one task per GPU):
+
+    python train.py fit --config configs/full_resolution_lstm.yaml --data.root CLIC --data.download true \
+        --trainer.devices 8 --trainer.strategy ddp
+    srun python train.py fit --config configs/full_resolution_lstm.yaml --data.root CLIC \
+        --trainer.num_nodes 4 --trainer.devices 8 --trainer.strategy ddp
+
+A config says only what differs from DEFAULTS below; the command line overrides both. Checkpoints, metrics and
+the complete config.yaml go to runs/NAME (--name, else the config's). W&B runs offline unless you are logged in or
+set WANDB_MODE. The weights that `rnncodec --weights` takes are made from a checkpoint by `rnncodec export`.
+"""
+
+import os
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import wandb
+from jsonargparse import Namespace
+from lightning.pytorch.callbacks import EMAWeightAveraging, LearningRateMonitor, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger, WandbLogger
+
+from rnncodec.data import PatchDataModule
+from rnncodec.training import CodecTraining
+
+DEFAULTS: dict[str, Any] = {
+    "accelerator": "auto",
+    "devices": 1,
+    "precision": "bf16-mixed",
+    "gradient_clip_val": 1.0,
+    "max_epochs": -1,  # the stream of patches has no end: max_steps or max_time stops the training
+    "max_steps": 1_000_000,
+    "val_check_interval": 5000,
+    "check_val_every_n_epoch": None,
+    "log_every_n_steps": 50,
+    "num_sanity_val_steps": 0,
+    "use_distributed_sampler": False,  # the data module shards the stream itself
+}
+
+
+class RunConfig(SaveConfigCallback):
+    """Writes the complete config beside the checkpoints of its own run, where a resumed run may replace it."""
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        folder = Path(trainer.default_root_dir)
+        if trainer.is_global_zero:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.parser.save(self.config, folder / "config.yaml", overwrite=True, multifile=self.multifile)
+
+
+class LastCheckpoint(ModelCheckpoint):
+    """Saves at intervals, and once more when training ends, before the averaged weights replace the current ones."""
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert self.dirpath is not None
+        trainer.save_checkpoint(Path(self.dirpath) / f"{self.filename}.ckpt")
+
+
+class CodecCLI(LightningCLI):
+    """Adds the name of the run, and the callbacks and loggers that every run has."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--name", type=str, default="codec", help="name of the run and of its folder in runs/")
+        parser.add_argument("--checkpoint_minutes", type=float, default=5.0, help="time between checkpoints")
+        parser.add_lightning_class_args(EMAWeightAveraging, "ema")
+        parser.set_defaults({"ema.decay": 0.999, "seed_everything": 0})
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        config: Namespace = self.config[str(self.subcommand)] if self.subcommand else self.config
+        folder = Path(config.trainer.default_root_dir or "runs") / config.name
+        logged_in = "WANDB_MODE" in os.environ or wandb.api.api_key
+        if not config.trainer.logger and config.trainer.logger is not False:
+            kwargs["logger"] = [
+                CSVLogger(folder, name="metrics"),  # a new version for each start: nothing is overwritten
+                WandbLogger(
+                    name=config.name, save_dir=folder, project="rnncodec", mode=None if logged_in else "offline"
+                ),
+            ]
+        callbacks: list[L.Callback] = [
+            LastCheckpoint(
+                folder,
+                filename="last",
+                train_time_interval=timedelta(minutes=config.checkpoint_minutes),
+                enable_version_counter=False,
+            ),
+            ModelCheckpoint(
+                folder,
+                filename="best",
+                monitor="val/psnr",
+                mode="max",
+                enable_version_counter=False,
+                save_on_train_epoch_end=False,
+            ),
+            LearningRateMonitor("step"),
+        ]
+        if config.trainer.enable_progress_bar is not False:
+            callbacks.append(RichProgressBar())
+        kwargs["callbacks"] = [*callbacks, *(self._get(self.config_init, "trainer").get("callbacks") or [])]
+        kwargs["default_root_dir"] = folder
+        return super().instantiate_trainer(**kwargs)
+
+
+def main(args: list[str] | None = None) -> LightningCLI:
+    """Runs the command line given in `args`, by default the process's own."""
+    return CodecCLI(
+        CodecTraining,
+        PatchDataModule,
+        trainer_defaults=DEFAULTS,
+        save_config_callback=RunConfig,
+        args=args,
+        save_config_kwargs={"overwrite": True},
+    )
+
+
+if __name__ == "__main__":
+    main()
