@@ -10,14 +10,14 @@ Training, encoding and decoding all run `RecurrentCodec.forward`, one step, in a
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal, NamedTuple, cast
+from typing import Literal, NamedTuple, cast, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rnncodec.binarizer import Binarizer, BinarizerName
-from rnncodec.cells import CELLS, CellName, CellState, Feedforward, conv
+from rnncodec.cells import CELLS, CellName, CellState, conv
 
 ReconstructionName = Literal["one_shot", "additive", "residual_scaling"]
 
@@ -51,22 +51,32 @@ class NetworkConfig:
     decoder_channels: tuple[int, ...] = (512, 512, 512, 256, 128)
     decoder_hidden_kernels: tuple[int, ...] = (1, 1, 3, 3)
     patch_size: int = 1
-    gain_channels: tuple[int, ...] = (32, 32, 64, 64)
+    gain_channels: tuple[int, ...] = (32, 32, 32, 32)
 
     def __post_init__(self) -> None:
+        for name, names in (
+            ("encoder_cell", CellName),
+            ("decoder_cell", CellName),
+            ("reconstruction", ReconstructionName),
+            ("binarizer", BinarizerName),
+        ):
+            if getattr(self, name) not in get_args(names):
+                raise ValueError(f"{name} is one of {', '.join(get_args(names))}, not {getattr(self, name)!r}")
         for name in ("encoder", "decoder"):
             channels, kernels = getattr(self, f"{name}_channels"), getattr(self, f"{name}_hidden_kernels")
             if len(channels) != len(kernels) + 1:
                 raise ValueError(f"{name}_channels {channels} need {len(channels) - 1} hidden kernels, not {kernels}")
-            if any(kernel % 2 == 0 for kernel in kernels):
-                raise ValueError(f"{name}_hidden_kernels must be odd, not {kernels}")
+            if min(*channels, *kernels, 1) < 1 or any(kernel % 2 == 0 for kernel in kernels):
+                raise ValueError(f"{name} needs positive channels and odd hidden kernels, not {channels} and {kernels}")
         if self.patch_size == 1:
             if len(self.encoder_channels) != len(self.decoder_channels) - 1:
                 raise ValueError(f"{len(self.encoder_channels)} halvings need as many decoder cells")
             if any(channels % 4 for channels in self.decoder_channels[1:]):
                 raise ValueError(f"depth-to-space needs multiples of 4, not {self.decoder_channels[1:]}")
-        if self.bits < 1 or self.patch_size < 1:
-            raise ValueError("bits and patch_size must be at least 1")
+        elif self.reconstruction == "residual_scaling":
+            raise ValueError("residual scaling looks across patches, which patch_size above 1 codes independently")
+        if min(self.bits, self.patch_size, *self.gain_channels) < 1:
+            raise ValueError("bits, patch_size and gain_channels must be at least 1")
 
     @property
     def stride(self) -> int:
@@ -98,8 +108,9 @@ class Encoder(nn.Module):
         first = config.encoder_channels[0]
         kernel, stride = (1, 1) if config.patch_size > 1 else (3, 2)
         self.patch_size = config.patch_size
-        stem = Feedforward if config.encoder_cell == "none" else conv
-        self.stem = stem(3 * config.patch_size**2, first, kernel, stride=stride)
+        # T16 has tanh behind every layer, T17 nothing between the first convolution and the first cell.
+        self.tanh_stem = config.encoder_cell == "none" or config.patch_size > 1
+        self.stem = conv(3 * config.patch_size**2, first, kernel, stride)
         self.cells = nn.ModuleList(
             CELLS[config.encoder_cell](before, after, kernel, hidden_kernel, stride)
             for (before, after), hidden_kernel in zip(
@@ -109,8 +120,8 @@ class Encoder(nn.Module):
 
     def forward(self, x: Tensor, states: list[CellState] | None) -> tuple[Tensor, list[CellState]]:
         x = self.stem(F.pixel_unshuffle(x, self.patch_size))
-        if isinstance(x, tuple):
-            x = x[0]
+        if self.tanh_stem:
+            x = torch.tanh(x)
         new_states = []
         for cell, state in zip(self.cells, states or [None] * len(self.cells), strict=True):
             x, new_state = cell(x, state)
@@ -127,6 +138,7 @@ class Decoder(nn.Module):
         patches = config.patch_size > 1
         self.kernel, self.upscale = (1, 1) if patches else (3, 2)
         self.patch_size = config.patch_size
+        self.tanh_stem = config.decoder_cell == "none" or patches
         self.stem = conv(config.bits, first, 1)
         self.cells = nn.ModuleList()
         width = first
@@ -136,9 +148,13 @@ class Decoder(nn.Module):
         self.output = conv(width, 3 * config.patch_size**2, 1)
         # An additive decoder must start near zero, or each early iteration adds noise to the reconstruction.
         nn.init.normal_(self.output.weight, std=0.01)
+        assert self.output.bias is not None
+        nn.init.zeros_(self.output.bias)
 
     def forward(self, bits: Tensor, states: list[CellState] | None) -> tuple[Tensor, list[CellState]]:
         x = self.stem(bits)
+        if self.tanh_stem:
+            x = torch.tanh(x)
         new_states = []
         for cell, state in zip(self.cells, states or [None] * len(self.cells), strict=True):
             x, new_state = cell(x, state)
