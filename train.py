@@ -18,6 +18,7 @@ set WANDB_MODE. The weights that `rnncodec --weights` takes are made from a chec
 """
 
 import os
+import uuid
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from jsonargparse import Namespace
 from lightning.pytorch.callbacks import EMAWeightAveraging, LearningRateMonitor, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
 
 from rnncodec.data import PatchDataModule
 from rnncodec.training import CodecTraining
@@ -74,15 +76,27 @@ class CodecCLI(LightningCLI):
         parser.add_lightning_class_args(EMAWeightAveraging, "ema")
         parser.set_defaults({"ema.decay": 0.999, "seed_everything": 0})
 
+    def _parse_ckpt_path(self) -> None:
+        """Lets config and command line decide in a resumed run too, where Lightning takes the checkpoint's values."""
+
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         config: Namespace = self.config[str(self.subcommand)] if self.subcommand else self.config
         folder = Path(config.trainer.default_root_dir or "runs") / config.name
+        run_id = folder / "wandb-id.txt"
+        if rank_zero_only.rank == 0 and not (config.get("ckpt_path") and run_id.exists()):
+            folder.mkdir(parents=True, exist_ok=True)
+            run_id.write_text(uuid.uuid4().hex[:8])
         logged_in = "WANDB_MODE" in os.environ or wandb.api.api_key
         if not config.trainer.logger and config.trainer.logger is not False:
             kwargs["logger"] = [
                 CSVLogger(folder, name="metrics"),  # a new version for each start: nothing is overwritten
                 WandbLogger(
-                    name=config.name, save_dir=folder, project="rnncodec", mode=None if logged_in else "offline"
+                    name=config.name,
+                    save_dir=folder,
+                    project="rnncodec",
+                    id=run_id.read_text() if run_id.exists() else None,
+                    resume="allow",
+                    mode=None if logged_in else "offline",
                 ),
             ]
         callbacks: list[L.Callback] = [

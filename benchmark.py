@@ -1,0 +1,305 @@
+"""Compares speeds on this machine, as ratios of what one run measures side by side.
+
+    python benchmark.py                 a few minutes; generates its images
+    python benchmark.py --root PHOTOS   takes the data stream from a folder
+
+Two questions are answered. Does the data keep up: patches a second of the data stream alone, over those that training
+`small` consumes. And what do a train step, encoding and decoding cost: `small` and the configuration of T17, in eager
+float32 and in the fastest mode, each relative to T17's in eager float32. What is compared runs in turns, so that a
+change of the machine's load meets all; numbers are medians of the turns' ratios, with the range in brackets.
+"""
+
+import argparse
+import json
+import logging
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+import numpy as np
+import torch
+import torch._dynamo
+import yaml
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from rnncodec.codec import Codec
+from rnncodec.data import PatchDataModule
+from rnncodec.images import atomic_write, save_image
+from rnncodec.network import NetworkConfig, RecurrentCodec
+from rnncodec.training import CodecTraining
+from rnncodec.weights import load_weights, save_weights
+
+REQUIRED = 100  # patches the stream must deliver for each one that training consumes
+Mode = Literal["float32", "fastest"]
+PRECISION: dict[Mode, Any] = {"float32": "32-true", "fastest": "bf16-mixed"}
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much is measured.
+
+    Attributes:
+        turns: repetitions, one more is thrown away as a warm-up.
+        seconds: for which the data stream is read in each turn.
+        steps: train steps of `small` in each turn against the data stream.
+        batch_size, iterations: of the train steps whose cost is compared.
+        size: width and height of the image to encode and decode.
+        coded: iterations to encode and decode.
+        images: generated for the data stream.
+    """
+
+    turns: int = 3
+    seconds: float = 3.0
+    steps: int = 6
+    batch_size: int = 8
+    iterations: int = 8
+    size: tuple[int, int] = (768, 512)
+    coded: int = 2
+    images: int = 12
+
+
+QUICK = Scale(turns=1, seconds=0.2, steps=1, batch_size=2, iterations=2, size=(64, 48), coded=1, images=3)
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """A ratio of two speeds or costs: its median over the turns, the least and the greatest."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, numerators: Sequence[float], denominators: Sequence[float]) -> "Ratio":
+        """The ratios turn by turn."""
+        ratios = np.divide(numerators, denominators)
+        return cls(float(np.median(ratios)), float(ratios.min()), float(ratios.max()))
+
+    def __str__(self) -> str:
+        spread = f" ({self.low:.3g} to {self.high:.3g})" if self.low < self.high else ""
+        return f"{self.median:.3g}{spread}"
+
+
+def generate_image(width: int, height: int, seed: int) -> np.ndarray:
+    """Noise with the 1/f amplitudes of photographs, uint8 [H, W, 3]."""
+    rng = np.random.default_rng(seed)
+    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)) + 1 / width
+    noise = np.fft.rfft2(rng.standard_normal((3, height, width))) / frequency
+    x = np.fft.irfft2(noise, s=(height, width))
+    return np.clip(128 + 50 * x / x.std(), 0, 255).astype(np.uint8).transpose(1, 2, 0)
+
+
+class StepTimer(L.Callback):
+    """Seconds from the end of one train step to the end of the next: fetching, forward, backward and update."""
+
+    def __init__(self) -> None:
+        self.ends: list[float] = []
+
+    def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        self.ends.append(time.perf_counter())
+
+    def seconds(self) -> float:
+        """The median, without the first step."""
+        return float(np.median(np.diff(self.ends)))
+
+
+def time_training(module: CodecTraining, data: PatchDataModule, mode: Mode, steps: int) -> float:
+    """Seconds of a train step of `module`, after one more to warm up."""
+    timer = StepTimer()
+    trainer = L.Trainer(
+        accelerator="cpu",
+        precision=PRECISION[mode],
+        gradient_clip_val=1.0,
+        max_steps=steps + 1,
+        limit_val_batches=0,
+        use_distributed_sampler=False,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[timer],
+    )
+    trainer.fit(module, datamodule=data)
+    return timer.seconds()
+
+
+def time_stream(batches: Iterator[Any], data: PatchDataModule, seconds: float) -> float:
+    """Seconds that the data stream takes for a patch: reading, crops, flips, normalization."""
+    for _ in range(8):  # batches that were waiting
+        data.on_after_batch_transfer(next(batches), 0)
+    count, start = 0, time.perf_counter()
+    while (elapsed := time.perf_counter() - start) < seconds:
+        count += len(data.on_after_batch_transfer(next(batches), 0))
+    return elapsed / count
+
+
+def make_training(config: dict[str, Any], iterations: int, mode: Mode, compile: bool) -> CodecTraining:
+    """The training of a config's `model` section, all iterations from the start."""
+    unroll = {"iterations": iterations, "growth": {}, "growth_end": 0}
+    return CodecTraining(**{**config, **unroll, "compile": compile and mode == "fastest"})
+
+
+def make_codec(network: NetworkConfig, folder: Path, mode: Mode, compile: bool) -> Codec:
+    """A codec of random weights, which take as long as any."""
+    path = folder / "weights.safetensors"
+    save_weights(path, RecurrentCodec(network), "benchmark", {})
+    codec = Codec(load_weights(str(path)))
+    if compile and mode == "fastest":
+        codec.network.compile(dynamic=False)
+    return codec
+
+
+def autocast(mode: Mode) -> AbstractContextManager[Any]:
+    """The arithmetic of a mode, outside the trainer."""
+    return torch.autocast("cpu", torch.bfloat16) if mode == "fastest" else nullcontext()
+
+
+def unrolled(config: dict[str, Any]) -> list[int]:
+    """The fewest iterations of a training and all of them, one number where they are the same."""
+    full = config.get("iterations", 16)
+    return sorted({min([full, *(config.get("growth") or {}).values()]), full})
+
+
+def compare_stream(
+    config: dict[str, Any], data: PatchDataModule, scale: Scale, compile: bool, tick: Callable[[], None]
+) -> dict[int, Ratio]:
+    """Patches of the stream alone for each one that training consumes, at its fewest iterations and at all of them."""
+    counts = unrolled(config)
+    modules = {k: make_training(config, k, "fastest", compile) for k in counts}
+    batches = iter(data.train_dataloader())
+    stream, training = [], {k: [] for k in counts}
+    for _ in range(scale.turns + 1):
+        stream.append(time_stream(batches, data, scale.seconds))
+        tick()
+        for k, module in modules.items():
+            training[k].append(time_training(module, data, "fastest", scale.steps) / data.batch_size)
+            tick()
+    return {k: Ratio.of(training[k][1:], stream[1:]) for k in counts}
+
+
+def compare_costs(
+    configs: dict[str, dict[str, Any]],
+    data: PatchDataModule,
+    scale: Scale,
+    compile: bool,
+    folder: Path,
+    tick: Callable[[], None],
+) -> dict[tuple[str, Mode], dict[str, Ratio]]:
+    """Costs of a train step, of encoding and of decoding, relative to the first config in float32."""
+    modes: tuple[Mode, ...] = ("float32", "fastest")
+    variants: list[tuple[str, Mode]] = [(name, mode) for name in configs for mode in modes]
+    training = {(n, m): make_training(configs[n], scale.iterations, m, compile) for n, m in variants}
+    codecs = {(n, m): make_codec(training[n, m].network.config, folder, m, compile) for n, m in variants}
+    x = generate_image(*scale.size, seed=0)
+    seconds: dict[tuple[str, Mode], dict[str, list[float]]] = {
+        variant: {"train step": [], "encode": [], "decode": []} for variant in variants
+    }
+    for _ in range(scale.turns + 1):
+        for variant in variants:
+            mode, codec, times = variant[1], codecs[variant], seconds[variant]
+            times["train step"].append(time_training(training[variant], data, mode, steps=1))
+            with autocast(mode):
+                start = time.perf_counter()
+                file = codec.encode(x, iterations=scale.coded)
+                middle = time.perf_counter()
+                codec.decode(file)
+                times["encode"].append(middle - start)
+                times["decode"].append(time.perf_counter() - middle)
+            tick()
+    base = seconds[variants[0]]
+    return {v: {what: Ratio.of(times[1:], base[what][1:]) for what, times in seconds[v].items()} for v in variants}
+
+
+def report(stream: dict[int, Ratio], costs: dict[tuple[str, Mode], dict[str, Ratio]]) -> tuple[Table, Table]:
+    """The two answers as tables."""
+    first = Table(title="patches of the data stream for each one that training consumes")
+    for column in ("iterations in training", f"ratio (at least {REQUIRED} needed)"):
+        first.add_column(column, justify="right")
+    for k, ratio in stream.items():
+        first.add_row(str(k), str(ratio))
+    second = Table(title="cost, relative to the configuration of T17 in eager float32")
+    for column in ("network", "mode", "train step", "encode", "decode"):
+        second.add_column(column, justify="left" if column in ("network", "mode") else "right")
+    for (name, mode), ratios in costs.items():
+        second.add_row(name, mode, *map(str, ratios.values()))
+    return first, second
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit status, 1 if the data stream is too slow."""
+    parser = argparse.ArgumentParser(prog="benchmark.py", description="Compares speeds on this machine, as ratios.")
+    parser.add_argument("--root", type=Path, help="photographs for the data stream (default: generated)")
+    parser.add_argument("--config", type=Path, help="training to compare with T17's (default: configs/small.yaml)")
+    parser.add_argument("--compile", action="store_true", help="compile the step in the fastest mode")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, only to see that everything runs")
+    parser.add_argument("--json", type=Path, help="file to write the ratios to")
+    args = parser.parse_args(argv)
+    # Lightning's advice is about runs longer than these.
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    if args.compile:  # by default the ninth variant of the step, counting all networks, would run eagerly
+        torch._dynamo.config.recompile_limit = 64
+    scale = QUICK if args.quick else Scale()
+    try:
+        with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
+            warnings.simplefilter("ignore")
+            stream, costs = measure(args, scale, Path(folder))
+        if args.json:
+            result = {
+                "stream_over_training": {f"{k} iterations": asdict(ratio) for k, ratio in stream.items()},
+                "cost": {
+                    f"{name}, {mode}": {what: asdict(ratio) for what, ratio in ratios.items()}
+                    for (name, mode), ratios in costs.items()
+                },
+            }
+            atomic_write(args.json, (json.dumps(result, indent=2) + "\n").encode())
+    except (ValueError, OSError) as error:
+        print(f"benchmark: error: {error}", file=sys.stderr)
+        return 1
+    Console().print(*report(stream, costs))
+    return 0 if args.quick or min(ratio.median for ratio in stream.values()) >= REQUIRED else 1
+
+
+def measure(
+    args: argparse.Namespace, scale: Scale, folder: Path
+) -> tuple[dict[int, Ratio], dict[tuple[str, Mode], dict[str, Ratio]]]:
+    """Runs both comparisons, with their files in a temporary folder."""
+    file = args.config or Path(__file__).parent / "configs" / ("debug.yaml" if args.quick else "small.yaml")
+    config = yaml.safe_load(file.read_text())
+    small = config["model"]
+    # T17's network and training are the defaults.
+    paper = {"network": {"encoder_channels": [8, 16, 16, 16], "decoder_channels": [16] * 5}} if args.quick else {}
+    root = args.root
+    if root is None:
+        root = folder / "images"
+        root.mkdir()
+        for i in range(scale.images):
+            save_image(generate_image(384, 256, seed=i), root / f"{i}.png")
+    common = {"root": root, "val_images": 1, "cache_dir": folder / "cache"}
+    data = PatchDataModule(**common, batch_size=config.get("data", {}).get("batch_size", 32))
+    data.prepare_data()
+    data.setup("fit")
+    few = PatchDataModule(**common, batch_size=scale.batch_size, num_workers=0)
+    configs = {"T17": paper, config.get("name", file.stem): small}
+    ticks = (scale.turns + 1) * (1 + len(unrolled(small)) + 2 * len(configs))
+    with Progress(console=Console(stderr=True)) as progress:
+        task = progress.add_task("measuring", total=ticks)
+
+        def tick() -> None:
+            progress.advance(task)
+
+        stream = compare_stream(small, data, scale, args.compile, tick)
+        costs = compare_costs(configs, few, scale, args.compile, folder, tick)
+    return stream, costs
+
+
+if __name__ == "__main__":
+    sys.exit(main())

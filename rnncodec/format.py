@@ -1,0 +1,306 @@
+"""The .rnc file, byte by byte as FORMAT.md specifies it: a header, then one independent payload for each iteration."""
+
+import io
+import itertools
+import re
+import struct
+import zlib
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+MAGIC = b"\x8fRNC"  # a first byte above 0x7f is neither ASCII nor the start of UTF-8: no text editor claims the file
+VERSION = 1
+RAW = 0  # the coding of a payload that holds the bits as they are
+CODINGS = (RAW,)  # those that this version can decode
+FIXED = struct.Struct(">HH8sBBB")  # width, height, fingerprint, stride, bits, length of the name
+NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,31}")  # safe to print and to look up, whoever wrote it
+
+
+class FormatError(ValueError):
+    """Bytes that are not a sound .rnc file, or values that such a file cannot hold; the message is one line."""
+
+
+@dataclass(frozen=True)
+class Iteration:
+    """The header's entry for one payload.
+
+    Attributes:
+        coding: `RAW`, or the entropy coder's number in 1..255.
+        length: of the payload, in bytes.
+        checksum: CRC-32 of the payload.
+    """
+
+    coding: int
+    length: int
+    checksum: int
+
+    @classmethod
+    def of(cls, payload: bytes, coding: int = RAW) -> "Iteration":
+        """The entry that describes a payload."""
+        return cls(coding, len(payload), zlib.crc32(payload))
+
+
+@dataclass(frozen=True)
+class Header:
+    """All that a file says about itself; needs no model to be understood.
+
+    Attributes:
+        width, height: of the image in pixels, 1..65535.
+        fingerprint: 8 bytes that identify the weights that made the file.
+        weights: their name, for error messages; up to 32 of A-Z, a-z, 0-9, '.', '_', '-', the first a letter or digit.
+        stride: side in pixels of the block of one location of the code, 1..255.
+        bits: of one location in one iteration, 1..255.
+        iterations: 1 to 255 entries.
+
+    Raises:
+        FormatError: a value is out of range, or the length of a payload contradicts the geometry.
+    """
+
+    width: int
+    height: int
+    fingerprint: bytes
+    weights: str
+    stride: int
+    bits: int
+    iterations: tuple[Iteration, ...]
+
+    def __post_init__(self) -> None:
+        for name, largest in (("width", 65535), ("height", 65535), ("stride", 255), ("bits", 255)):
+            if not 1 <= getattr(self, name) <= largest:
+                raise FormatError(f"{name} must be in 1..{largest}, not {getattr(self, name)}")
+        if len(self.fingerprint) != 8:
+            raise FormatError(f"a fingerprint has 8 bytes, not {len(self.fingerprint)}")
+        if not NAME_PATTERN.fullmatch(self.weights):
+            raise FormatError(f"a name of weights is up to 32 letters, digits, '.', '_' and '-', not {self.weights!a}")
+        if not 1 <= len(self.iterations) <= 255:
+            raise FormatError(f"a file holds 1 to 255 iterations, not {len(self.iterations)}")
+        for number, it in enumerate(self.iterations, 1):
+            if not (0 <= it.coding <= 255 and 0 <= it.checksum < 2**32):
+                raise FormatError(f"iteration {number}: coding {it.coding} or checksum {it.checksum} is out of range")
+            if not (self.raw_length if it.coding == RAW else 0) <= it.length <= self.raw_length:
+                raise FormatError(f"iteration {number} takes {it.length} bytes, where raw bits take {self.raw_length}")
+
+    @property
+    def rows(self) -> int:
+        """Rows of the code: height / stride, rounded up."""
+        return _ceil(self.height, self.stride)
+
+    @property
+    def cols(self) -> int:
+        """Columns of the code: width / stride, rounded up."""
+        return _ceil(self.width, self.stride)
+
+    @property
+    def raw_length(self) -> int:
+        """Bytes of a raw payload, and the most that any payload takes."""
+        return _raw_length(self.width, self.height, self.stride, self.bits)
+
+    @property
+    def size(self) -> int:
+        """Bytes of this header."""
+        entries = sum(5 + (_length_size(self.raw_length) if it.coding != RAW else 0) for it in self.iterations)
+        return len(MAGIC) + 1 + FIXED.size + len(self.weights) + 1 + entries + 4
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Bytes of the whole file if it ended after iteration 1, 2, ...: what `truncate` to as many would give."""
+        payloads = itertools.accumulate(it.length for it in self.iterations)
+        return tuple(
+            replace(self, iterations=self.iterations[:count]).size + length for count, length in enumerate(payloads, 1)
+        )
+
+    @property
+    def bpp(self) -> tuple[float, ...]:
+        """Bits per pixel of the image, for each of `sizes`."""
+        return tuple(8 * size / (self.width * self.height) for size in self.sizes)
+
+
+@dataclass(frozen=True)
+class Container:
+    """A header and its payloads, fewer than the header's iterations if the file was cut or less was asked for."""
+
+    header: Header
+    payloads: tuple[bytes, ...]
+
+
+def pack_bits(bits: np.ndarray) -> bytes:
+    """Packs bool [bits, rows, cols] by location: row by row, its bits together, the first in the highest bit of a byte.
+
+    The last byte is filled up with zeros.
+    """
+    return np.packbits(bits.transpose(1, 2, 0)).tobytes()
+
+
+def unpack_bits(payload: bytes, bits: int, rows: int, cols: int) -> np.ndarray:
+    """Undoes `pack_bits`.
+
+    Returns:
+        bool [bits, rows, cols].
+
+    Raises:
+        FormatError: the payload is of another length, or its last byte is not filled up with zeros.
+    """
+    count = bits * rows * cols
+    if len(payload) != _ceil(count, 8):
+        raise FormatError(f"{len(payload)} bytes cannot hold exactly {bits} bits at {rows}x{cols} locations")
+    flat = np.unpackbits(np.frombuffer(payload, np.uint8)).view(bool)
+    if flat[count:].any():
+        raise FormatError("the bits after the last location are not zero")
+    return flat[:count].reshape(rows, cols, bits).transpose(2, 0, 1)
+
+
+def write(container: Container) -> bytes:
+    """Gives the bytes of a file.
+
+    Raises:
+        FormatError: payloads are missing or are not those that the header describes.
+    """
+    header, payloads = container.header, container.payloads
+    if len(payloads) != len(header.iterations) or any(
+        Iteration.of(payload, it.coding) != it for payload, it in zip(payloads, header.iterations, strict=True)
+    ):
+        raise FormatError("the payloads are not those that the header describes")
+    name = header.weights.encode("ascii")
+    data = MAGIC + bytes([VERSION])
+    data += FIXED.pack(header.width, header.height, header.fingerprint, header.stride, header.bits, len(name))
+    data += name + bytes([len(header.iterations)])
+    for it in header.iterations:
+        data += bytes([it.coding])
+        if it.coding != RAW:  # the geometry gives the length of raw bits
+            data += it.length.to_bytes(_length_size(header.raw_length))
+        data += it.checksum.to_bytes(4)
+    return data + zlib.crc32(data).to_bytes(4) + b"".join(payloads)
+
+
+def read_header(data: bytes) -> Header:
+    """Reads the header alone, of any file however large its image; what follows is not looked at.
+
+    Raises:
+        FormatError: not an .rnc file, of a later version, or the header is cut short or corrupt.
+    """
+    if not data or data[: len(MAGIC)] != MAGIC[: len(data)]:
+        raise FormatError("not an rnc file")
+    file = io.BytesIO(data)
+
+    def take(size: int) -> bytes:
+        taken = file.read(size)
+        if len(taken) < size:
+            raise FormatError("the header is cut short")
+        return taken
+
+    version = take(len(MAGIC) + 1)[-1]
+    if version != VERSION:  # before anything else: only the first five bytes are the same in every version
+        raise FormatError(f"version {version} of the format needs a newer version of this program")
+    width, height, fingerprint, stride, bits, name_length = FIXED.unpack(take(FIXED.size))
+    name = take(name_length)
+    # The geometry decides how wide a length is, so zeros must not reach it; the checksum would only come too late.
+    if 0 in (width, height, stride, bits):
+        raise FormatError("the header is corrupt")
+    raw_length = _raw_length(width, height, stride, bits)
+    iterations = []
+    for _ in range(take(1)[0]):
+        coding = take(1)[0]
+        length = raw_length if coding == RAW else int.from_bytes(take(_length_size(raw_length)))
+        iterations.append(Iteration(coding, length, int.from_bytes(take(4))))
+    checksum = zlib.crc32(data[: file.tell()])
+    if int.from_bytes(take(4)) != checksum:
+        raise FormatError("the header is corrupt")
+    return Header(width, height, fingerprint, name.decode("latin-1"), stride, bits, tuple(iterations))
+
+
+def read(data: bytes, *, max_pixels: int, iterations: int | None = None) -> Container:
+    """Reads a file, or what is there of it: a file cut anywhere after its header gives its complete iterations.
+
+    Nothing is allocated on the word of the header: lengths are only compared with the bytes that are there.
+
+    Args:
+        data: the file.
+        max_pixels: files of larger images are refused.
+        iterations: read and check at most so many, whatever follows them; None reads all.
+
+    Returns:
+        The header as it is and the payloads, each with the right checksum; possibly none.
+
+    Raises:
+        FormatError: as `read_header`, a payload is corrupt or needs a newer version of this program, the image is too
+            large, or bytes follow the last payload.
+    """
+    if iterations is not None and iterations < 1:
+        raise ValueError(f"iterations must be at least 1, not {iterations}")
+    header = read_header(data)
+    if header.width * header.height > max_pixels:
+        size = f"{header.width}x{header.height}"
+        raise FormatError(f"{size} pixels are above the limit of {max_pixels}; raise max_pixels to decode it")
+    payloads = _payloads(data, header, iterations)
+    for number, it in enumerate(header.iterations[: len(payloads)], 1):
+        if it.coding not in CODINGS:
+            raise FormatError(f"coding {it.coding} of iteration {number} needs a newer version of this program")
+    return Container(header, payloads)
+
+
+def truncate(data: bytes, *, iterations: int | None = None, max_bytes: int | None = None) -> bytes:
+    """Shortens a file to its first iterations: the very bytes that encoding so many would have given.
+
+    Works on cut files, and on codings that this version cannot decode. With neither limit, all complete iterations
+    are kept, which makes a whole file of a cut one.
+
+    Args:
+        data: the file.
+        iterations: how many to keep.
+        max_bytes: or keep as many as fit in so many bytes, header included.
+
+    Raises:
+        FormatError: as `read_header`, a payload to keep is corrupt, or there are not enough complete iterations, or
+            not even one fits.
+    """
+    if iterations is not None and max_bytes is not None:
+        raise ValueError("give iterations or max_bytes, not both")
+    header = read_header(data)
+    ends = itertools.accumulate((it.length for it in header.iterations), initial=header.size)
+    complete = sum(end <= len(data) for end in ends) - 1
+    if complete < 1:
+        raise FormatError("no complete iteration")
+    keep = complete
+    if iterations is not None:
+        keep = iterations
+        if not 1 <= keep <= complete:
+            raise FormatError(f"cannot keep {keep} iterations of {complete} complete ones")
+    elif max_bytes is not None:
+        keep = sum(size <= max_bytes for size in header.sizes[:complete])
+        if keep < 1:
+            raise FormatError(f"one iteration takes {header.sizes[0]} bytes, more than {max_bytes}")
+    payloads = _payloads(data, header, keep)
+    return write(Container(replace(header, iterations=header.iterations[:keep]), payloads))
+
+
+def _payloads(data: bytes, header: Header, count: int | None) -> tuple[bytes, ...]:
+    """At most `count` complete payloads, checked; any codings."""
+    payloads = []
+    end = header.size
+    for number, iteration in enumerate(header.iterations[:count], 1):
+        start, end = end, end + iteration.length
+        if end > len(data):
+            break
+        payload = data[start:end]
+        if Iteration.of(payload, iteration.coding) != iteration:
+            raise FormatError(f"iteration {number} is corrupt")
+        payloads.append(payload)
+    if len(payloads) == len(header.iterations) and end < len(data):
+        raise FormatError(f"{len(data) - end} bytes follow the last iteration")
+    return tuple(payloads)
+
+
+def _raw_length(width: int, height: int, stride: int, bits: int) -> int:
+    """Bytes of a payload of raw bits."""
+    return _ceil(_ceil(height, stride) * _ceil(width, stride) * bits, 8)
+
+
+def _length_size(raw_length: int) -> int:
+    """Bytes that hold the length of any payload, as none is longer than the raw bits."""
+    return _ceil(raw_length.bit_length(), 8)
+
+
+def _ceil(a: int, b: int) -> int:
+    """The quotient, rounded up."""
+    return -(-a // b)

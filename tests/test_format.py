@@ -1,0 +1,429 @@
+"""The .rnc container against FORMAT.md, bytes made by hand, and hostile files."""
+
+import random
+import re
+import tracemalloc
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rnncodec.format import (
+    Container,
+    FormatError,
+    Header,
+    Iteration,
+    pack_bits,
+    read,
+    read_header,
+    truncate,
+    unpack_bits,
+    write,
+)
+
+FINGERPRINT = bytes.fromhex("0123456789ABCDEF")
+LIMIT = 2**28
+
+# 20x10 pixels, stride 16, 5 bits, two iterations: written down by hand from FORMAT.md, checksums by `crc` below.
+EXAMPLE = bytes.fromhex(
+    "8F524E43 01 0014 000A 0123456789ABCDEF 10 05 05 736D616C6C 02"  # 26 bytes
+    "00 F8EDAE14  00 9DBC794A  FC34DD59"
+    "B340 F800"
+)
+EXAMPLE_BITS = (
+    [[1, 0, 1, 1, 0], [0, 1, 1, 0, 1]],  # one row of two locations of five bits
+    [[1, 1, 1, 1, 1], [0, 0, 0, 0, 0]],
+)
+
+
+def crc(data: bytes) -> bytes:
+    """CRC-32 bit by bit, from its polynomial."""
+    register = 0xFFFFFFFF
+    for byte in data:
+        register ^= byte
+        for _ in range(8):
+            register = register >> 1 ^ (0xEDB88320 if register & 1 else 0)
+    return (register ^ 0xFFFFFFFF).to_bytes(4, "big")
+
+
+def container(width=20, height=10, stride=16, bits=5, iterations=2, seed=0, weights="small") -> Container:
+    """A file of random bits."""
+    rng = np.random.default_rng(seed)
+    rows, cols = -(-height // stride), -(-width // stride)
+    payloads = tuple(pack_bits(rng.random((bits, rows, cols)) < 0.5) for _ in range(iterations))
+    entries = tuple(Iteration.of(payload) for payload in payloads)
+    return Container(Header(width, height, FINGERPRINT, weights, stride, bits, entries), payloads)
+
+
+def forge(head: bytes, payloads: bytes = b"") -> bytes:
+    """A header with the right checksum, whatever it says."""
+    return head + crc(head) + payloads
+
+
+def fixed(width=20, height=10, stride=16, bits=5, name=b"small", version=1) -> bytes:
+    """All fields before the number of iterations."""
+    sizes = width.to_bytes(2, "big") + height.to_bytes(2, "big")
+    return b"\x8fRNC" + bytes([version]) + sizes + FINGERPRINT + bytes([stride, bits, len(name)]) + name
+
+
+class TestExample:
+    def test_reference_checksum(self):
+        assert crc(b"123456789").hex() == "cbf43926"
+        assert crc(bytes.fromhex("B340")).hex() == "f8edae14"
+        assert crc(EXAMPLE[:36]) == EXAMPLE[36:40]
+
+    def test_document_shows_these_bytes(self):
+        block = re.search(r"```hex\n(.*?)```", (Path(__file__).parents[1] / "FORMAT.md").read_text("utf-8"), re.S)
+        assert block
+        documented = "".join(re.split(r" {2,}", line)[0] for line in block[1].splitlines())
+        assert bytes.fromhex(documented) == EXAMPLE
+
+    def test_write(self):
+        payloads = tuple(pack_bits(np.array([bits], bool).transpose(2, 0, 1)) for bits in EXAMPLE_BITS)
+        header = Header(20, 10, FINGERPRINT, "small", 16, 5, tuple(map(Iteration.of, payloads)))
+        assert write(Container(header, payloads)) == EXAMPLE
+        assert (header.rows, header.cols, header.raw_length, header.size) == (1, 2, 2, 40)
+        assert header.sizes == (37, 44)
+        assert header.bpp == (8 * 37 / 200, 8 * 44 / 200)
+
+    def test_read(self):
+        header, payloads = (file := read(EXAMPLE, max_pixels=200)).header, file.payloads
+        assert (header.width, header.height, header.stride, header.bits) == (20, 10, 16, 5)
+        assert (header.weights, header.fingerprint) == ("small", FINGERPRINT)
+        assert header.iterations == (Iteration(0, 2, 0xF8EDAE14), Iteration(0, 2, 0x9DBC794A))
+        for payload, bits in zip(payloads, EXAMPLE_BITS, strict=True):
+            assert unpack_bits(payload, 5, 1, 2).astype(int).transpose(1, 2, 0).tolist() == [bits]
+
+    def test_truncate(self):
+        head = EXAMPLE[:25] + bytes.fromhex("01 00F8EDAE14")
+        assert truncate(EXAMPLE, iterations=1) == head + crc(head) + bytes.fromhex("B340")
+
+
+class TestBits:
+    def test_order(self):
+        bits = np.zeros((3, 2, 2), bool)  # 12 bits: location-major, rows then columns
+        bits[2, 0, 0] = bits[0, 0, 1] = bits[1, 1, 0] = bits[2, 1, 1] = True
+        assert pack_bits(bits) == bytes([0b00110001, 0b00010000])
+
+    @given(st.data())
+    @settings(max_examples=50, deadline=None)
+    def test_round_trip(self, data):
+        shape = data.draw(st.tuples(*[st.integers(1, 40)] * 3))
+        bits = np.random.default_rng(data.draw(st.integers(0, 99))).random(shape) < 0.5
+        payload = pack_bits(bits)
+        text = "".join(
+            str(int(bits[b, y, x])) for y in range(shape[1]) for x in range(shape[2]) for b in range(shape[0])
+        )
+        assert payload == int(text.ljust(8 * len(payload), "0"), 2).to_bytes(-(-len(text) // 8), "big")
+        np.testing.assert_array_equal(unpack_bits(payload, *shape), bits)
+
+    @pytest.mark.parametrize("payload", [b"", b"\x00", b"\x00\x00\x00", b"\xff\xff"])
+    def test_refuses(self, payload):
+        with pytest.raises(FormatError):
+            unpack_bits(payload, 5, 1, 2)  # two bytes, the last six bits zero
+
+
+class TestRoundTrip:
+    @given(
+        st.integers(1, 300),
+        st.integers(1, 300),
+        st.sampled_from([1, 8, 16, 32, 255]),
+        st.sampled_from([1, 7, 8, 32, 255]),
+        st.integers(1, 4),
+        st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,31}", fullmatch=True),
+    )
+    @settings(max_examples=60, deadline=None)
+    def test_any_geometry(self, width, height, stride, bits, iterations, weights):
+        file = container(width, height, stride, bits, iterations, weights=weights)
+        data = write(file)
+        assert read(data, max_pixels=width * height) == file
+        locations = -(-width // stride) * -(-height // stride)
+        raw = -(-locations * bits // 8)
+        assert len(data) == 25 + len(weights) + iterations * (5 + raw)
+        assert file.header.sizes[-1] == len(data)
+
+    def test_bit_rate_of_multiples_of_16_is_an_eighth(self):
+        header = container(768, 512, 16, 32, 16).header
+        assert all(it.length * 8 == 768 * 512 * 0.125 for it in header.iterations)
+
+    def test_extremes(self):
+        file = container(65535, 1, 255, 255, 255, weights="x" * 32)
+        data = write(file)
+        assert read(data, max_pixels=LIMIT) == file
+        assert file.header.sizes == tuple(57 + n * (5 + 8192) for n in range(1, 256))  # 257 locations of 255 bits
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"width": 0},
+            {"height": 65536},
+            {"stride": 256},
+            {"bits": 0},
+            {"fingerprint": b"short"},
+            {"weights": ""},
+            {"weights": "x" * 33},
+            {"weights": "kl\u00fcver"},
+            {"weights": "bell\a"},
+            {"weights": "../small"},
+            {"weights": "small\n"},
+            {"iterations": ()},
+            {"iterations": (Iteration(0, 2, 0),) * 256},
+            {"iterations": (Iteration(0, 1, 0),)},
+            {"iterations": (Iteration(0, 3, 0),)},
+            {"iterations": (Iteration(1, 3, 0),)},
+            {"iterations": (Iteration(1, -1, 0),)},
+            {"iterations": (Iteration(256, 2, 0),)},
+            {"iterations": (Iteration(0, 2, 2**32),)},
+        ],
+    )
+    def test_header_refuses(self, change):
+        with pytest.raises(FormatError) as error:
+            replace(container().header, **change)
+        assert str(error.value).isprintable()
+
+    def test_write_refuses_other_payloads(self):
+        file = container()
+        for payloads in (file.payloads[:1], file.payloads[::-1], (*file.payloads, b"\0\0"), ()):
+            with pytest.raises(FormatError, match="not those"):
+                write(Container(file.header, payloads))
+
+
+class TestCodedPayloads:
+    """Payloads of a coder this version does not have: their length is in the header, and they can be shortened."""
+
+    HEAD = (
+        fixed(bits=255) + bytes.fromhex("03") + b"\0" + crc(bytes(64)) + b"\7\x03" + crc(b"abc") + b"\xff\x00\0\0\0\0"
+    )
+    DATA = forge(HEAD, bytes(64) + b"abc")  # 2 locations of 255 bits: 64 raw bytes, lengths take one byte
+
+    def test_read_header(self):
+        header = read_header(self.DATA)
+        assert [(it.coding, it.length) for it in header.iterations] == [(0, 64), (7, 3), (255, 0)]
+        assert header.size == len(self.HEAD) + 4
+        assert header.sizes == (30 + 5 + 64, 30 + 5 + 6 + 64 + 3, len(self.DATA))
+
+    def test_wide_lengths(self):
+        head = fixed(255, 255, 1, 255) + b"\x01" + b"\1\x00\x00\x03" + crc(b"abc")  # raw: 2072672 bytes, 3 to write
+        header = read_header(forge(head))
+        assert (header.raw_length, header.iterations[0].length) == (2072672, 3)
+        assert write(Container(header, (b"abc",))) == forge(head, b"abc")
+
+    def test_read_needs_a_newer_version(self):
+        with pytest.raises(FormatError, match="coding 7 of iteration 2 needs a newer version"):
+            read(self.DATA, max_pixels=LIMIT)
+        assert read(self.DATA, max_pixels=LIMIT, iterations=1).payloads == (bytes(64),)
+
+    def test_truncate(self):
+        head = self.HEAD[:25] + b"\x02" + self.HEAD[26:-6]
+        assert truncate(self.DATA, iterations=2) == forge(head, bytes(64) + b"abc")
+        assert truncate(self.DATA, iterations=3) == self.DATA
+
+
+class TestErrors:
+    @pytest.mark.parametrize("data", [b"", b"x", b"\x89PNG\r\n\x1a\n", b"RNC", b"\x8fRNc\x01", bytes(1000)])
+    def test_not_a_file(self, data):
+        with pytest.raises(FormatError, match=r"^not an rnc file$"):
+            read(data, max_pixels=LIMIT)
+
+    @pytest.mark.parametrize("length", range(1, 40))
+    def test_header_cut_short(self, length):
+        with pytest.raises(FormatError, match="header is cut short"):
+            read(EXAMPLE[:length], max_pixels=LIMIT)
+
+    @pytest.mark.parametrize("version", [0, 2, 255])
+    def test_other_version(self, version):
+        with pytest.raises(FormatError, match=f"version {version} .* newer version"):
+            read(b"\x8fRNC" + bytes([version]), max_pixels=LIMIT)
+
+    @pytest.mark.parametrize("position", range(5, 40))
+    def test_every_bit_of_the_header_counts(self, position):
+        for bit in range(8):
+            data = bytearray(EXAMPLE)
+            data[position] ^= 1 << bit
+            with pytest.raises(FormatError, match=r"header is (corrupt|cut short)"):
+                read(bytes(data), max_pixels=LIMIT)
+
+    @pytest.mark.parametrize(
+        "head",
+        [
+            fixed(width=0) + b"\x01" + bytes(5),
+            fixed(stride=0) + b"\x01" + bytes(5),
+            fixed(name=b"") + b"\x01" + bytes(5),
+            fixed(name=b"x" * 33) + b"\x01" + bytes(5),
+            fixed(name=b"\x1b[2J") + b"\x01" + bytes(5),
+            fixed(name="é".encode()) + b"\x01" + bytes(5),
+            fixed() + b"\x00",
+            fixed() + b"\x01" + b"\x01\x03" + bytes(4),  # longer than raw
+        ],
+    )
+    def test_right_checksum_of_nonsense(self, head):
+        with pytest.raises(FormatError) as error:
+            read(forge(head, bytes(100)), max_pixels=LIMIT)
+        assert str(error.value).isprintable()
+
+    def test_too_many_pixels(self):
+        with pytest.raises(FormatError, match="20x10 pixels are above the limit of 199; raise max_pixels"):
+            read(EXAMPLE, max_pixels=199)
+        assert read_header(EXAMPLE).width == 20
+
+    @pytest.mark.parametrize(("length", "complete"), [(40, 0), (41, 0), (42, 1), (43, 1), (44, 2)])
+    def test_cut_in_the_payloads(self, length, complete):
+        file = read(EXAMPLE[:length], max_pixels=LIMIT)
+        assert len(file.header.iterations) == 2
+        assert file.payloads == (b"\xb3\x40", b"\xf8\x00")[:complete]
+
+    def test_corrupt_payload_is_named_unless_less_is_asked_for(self):
+        data = bytearray(write(file := container(iterations=4)))
+        data[-3] ^= 1  # of the third
+        with pytest.raises(FormatError, match=r"^iteration 3 is corrupt$"):
+            read(bytes(data), max_pixels=LIMIT)
+        with pytest.raises(FormatError, match=r"^iteration 3 is corrupt$"):
+            read(bytes(data), max_pixels=LIMIT, iterations=3)
+        assert read(bytes(data), max_pixels=LIMIT, iterations=2).payloads == file.payloads[:2]
+
+    def test_bytes_at_the_end(self):
+        with pytest.raises(FormatError, match="3 bytes follow the last iteration"):
+            read(EXAMPLE + b"end", max_pixels=LIMIT)
+        assert len(read(EXAMPLE + b"end", max_pixels=LIMIT, iterations=1).payloads) == 1
+
+    @pytest.mark.parametrize("iterations", [0, -1])
+    def test_nothing_asked_for(self, iterations):
+        with pytest.raises(ValueError, match="at least 1"):
+            read(EXAMPLE, max_pixels=LIMIT, iterations=iterations)
+
+
+class TestTruncate:
+    FILE = container(100, 60, 16, 32, 6)  # 4x7 locations, 112 bytes an iteration
+    DATA = write(FILE)
+
+    def shorter(self, count):
+        """As if only so many iterations had been encoded."""
+        header = replace(self.FILE.header, iterations=self.FILE.header.iterations[:count])
+        return write(Container(header, self.FILE.payloads[:count]))
+
+    @pytest.mark.parametrize("count", range(1, 7))
+    def test_iterations(self, count):
+        short = truncate(self.DATA, iterations=count)
+        assert short == self.shorter(count)
+        assert len(short) == self.FILE.header.sizes[count - 1] == 30 + count * 117
+        assert truncate(short) == short
+
+    @pytest.mark.parametrize(("max_bytes", "count"), [(147, 1), (263, 1), (264, 2), (731, 5), (732, 6), (10**9, 6)])
+    def test_max_bytes(self, max_bytes, count):
+        assert truncate(self.DATA, max_bytes=max_bytes) == self.shorter(count)
+
+    def test_cut_file(self):
+        cut = self.DATA[: self.FILE.header.size + 3 * 112 + 50]
+        assert truncate(cut) == truncate(cut, iterations=3) == truncate(cut, max_bytes=10**6) == self.shorter(3)
+        with pytest.raises(FormatError, match="cannot keep 4 iterations of 3"):
+            truncate(cut, iterations=4)
+        with pytest.raises(FormatError, match="no complete iteration"):
+            truncate(self.DATA[: self.FILE.header.size + 111])
+
+    def test_corrupt_file(self):
+        data = bytearray(self.DATA)
+        data[-200] ^= 1  # of the fifth
+        assert truncate(bytes(data), iterations=4) == self.shorter(4)
+        with pytest.raises(FormatError, match="iteration 5 is corrupt"):
+            truncate(bytes(data), iterations=5)
+
+    @pytest.mark.parametrize("limit", [{"iterations": 0}, {"iterations": 7}, {"iterations": -1}, {"max_bytes": 146}])
+    def test_impossible(self, limit):
+        with pytest.raises(FormatError):
+            truncate(self.DATA, **limit)
+
+    def test_both(self):
+        with pytest.raises(ValueError, match="not both"):
+            truncate(self.DATA, iterations=1, max_bytes=1000)
+
+
+def corrupt(data: bytes, rng: random.Random) -> bytes:
+    """Bit flips, overwritten, inserted, deleted and repeated bytes."""
+    changed = bytearray(data)
+    for _ in range(rng.choice([1, 1, 2, 5])):
+        position = rng.randrange(len(changed))
+        length = rng.choice([1, 1, 2, 4, 30])
+        match rng.randrange(5):
+            case 0:
+                changed[position] ^= 1 << rng.randrange(8)
+            case 1:
+                changed[position : position + length] = rng.randbytes(length)
+            case 2:
+                changed[position:position] = rng.randbytes(length)
+            case 3 if len(changed) > length:
+                del changed[position : position + length]
+            case _:
+                changed[position:position] = changed[position : position + length]
+    return bytes(changed)
+
+
+class TestHostile:
+    FILES = tuple(
+        container(*size, stride, 32, iterations, seed)
+        for seed, (size, stride, iterations) in enumerate(
+            [((1, 1), 16, 16), ((70, 33), 16, 3), ((200, 150), 8, 16), ((500, 1), 16, 1)]
+        )
+    )
+
+    def check(self, data: bytes, file: Container) -> str:
+        """No outcome is allowed but an error and a prefix of the original."""
+        try:
+            payloads = read(data, max_pixels=LIMIT).payloads
+        except FormatError as error:
+            return "error" if str(error).isprintable() else "unprintable"
+        assert payloads == file.payloads[: len(payloads)]
+        if payloads:
+            assert read(truncate(data), max_pixels=LIMIT).payloads == payloads
+        return "prefix"
+
+    def test_500_corrupted(self):
+        rng = random.Random(1)
+        outcomes = []
+        for i in range(500):
+            file = self.FILES[i % len(self.FILES)]
+            outcomes.append(self.check(corrupt(write(file), rng), file))
+        assert outcomes.count("error") > 400
+        assert set(outcomes) <= {"error", "prefix"}
+
+    def test_500_truncated(self):
+        rng = random.Random(2)
+        outcomes = []
+        for i in range(500):
+            file = self.FILES[i % len(self.FILES)]
+            data = write(file)
+            length = rng.randrange(len(data))
+            outcome = self.check(data[:length], file)
+            assert outcome == ("error" if length < file.header.size else "prefix")
+            if outcome == "prefix":
+                complete = len(read(data[:length], max_pixels=LIMIT).payloads)
+                ends = [file.header.size + sum(map(len, file.payloads[:k])) for k in range(len(file.payloads) + 1)]
+                assert ends[complete] <= length < ends[complete + 1]
+            outcomes.append(outcome)
+        assert {"error", "prefix"} == set(outcomes)
+
+    def test_random_bytes(self):
+        rng = random.Random(3)
+        for _ in range(300):
+            with pytest.raises(FormatError):
+                read(b"\x8fRNC\x01" + rng.randbytes(rng.randrange(200)), max_pixels=LIMIT)
+
+    @pytest.mark.parametrize("coding", [b"\x00", b"\x01\xff\xff\xff\xff"])
+    def test_huge_claims_allocate_nothing(self, coding):
+        stride = 16 if len(coding) == 5 else 1  # 4096 * 4096 * 255 bits need a length of four bytes
+        data = forge(fixed(65535, 65535, stride, 255) + b"\xff" + (coding + bytes(4)) * 255, bytes(1000))
+        tracemalloc.start()
+        try:
+            with pytest.raises(FormatError):
+                read(data, max_pixels=LIMIT)
+            with pytest.raises(FormatError):
+                truncate(data)
+            if stride == 1:
+                assert read(data, max_pixels=2**32).payloads == ()
+                assert len(read_header(data).sizes) == 255
+            peak = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+        assert peak < 2**20

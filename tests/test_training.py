@@ -1,0 +1,219 @@
+"""Training: schedules, the guard against divergence, and whole runs of train.py that are killed, resumed and shared."""
+
+import csv
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import lightning as L
+import pytest
+import torch
+import yaml
+
+from rnncodec.network import NetworkConfig
+from rnncodec.training import CodecTraining, to_uint8
+
+ROOT = Path(__file__).parent.parent
+TINY = NetworkConfig(encoder_channels=(8, 8, 8, 8), decoder_channels=(8, 8, 8, 8, 8))
+
+
+def test_iterations_grow_by_step_up_to_the_configured_number():
+    module = CodecTraining(TINY, iterations=6, growth={0: 2, 10: 4, 20: 8}, growth_end=30)
+    assert [module.current_iterations(step) for step in (0, 9, 10, 19, 20, 29, 30)] == [2, 2, 4, 4, 6, 6, 6]
+    assert CodecTraining(TINY, iterations=6).current_iterations(0) == 6
+
+
+def test_learning_rate_rises_stays_and_falls_to_zero():
+    module = CodecTraining(TINY, warmup_steps=4, decay_steps=10)
+    module._trainer = SimpleNamespace(max_steps=100)  # pyright: ignore[reportAttributeAccessIssue]
+    factors = [module.learning_rate_factor(step) for step in (0, 1, 3, 50, 90, 95, 99, 100)]
+    assert factors == pytest.approx([0.25, 0.5, 1, 1, 1, 0.5, 0.1, 0])
+
+
+def test_to_uint8_rounds_and_clamps():
+    x = torch.tensor([-2.0, -1.0, -1 + 2 / 255, -1 + 2.9 / 255, 0.0, 1.0, 3.0])
+    assert to_uint8(x).tolist() == [0, 0, 1, 1, 128, 255, 255]
+
+
+class Patches(torch.utils.data.Dataset):
+    """Random patches, of which those of the steps in `bad` hold NaN."""
+
+    def __init__(self, steps, bad=()):
+        self.steps, self.bad = steps, bad
+
+    def __len__(self):
+        return self.steps
+
+    def __getitem__(self, step):
+        x = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(step)) * 2 - 1
+        return x * math.nan if step in self.bad else x
+
+
+def fit(module, dataset, **kwargs):
+    trainer = L.Trainer(
+        max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, **kwargs,
+    )  # fmt: skip
+    trainer.fit(module, torch.utils.data.DataLoader(dataset, batch_size=None))
+    return trainer
+
+
+class Recorder(L.Callback):
+    def __init__(self):
+        self.weights = []
+
+    def on_train_batch_end(self, trainer, pl_module, *args):
+        self.weights.append(torch.cat([p.detach().flatten() for p in pl_module.parameters()]))
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "muon"])
+def test_steps_with_nan_are_skipped_and_counted(optimizer):
+    torch.manual_seed(0)
+    module, recorder = CodecTraining(TINY, iterations=2, optimizer=optimizer, warmup_steps=1), Recorder()
+    fit(module, Patches(6, bad={2, 3}), callbacks=[recorder], gradient_clip_val=1.0)
+    moved = [not torch.equal(a, b) for a, b in zip(recorder.weights, recorder.weights[1:], strict=False)]
+    assert moved == [True, False, False, True, True]
+    assert all(torch.isfinite(weights).all() for weights in recorder.weights)
+    assert module.bad_steps == 2
+
+
+def test_training_stops_after_many_bad_steps_in_a_row():
+    module = CodecTraining(TINY, iterations=1, max_bad_steps=3)
+    with pytest.raises(FloatingPointError, match="4 steps in a row"):
+        fit(module, Patches(10, bad=set(range(2, 10))))
+
+
+def test_loss_is_the_mean_l1_of_all_iterations():
+    torch.manual_seed(0)
+    module = CodecTraining(TINY, iterations=3)
+    module.log = lambda *args, **kwargs: None
+    module._trainer = SimpleNamespace(global_step=0)  # pyright: ignore[reportAttributeAccessIssue]
+    x = torch.rand(2, 3, 32, 32) * 2 - 1
+    torch.manual_seed(5)
+    loss = module.training_step(x, 0)
+    torch.manual_seed(5)  # the same stochastic bits
+    errors = [(x - step.x_hat).abs().double().mean().item() for step in module.network.unroll(x, 3)]
+    assert loss.item() == pytest.approx(sum(errors) / 3, abs=1e-6)
+
+
+def command(photos, folder, *args):
+    return [
+        sys.executable, str(ROOT / "train.py"), "fit", "--config", str(ROOT / "configs" / "debug.yaml"),
+        "--data.root", str(photos), "--data.cache_dir", str(folder / "cache"), "--data.val_images", "1",
+        "--trainer.default_root_dir", str(folder), "--trainer.accelerator", "cpu",
+        "--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false", *args,
+    ]  # fmt: skip
+
+
+def environment(**values):
+    path = os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+    return {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled", "PYTHONPATH": path, **values}
+
+
+def run(photos, folder, *args, **values):
+    done = subprocess.run(
+        command(photos, folder, *args),
+        env=environment(**values),
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done
+
+
+def probe(folder):
+    return ["--trainer.callbacks+", "probe.Probe", "--trainer.callbacks.folder", str(folder)]
+
+
+NO_VALIDATION = ["--trainer.limit_val_batches", "0"]
+
+
+def test_two_processes_hold_the_same_weights_and_share_no_patch(photos, tmp_path):
+    run(
+        photos, tmp_path, "--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.max_steps", "6",
+        *NO_VALIDATION, *probe(tmp_path / "probe"),
+    )  # fmt: skip
+    weights = [torch.load(tmp_path / "probe" / f"weights-{rank}.pt") for rank in (0, 1)]
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+    patches = [(tmp_path / "probe" / f"patches-{rank}.txt").read_text().split() for rank in (0, 1)]
+    assert [len(p) for p in patches] == [48, 48]
+    assert len(set(patches[0]) | set(patches[1])) == 96
+
+
+def test_a_killed_run_ends_with_the_weights_of_an_uninterrupted_one(photos, tmp_path):
+    steps = ["--trainer.max_steps", "150", *NO_VALIDATION]
+    for name in ("whole", "killed"):
+        (tmp_path / name).mkdir()
+    run(photos, tmp_path / "whole", *steps, *probe(tmp_path / "whole" / "probe"))
+
+    folder = tmp_path / "killed"
+    last = folder / "debug" / "last.ckpt"
+    often = ["--checkpoint_minutes", "0.005"]
+    process = subprocess.Popen(
+        command(photos, folder, *steps, *often), env=environment(), cwd=folder,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 200
+        while not last.exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)  # the whole session: workers die with it
+    process.wait()
+    step = torch.load(last, weights_only=True)["global_step"]
+    assert 0 < step < 150
+
+    run(photos, folder, *steps, "--ckpt_path", str(last), *probe(folder / "probe"))
+    whole, resumed = (torch.load(tmp_path / name / "probe" / "weights-0.pt") for name in ("whole", "killed"))
+    assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
+    averaged = [
+        torch.load(tmp_path / name / "debug" / "last.ckpt", weights_only=True)["state_dict"]
+        for name in ("whole", "killed")
+    ]
+    assert all(torch.equal(value, averaged[1][name]) for name, value in averaged[0].items())
+    assert any(not torch.equal(value, whole[name]) for name, value in averaged[0].items())  # they are averages indeed
+
+
+def test_a_run_leaves_metrics_config_checkpoint_and_wandb_files(photos, tmp_path):
+    run(
+        photos, tmp_path, "--trainer.max_steps", "20", "--trainer.val_check_interval", "10",
+        "--trainer.log_every_n_steps", "5", WANDB_MODE="offline",
+    )  # fmt: skip
+    folder = tmp_path / "debug"
+    rows = list(csv.DictReader((folder / "metrics" / "version_0" / "metrics.csv").open()))
+    assert [int(row["step"]) for row in rows if row["val/psnr_16"]] == [9, 19]
+    values = [float(row["val/psnr_1"]) for row in rows if row["val/psnr_1"]]
+    assert all(5 < value < 40 for value in values)
+    assert yaml.safe_load((folder / "config.yaml").read_text())["model"]["iterations"] == 4
+
+    module = CodecTraining.load_from_checkpoint(folder / "best.ckpt", map_location="cpu")
+    assert module.network.config.encoder_channels == (8, 16, 16, 32)
+
+    files = next((folder / "wandb").glob("offline-run-*")) / "files" / "media"
+    assert list(files.rglob("reconstructions*.png"))
+    table = json.loads(next(files.rglob("*.table.json")).read_text())
+    assert table["columns"] == ["iterations", "bpp", "psnr", "ms_ssim"]
+    assert [row[:2] for row in table["data"]] == [[k, k * 0.125] for k in (1, 2, 4, 8, 16)]
+
+
+@pytest.mark.parametrize("config", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_config_opens_with_its_purpose_and_builds(config):
+    lines = config.read_text().splitlines()
+    assert lines[0].startswith("# ")
+    assert lines[0].endswith(".")
+    values = yaml.safe_load(config.read_text())
+    assert values["name"] == config.stem
+    network = values.get("model", {}).get("network", {})
+    network = {name: tuple(value) if isinstance(value, list) else value for name, value in network.items()}
+    with torch.device("meta"):
+        module = CodecTraining(NetworkConfig(**network))
+        x = torch.zeros(1, 3, 32, 32)
+        assert [step.x_hat.shape for step in module.network.unroll(x, 2)] == [x.shape] * 2
