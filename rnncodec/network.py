@@ -8,7 +8,7 @@ Training, encoding and decoding all run `RecurrentCodec.forward`, one step, in a
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import pairwise
 from typing import Literal, NamedTuple, cast, get_args
 
@@ -54,6 +54,9 @@ class NetworkConfig:
     gain_channels: tuple[int, ...] = (32, 32, 32, 32)
 
     def __post_init__(self) -> None:
+        for field in fields(self):  # configs and checkpoints hold lists
+            if isinstance(getattr(self, field.name), list):
+                object.__setattr__(self, field.name, tuple(getattr(self, field.name)))
         for name, names in (
             ("encoder_cell", CellName),
             ("decoder_cell", CellName),

@@ -56,10 +56,12 @@ class CodecTraining(L.LightningModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
-        # A checkpoint holds the dataclass as plain values.
+        self.hparams.pop("_instantiator", None)  # the command line's detour to what `load_from_checkpoint` does alone
+        # A checkpoint holds plain values: a mapping for the network, and names for the steps of growth.
         self.network = RecurrentCodec(network if isinstance(network, NetworkConfig) else NetworkConfig(**network))
         self.network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-        self.iterations, self.growth, self.growth_end = iterations, growth or {}, growth_end
+        self.iterations, self.growth_end = iterations, growth_end
+        self.growth = {int(step): k for step, k in (growth or {}).items()}
         self.optimizer, self.learning_rate, self.muon_learning_rate = optimizer, learning_rate, muon_learning_rate
         self.warmup_steps, self.decay_steps = warmup_steps, decay_steps
         self.max_bad_steps = max_bad_steps

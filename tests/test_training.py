@@ -188,7 +188,7 @@ def test_a_run_leaves_metrics_config_checkpoint_and_wandb_files(photos, tmp_path
         "--trainer.log_every_n_steps", "5", WANDB_MODE="offline",
     )  # fmt: skip
     folder = tmp_path / "debug"
-    rows = list(csv.DictReader((folder / "metrics" / "version_0" / "metrics.csv").open()))
+    rows = list(csv.DictReader((folder / "metrics" / "version_0" / "metrics.csv").read_text().splitlines()))
     assert [int(row["step"]) for row in rows if row["val/psnr_16"]] == [9, 19]
     values = [float(row["val/psnr_1"]) for row in rows if row["val/psnr_1"]]
     assert all(5 < value < 40 for value in values)
