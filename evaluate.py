@@ -28,8 +28,8 @@ from rich.table import Table
 
 import rnncodec
 from rnncodec.codec import MAX_ITERATIONS, Codec
-from rnncodec.format import read, truncate, unpack_bits
-from rnncodec.images import MAX_PIXELS, atomic_write, find_images, load_image, save_image
+from rnncodec.format import truncate
+from rnncodec.images import atomic_write, find_images, load_image, save_image
 from rnncodec.metrics import MS_SSIM_MIN_SIDE, ms_ssim, psnr
 
 SHOWN = (1, 2, 4, 8, 16)  # iterations whose pictures are checked and saved
@@ -70,15 +70,7 @@ class Point:
 
 def decode_every_iteration(codec: Codec, data: bytes) -> Iterator[Coded]:
     """The file cut to 1, 2, ... iterations, for the cost of decoding it once."""
-    container = read(data, max_pixels=MAX_PIXELS)
-    header, state = container.header, None
-    for k, payload in enumerate(container.payloads, start=1):
-        bits = torch.from_numpy(unpack_bits(payload, header.bits, header.rows, header.cols))[None].to(codec.device)
-        with torch.inference_mode():
-            step = codec.network(state, bits=(2 * bits.float() - 1).contiguous(memory_format=torch.channels_last))
-        state = step.state
-        x_hat = step.x_hat[0, :, : header.height, : header.width].permute(1, 2, 0)
-        x_hat = ((x_hat.clamp(-1, 1) + 1) * 127.5).round().byte().cpu().numpy()
+    for k, x_hat in enumerate(codec.decode_progressive(data), start=1):
         yield Coded(k, len(truncate(data, iterations=k)), x_hat)
 
 

@@ -1,1 +1,43 @@
-"""A recurrent progressive image codec."""
+"""A recurrent progressive image codec: one network and one file for every bit rate.
+
+codec = rnncodec.load()
+data = codec.encode(image, psnr=32)
+image = codec.decode(data, iterations=4)
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import os
+
+    import torch
+
+    from rnncodec.codec import Codec
+
+__version__ = "0.1.0"
+__all__ = ["Codec", "__version__", "load"]
+
+
+def load(name_or_path: "str | os.PathLike[str]" = "small", device: "str | torch.device" = "cpu") -> "Codec":
+    """Loads trained weights into a codec.
+
+    Args:
+        name_or_path: the name of weights that come with the package, or the path of a `.safetensors` file.
+        device: where to compute, `cpu` or `cuda`.
+
+    Raises:
+        ValueError: there are no such weights, they are damaged, or the device is not available.
+    """
+    from rnncodec.codec import Codec
+    from rnncodec.weights import load_weights
+
+    return Codec(load_weights(name_or_path), device)
+
+
+def __getattr__(name: str) -> Any:
+    # torch takes seconds to import, and `rnncodec info` and `truncate` do without it.
+    if name == "Codec":
+        from rnncodec.codec import Codec
+
+        return Codec
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 import rnncodec
-from rnncodec import cli, format, weights
+from rnncodec import cli, weights
 from rnncodec.cli import main
 from rnncodec.codec import Codec
 from rnncodec.network import NetworkConfig, RecurrentCodec

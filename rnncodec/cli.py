@@ -1,0 +1,442 @@
+"""The command line: `rnncodec encode`, `decode`, `info`, `truncate` and `export`."""
+
+import argparse
+import json
+import math
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple
+
+import numpy as np
+from PIL import Image
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from rnncodec import __version__, format, images
+from rnncodec.format import FormatError, Header
+
+if TYPE_CHECKING:
+    from rnncodec.codec import Codec  # imported only by what needs a network, as torch takes seconds
+
+HEADER_BYTES = 4096  # no header is longer
+MAX_FILE_BYTES = 2**30
+FAILURES = (ValueError, OSError, MemoryError, RuntimeError)  # torch reports exhausted memory as RuntimeError
+
+PATHS = """\
+Exactly two paths, the second of which is '-' or ends in {suffix}, are one input and its output, which is
+overwritten if it exists. Otherwise every path is an input, and folders stand for all {kind} below them;
+each output lies beside its input or, with --output-dir, in that folder, below the folders the input had, and
+replaces an existing file only with --force. '-' is standard input or output; alone, it is both."""
+
+Report = Callable[[int, int], None]
+
+
+class UsageError(ValueError):
+    """Arguments that do not go together."""
+
+
+class Job(NamedTuple):
+    """An input, the output it becomes (each '-' for a pipe), and whether an existing output may be replaced."""
+
+    source: str
+    target: str
+    overwrite: bool
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line.
+
+    Args:
+        argv: arguments without the program's name; None takes those of the process.
+
+    Returns:
+        The exit status: 0 if all went well, 1 if something could not be done, 130 if interrupted.
+
+    Raises:
+        SystemExit: with status 2 for wrong usage, 0 after `--help` and `--version`.
+    """
+    parser = _parser()
+    args = parser.parse_args(argv)
+    try:
+        status = args.command(args)
+        if sys.stdout:
+            sys.stdout.flush()
+        return status
+    except UsageError as error:
+        parser.error(_one_line(error))
+    except KeyboardInterrupt:
+        _complain("interrupted")
+        return 130
+    except FAILURES as error:
+        if isinstance(error, OSError) and sys.stdout is sys.__stdout__:
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - what failed once must not fail again at exit
+        if not isinstance(error, BrokenPipeError):  # whoever read our output has left and wants no more words
+            _complain(f"error: {_one_line(error)}")
+        return 1
+
+
+def encode(args: argparse.Namespace) -> int:
+    """Compresses images."""
+    jobs = _jobs(args, ".rnc", {".rnc"}, lambda folder: images.find_images([folder]))
+    _check_iterations(args)
+    codec = _codec(args.weights or "small", args)
+
+    def work(source: str, target: str, report: Report) -> str:
+        image = images.load_image(_stdin() if source == "-" else source, args.max_pixels)
+        data = codec.encode(image, args.iterations, bpp=args.bpp, psnr=args.psnr, progress=report)
+        _write(target, data)
+        header = format.read_header(data)
+        return f"{len(header.iterations)} iterations, {len(data)} bytes, {header.bpp[-1]:.4f} bpp"
+
+    return _each(jobs, work)
+
+
+def decode(args: argparse.Namespace) -> int:
+    """Decompresses files."""
+    Image.init()
+    suffixes = {s for s, name in Image.registered_extensions().items() if name in images.FORMATS and name in Image.SAVE}
+    suffix = f".{args.format or 'png'}".lower()
+    if suffix not in suffixes:
+        raise UsageError(f"unknown --format {args.format!r}")
+    jobs = _jobs(args, suffix, suffixes, _find_files)
+    _check_iterations(args)
+    codecs: dict[bytes, Codec] = {}
+    if args.weights:
+        given = _codec(args.weights, args)
+        codecs[given.fingerprint] = given
+
+    def work(source: str, target: str, report: Report) -> str:
+        header, data = _read(source)
+        if header.fingerprint not in codecs:
+            codecs[header.fingerprint] = _codec_for(header, args)
+        codec = codecs[header.fingerprint]
+        image = codec.decode(data, args.iterations, max_pixels=args.max_pixels, progress=report)
+        images.save_image(np.asarray(image), _stdout() if target == "-" else target, args.format)
+        return f"{image.width}x{image.height}"
+
+    return _each(jobs, work)
+
+
+def info(args: argparse.Namespace) -> int:
+    """Shows what is in files."""
+
+    def work(source: str, target: str, report: Report) -> None:
+        header, data = _read(source)
+        complete = len(format.read(data, max_pixels=2**32).payloads)
+        rows = list(zip(header.sizes, header.bpp, strict=True))
+        if args.json:
+            document = {
+                "file": source,
+                "version": format.VERSION,
+                "bytes": len(data),
+                "width": header.width,
+                "height": header.height,
+                "weights": header.weights,
+                "fingerprint": header.fingerprint.hex(),
+                "complete": complete,
+                "iterations": [{"iteration": t, "bytes": size, "bpp": bpp} for t, (size, bpp) in enumerate(rows, 1)],
+            }
+            print(json.dumps(document))
+            return
+        print(f"{_printable(source)}: {header.width}x{header.height}, {len(data)} bytes, version {format.VERSION}")
+        print(f"weights {header.weights} ({header.fingerprint.hex()}), {complete} of {len(rows)} iterations complete")
+        table = Table("iteration", "bytes", "bpp", "")
+        for column in table.columns[:3]:
+            column.justify = "right"
+        for t, (size, bpp) in enumerate(rows, 1):
+            table.add_row(str(t), str(size), f"{bpp:.4f}", "" if t <= complete else "missing")
+        Console(highlight=False).print(table)
+
+    return _each([Job(file, "", True) for file in args.paths], work)
+
+
+def truncate(args: argparse.Namespace) -> int:
+    """Shortens a file."""
+
+    def work(source: str, target: str, report: Report) -> str:
+        data = format.truncate(_read(source)[1], iterations=args.iterations, max_bytes=args.bytes)
+        _write(target, data)
+        return f"{len(format.read_header(data).iterations)} iterations, {len(data)} bytes"
+
+    return _each([Job(args.input, args.output, True)], work)
+
+
+def export(args: argparse.Namespace) -> int:
+    """Makes weights of a checkpoint."""
+    from rnncodec.weights import load_checkpoint, load_weights, save_weights
+
+    def work(source: str, target: str, report: Report) -> str:
+        network, provenance = load_checkpoint(source)
+        save_weights(target, network, args.name, provenance)
+        return f"weights {args.name} ({load_weights(target).fingerprint.hex()})"
+
+    return _each([Job(args.checkpoint, args.output, True)], work)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("rnncodec", description="A recurrent progressive image codec.")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="encode | decode | info | truncate | export")
+
+    def add(command: Callable[[argparse.Namespace], int], help: str, epilog: str = "") -> argparse.ArgumentParser:
+        sub = commands.add_parser(
+            command.__name__,
+            help=help,
+            description=f"{help[0].upper()}{help[1:]}.",
+            epilog=epilog,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        sub.set_defaults(command=command)
+        return sub
+
+    def add_coding(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("paths", nargs="+", metavar="PATH", help="inputs, or one input and its output; see below")
+        sub.add_argument("--output-dir", metavar="DIR", type=Path, help="where outputs go, made if it does not exist")
+        sub.add_argument("--force", action="store_true", help="replace existing outputs that were not named one by one")
+        sub.add_argument("--weights", metavar="W", help="name of shipped weights, or path of a .safetensors file")
+        sub.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
+        sub.add_argument(
+            "--max-pixels",
+            metavar="N",
+            type=_positive_int,
+            default=images.MAX_PIXELS,
+            help="refuse larger images (default: %(default)s)",
+        )
+
+    sub = add(encode, "compress images to .rnc files", PATHS.format(suffix=".rnc", kind="images"))
+    add_coding(sub)
+    target = sub.add_mutually_exclusive_group()
+    target.add_argument("--iterations", metavar="N", type=_positive_int, help="1 to 16 (default: 16)")
+    target.add_argument(
+        "--bpp", metavar="B", type=_positive, help="at most so many bits per pixel, the file as a whole"
+    )
+    target.add_argument("--psnr", metavar="DB", type=_positive, help="as few iterations as reach so many dB")
+
+    sub = add(decode, "decompress .rnc files", PATHS.format(suffix="the suffix of an image format", kind=".rnc files"))
+    add_coding(sub)
+    sub.add_argument("--iterations", metavar="K", type=_positive_int, help="decode only so many (default: all)")
+    sub.add_argument("--format", metavar="F", help="image format, as a suffix (default: that of the output, or png)")
+
+    sub = add(info, "show size, weights, and bytes and bits per pixel of each iteration")
+    sub.add_argument("paths", nargs="+", metavar="FILE", help=".rnc files, or '-'")
+    sub.add_argument("--json", action="store_true", help="one JSON object a line for each file")
+
+    sub = add(truncate, "shorten a file to its first iterations; without a limit, to those that are complete")
+    sub.add_argument("input", metavar="IN", help="an .rnc file, or '-'")
+    sub.add_argument("output", metavar="OUT", help="the file to write, overwritten if it exists, or '-'")
+    limit = sub.add_mutually_exclusive_group()
+    limit.add_argument("--iterations", metavar="K", type=_positive_int, help="how many to keep")
+    limit.add_argument("--bytes", metavar="N", type=_positive_int, help="keep as many as fit in so many bytes")
+
+    sub = add(export, "make a checkpoint of train.py into weights for --weights, in half precision")
+    sub.add_argument("checkpoint", metavar="CHECKPOINT", help="a .ckpt file")
+    sub.add_argument("output", metavar="OUT", help="the .safetensors file to write, overwritten if it exists")
+    sub.add_argument("--name", required=True, help="what files made with these weights call them")
+    return parser
+
+
+def _jobs(
+    args: argparse.Namespace, suffix: str, output_suffixes: set[str], search: Callable[[Path], list[Path]]
+) -> list[Job]:
+    """What to do, by the rule of `PATHS`."""
+    paths: list[str] = args.paths
+    if paths == ["-"]:
+        paths = ["-", "-"]
+    if len(paths) == 2 and (paths[1] == "-" or Path(paths[1]).suffix.lower() in output_suffixes):
+        if args.output_dir is not None:
+            raise UsageError("give an output or --output-dir, not both")
+        if Path(paths[0]).is_dir():
+            raise UsageError(f"{paths[0]} is a folder and cannot become one output")
+        jobs = [Job(paths[0], paths[1], True)]
+    elif "-" in paths:
+        raise UsageError("'-' cannot be one of several inputs")
+    else:
+        jobs = []
+        for path in map(Path, paths):
+            files = search(path) if path.is_dir() else [path]
+            if not files:
+                raise ValueError(f"nothing to do in {path}")
+            for file in files:
+                place = file if args.output_dir is None else args.output_dir / _below(file, path)
+                jobs.append(Job(str(file), str(place.with_suffix(suffix)), args.force))
+        jobs = list(dict.fromkeys(jobs))
+    sources = {os.path.realpath(job.source): job.source for job in jobs if job.source != "-"}
+    targets: dict[str, str] = {}
+    for job in jobs:
+        if job.target == "-":
+            continue
+        target = os.path.realpath(job.target)
+        if target in sources:
+            raise ValueError(f"{job.target} would overwrite the input {sources[target]}")
+        if target in targets:
+            raise ValueError(f"{targets[target]} and {job.source} would both become {job.target}")
+        targets[target] = job.source
+    return jobs
+
+
+def _find_files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() == ".rnc" and path.is_file())
+
+
+def _below(file: Path, root: Path) -> Path:
+    """The path of a file within the folder it was found in, or its bare name."""
+    return Path(file.name) if file == root else file.relative_to(root)
+
+
+def _each(jobs: Sequence[Job], work: Callable[[str, str, Report], str | None]) -> int:
+    """Does all jobs, whatever becomes of each, and gives the exit status."""
+    failed = False
+    with _progress(len(jobs)) as start:
+        for job in jobs:
+            try:
+                if not job.overwrite and os.path.lexists(job.target):
+                    raise ValueError(f"{job.target} exists; --force replaces it")
+                if job.target not in ("", "-"):
+                    Path(job.target).parent.mkdir(parents=True, exist_ok=True)
+                with warnings.catch_warnings(record=True) as caught:
+                    warnings.simplefilter("always")
+                    summary = work(job.source, job.target, start(job.source))
+                for warning in caught:
+                    _complain(f"warning: {job.source}: {warning.message}")
+                if summary and job.target != "-":
+                    print(f"{_printable(job.target)}: {summary}")
+            except BrokenPipeError:
+                raise
+            except FAILURES as error:
+                message = _one_line(error)
+                _complain(f"error: {message}" if job.source in message else f"error: {job.source}: {message}")
+                failed = True
+    return int(failed)
+
+
+@contextmanager
+def _progress(jobs: int) -> Iterator[Callable[[str], Report]]:
+    """Bars on standard error if that is a terminal; gives a function that starts the bar of a job."""
+    if not (sys.stderr and sys.stderr.isatty()):
+        yield lambda source: lambda done, total: None
+        return
+    columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    on_terminal = bool(sys.stdout and sys.stdout.isatty())
+    with Progress(*columns, console=Console(stderr=True), transient=True, redirect_stdout=on_terminal) as bars:
+        files = bars.add_task("files", total=jobs, visible=jobs > 1)
+        steps = bars.add_task("", total=None)
+        begun = 0
+
+        def start(source: str) -> Report:
+            nonlocal begun
+            bars.update(files, completed=begun)
+            begun += 1
+            bars.reset(steps, description=_printable(source), total=None)
+            return lambda done, total: bars.update(steps, completed=done, total=total)
+
+        yield start
+
+
+def _codec(weights: str, args: argparse.Namespace) -> "Codec":
+    import torch
+
+    import rnncodec
+
+    device = args.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return rnncodec.load(weights, device)
+
+
+def _codec_for(header: Header, args: argparse.Namespace) -> "Codec":
+    """The shipped weights that a file names."""
+    from rnncodec.weights import WeightsError, known_weights
+
+    known = known_weights()
+    for name, fingerprint in known.items():
+        if fingerprint == header.fingerprint.hex():
+            return _codec(name, args)
+    names = ", ".join(f"{name} ({fingerprint})" for name, fingerprint in known.items()) or "none"
+    raise WeightsError(
+        f"the file needs the weights {header.weights} ({header.fingerprint.hex()}); known are: {names}"
+        + (f"; {args.weights} are others" if args.weights else "; --weights gives others")
+    )
+
+
+def _check_iterations(args: argparse.Namespace) -> None:
+    from rnncodec.codec import MAX_ITERATIONS
+
+    if (args.iterations or 1) > MAX_ITERATIONS:
+        raise UsageError(f"--iterations must be in 1..{MAX_ITERATIONS}, not {args.iterations}")
+
+
+def _read(source: str) -> tuple[Header, bytes]:
+    """The header and the bytes of an .rnc file, no more of them than the header announces and one."""
+
+    def read(file: BinaryIO) -> tuple[Header, bytes]:
+        data = bytearray(file.read(HEADER_BYTES))
+        header = format.read_header(bytes(data))
+        size = header.sizes[-1]
+        if size > MAX_FILE_BYTES:
+            raise FormatError(f"the header announces {size} bytes, more than the limit of {MAX_FILE_BYTES}")
+        # In pieces, as read(size) would allocate all that was announced, there or not.
+        while len(data) <= size and (piece := file.read(min(size + 1 - len(data), 2**20))):
+            data += piece
+        return header, bytes(data)
+
+    if source == "-":
+        return read(_stdin())
+    with open(source, "rb") as file:
+        return read(file)
+
+
+def _write(target: str, data: bytes) -> None:
+    if target == "-":
+        _stdout().write(data)
+    else:
+        images.atomic_write(target, data)
+
+
+def _stdin() -> BinaryIO:
+    if sys.stdin is None:
+        raise OSError("standard input is closed")
+    return sys.stdin.buffer
+
+
+def _stdout() -> BinaryIO:
+    if sys.stdout is None:
+        raise OSError("standard output is closed")
+    return sys.stdout.buffer
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be positive, not {text}")
+    return value
+
+
+def _positive_int(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {text}")
+    return value
+
+
+def _complain(message: str) -> None:
+    """One line on standard error."""
+    print(f"rnncodec: {_printable(message)}", file=sys.stderr)
+
+
+def _one_line(error: BaseException) -> str:
+    """The message of an error without its traceback, line breaks and numbers of the operating system."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
+    if isinstance(error, MemoryError):
+        return "not enough memory"
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _printable(text: str) -> str:
+    """Names of files may hold anything; escapes what would move the cursor or cannot be encoded."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)

@@ -1,0 +1,465 @@
+"""Images to compressed files and back with one trained network: any size, any device, in tiles if memory is short."""
+
+import math
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple, TypedDict
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from rnncodec import format
+from rnncodec.format import Container, FormatError, Header, Iteration
+from rnncodec.images import MAX_PIXELS, to_rgb
+from rnncodec.network import NetworkConfig
+from rnncodec.weights import Weights, WeightsError
+
+MAX_ITERATIONS = 16
+MEMORY = (
+    2 * 2**30
+)  # bytes of activations above which an image is cut into tiles; the same everywhere, as tiles leave traces
+MIN_CORE = 256  # pixels; smaller tiles would spend nearly all their time on halos
+
+Progress = Callable[[int, int], None]
+Box = tuple[slice, slice]
+
+
+class Compressed(TypedDict):
+    """Bare payloads of a batch: a string for each image and iteration, and the height and width of the images."""
+
+    strings: list[list[bytes]]
+    shape: tuple[int, int]
+
+
+class Tile(NamedTuple):
+    """Rows and columns of the code that are computed together (`area`), and those of them that are kept (`core`)."""
+
+    area: Box
+    core: Box
+
+
+class Codec:
+    """A network ready to code images; `rnncodec.load` makes one.
+
+    On one device, encoding t iterations, decoding t iterations and the t-th step of `network.unroll` agree exactly.
+
+    Args:
+        weights: from `rnncodec.weights.load_weights`.
+        device: where to compute, `cpu` or `cuda`.
+        tile: side in pixels, rounded up to whole blocks, of the tiles that images are cut into; None cuts only images
+            whose activations would take more than 2 GiB. Files do not depend on it beyond the choice of bits along
+            borders, and decoded images only in the last bits of floating-point sums.
+
+    Raises:
+        ValueError: the device is not available.
+    """
+
+    def __init__(self, weights: Weights, device: str | torch.device = "cpu", tile: int | None = None) -> None:
+        self.device = torch.device(device)
+        if self.device.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError("no CUDA device is available")
+        if tile is not None and tile < 1:
+            raise ValueError(f"tile must be at least 1, not {tile}")
+        self.network = weights.network.eval().to(self.device).to(memory_format=torch.channels_last)
+        self.config = weights.network.config
+        self.name, self.fingerprint, self.provenance = weights.name, weights.fingerprint, weights.provenance
+        self.tile = tile
+
+    def encode(
+        self,
+        image: Image.Image | np.ndarray | Tensor,
+        iterations: int | None = None,
+        *,
+        bpp: float | None = None,
+        psnr: float | None = None,
+        progress: Progress | None = None,
+    ) -> bytes:
+        """Compresses an image; at most one of iterations, bpp and psnr says how far.
+
+        Args:
+            image: PIL image of any mode, uint8 array [H, W, 3], or tensor [3, H, W] in [0, 1], rounded to 8 bits.
+            iterations: 1 to 16, the default.
+            bpp: as many iterations as keep the whole file within so many bits per pixel.
+            psnr: as few iterations as bring the decoded image to so many dB; if 16 do not, those and a warning.
+            progress: is called with the steps done and the steps in all.
+
+        Returns:
+            The bytes of a file, see the specification of the format.
+
+        Raises:
+            ValueError: the image or the target is not as above, or not even one iteration fits bpp.
+        """
+        if sum(target is not None for target in (iterations, bpp, psnr)) > 1:
+            raise ValueError("give one of iterations, bpp and psnr, not several")
+        array = _as_array(image)
+        height, width = array.shape[:2]
+        pixels = torch.from_numpy(array).permute(2, 0, 1)[None]
+        if bpp is not None:
+            iterations = self._iterations_within(bpp, height, width)
+        if psnr is None:
+            planes = self._analyse(pixels, _check_iterations(iterations), progress)
+        else:
+            planes = self._analyse_to(psnr, pixels, progress)
+        payloads = tuple(format.pack_bits(plane) for plane in planes[:, 0])
+        return format.write(Container(self._header(height, width, payloads), payloads))
+
+    def decode(
+        self,
+        data: bytes,
+        iterations: int | None = None,
+        *,
+        max_pixels: int = MAX_PIXELS,
+        progress: Progress | None = None,
+    ) -> Image.Image:
+        """Decompresses a file, or what is there of it.
+
+        Args:
+            data: the bytes of a file, which may have been cut anywhere behind the first iteration.
+            iterations: decode only so many; None decodes all that are complete, with a warning if some are not.
+            max_pixels: larger images are refused before anything is allocated for them.
+            progress: is called with the steps done and the steps in all.
+
+        Raises:
+            WeightsError: the file needs other weights.
+            FormatError: the data is corrupt, too large, no such file or without a complete iteration.
+            ValueError: the file has fewer complete iterations than asked for.
+        """
+        header, planes = self._read(data, iterations, max_pixels)
+        array = np.empty((header.height, header.width, 3), np.uint8)
+        for t, (y, x), x_hat in self._synthesise(planes, header.height, header.width, progress):
+            if t == len(planes) - 1:
+                array[y, x] = _to_bytes(x_hat)[0].permute(1, 2, 0).cpu().numpy()
+        return Image.fromarray(array)
+
+    def decode_progressive(
+        self, data: bytes, iterations: int | None = None, *, max_pixels: int = MAX_PIXELS
+    ) -> Iterator[np.ndarray]:
+        """Decompresses a file once and yields the image of every iteration, uint8 [H, W, 3]; arguments as in `decode`.
+
+        Raises:
+            ValueError: as `decode`, before the first image.
+        """
+        header, planes = self._read(data, iterations, max_pixels)
+        arrays = np.empty((len(planes), header.height, header.width, 3), np.uint8)
+        for t, (y, x), x_hat in self._synthesise(planes, header.height, header.width, None):
+            arrays[t, y, x] = _to_bytes(x_hat)[0].permute(1, 2, 0).cpu().numpy()
+            if (y.stop, x.stop) == (header.height, header.width):  # the last tile
+                yield arrays[t]
+
+    def compress(self, x: Tensor, iterations: int = MAX_ITERATIONS) -> Compressed:
+        """Codes a batch to bare payloads, without header and checksums.
+
+        Args:
+            x: [B, 3, H, W] in [0, 1].
+            iterations: 1 to 16.
+
+        Raises:
+            ValueError: x or iterations is not as above.
+        """
+        if x.ndim != 4 or x.shape[1] != 3 or 0 in x.shape or not x.is_floating_point():
+            raise ValueError(f"a batch is floating-point [B, 3, H, W], not {x.dtype} {list(x.shape)}")
+        planes = self._analyse(x.detach(), _check_iterations(iterations), None)
+        strings = [[format.pack_bits(plane) for plane in planes[:, i]] for i in range(len(x))]
+        return {"strings": strings, "shape": (x.shape[2], x.shape[3])}
+
+    def decompress(
+        self, strings: Sequence[Sequence[bytes]], shape: tuple[int, int], iterations: int | None = None
+    ) -> Tensor:
+        """Decodes what `compress` gave: [B, 3, H, W] in [0, 1], on the codec's device.
+
+        Args:
+            strings: for each image its payloads; may hold fewer iterations than were coded.
+            shape: height and width of the images.
+            iterations: decode only so many.
+
+        Raises:
+            ValueError: the payloads do not fit the shape, or there are fewer than asked for.
+        """
+        counts = {len(payloads) for payloads in strings}
+        if len(counts) != 1 or counts == {0}:
+            raise ValueError("every image of a batch needs the same number of payloads, at least one")
+        iterations = _check_iterations(counts.pop() if iterations is None else iterations)
+        if iterations > len(strings[0]):
+            raise ValueError(f"there are {len(strings[0])} iterations, not {iterations}")
+        height, width = shape
+        if height < 1 or width < 1:
+            raise ValueError(f"not the shape of an image: {shape}")
+        rows, columns = self._grid(height, width)
+        planes = np.stack(
+            [
+                np.stack([format.unpack_bits(payloads[t], self.config.bits, rows, columns) for payloads in strings])
+                for t in range(iterations)
+            ]
+        )
+        x = torch.empty(len(strings), 3, height, width, device=self.device)
+        for t, (rows_px, columns_px), x_hat in self._synthesise(planes, height, width, None):
+            if t == iterations - 1:
+                x[..., rows_px, columns_px] = (x_hat.clamp(-1, 1) + 1) / 2
+        return x
+
+    def _read(self, data: bytes, iterations: int | None, max_pixels: int) -> tuple[Header, np.ndarray]:
+        """The header of a file and its bits [iterations, 1, bits, rows, columns], as far as asked for and there."""
+        if iterations is not None:
+            _check_iterations(iterations)
+        header = format.read_header(data)
+        self._check_header(header)
+        payloads = format.read(data, max_pixels=max_pixels, iterations=iterations).payloads
+        if not payloads:
+            raise FormatError("the file has no complete iteration")
+        if iterations is not None and iterations > len(payloads):
+            raise ValueError(f"the file has {len(payloads)} complete iterations, not {iterations}")
+        if iterations is None and len(payloads) < len(header.iterations):
+            warnings.warn(
+                f"the file is cut: decoded {len(payloads)} of {len(header.iterations)} iterations", stacklevel=3
+            )
+        rows, columns = self._grid(header.height, header.width)
+        return header, np.stack([format.unpack_bits(p, header.bits, rows, columns) for p in payloads])[:, None]
+
+    def _analyse(self, images: Tensor, iterations: int, progress: Progress | None) -> np.ndarray:
+        """The bits of images [B, 3, H, W], bool [iterations, B, bits, rows, columns]."""
+        height, width = images.shape[-2:]
+        tiles = self._tiles(height, width)
+        planes = np.empty((iterations, len(images), self.config.bits, *self._grid(height, width)), bool)
+        with _exact():
+            for i, tile in enumerate(tiles):
+                for t, step in enumerate(self.network.unroll(self._input(images, tile.area), iterations)):
+                    planes[t][..., *tile.core] = (step.bits > 0)[..., *_inside(tile)].cpu().numpy()
+                    if progress:
+                        progress(i * iterations + t + 1, len(tiles) * iterations)
+        return planes
+
+    def _analyse_to(self, target: float, image: Tensor, progress: Progress | None) -> np.ndarray:
+        """As `_analyse`, for one image and with the fewest iterations that reach a PSNR."""
+        if not target > 0 or math.isinf(target):
+            raise ValueError(f"psnr must be a positive number of dB, not {target}")
+        height, width = image.shape[-2:]
+        tiles = self._tiles(height, width)
+        best = -math.inf
+
+        def squared_error(x_hat: Tensor, box: Box) -> int:
+            return int((_to_bytes(x_hat).cpu().int() - image[..., *box].int()).square().sum())
+
+        def decibel(error: int) -> float:
+            return 10 * math.log10(255**2 * image.numel() / error) if error else math.inf
+
+        if len(tiles) == 1:  # the encoder's reconstruction is the decoder's
+            found = []
+            with _exact():
+                for t, step in enumerate(self.network.unroll(self._input(image, tiles[0].area), MAX_ITERATIONS)):
+                    found.append((step.bits > 0).cpu().numpy())
+                    reached = decibel(squared_error(step.x_hat[..., :height, :width], (slice(None), slice(None))))
+                    if progress:
+                        progress(MAX_ITERATIONS if reached >= target else t + 1, MAX_ITERATIONS)
+                    if reached >= target:
+                        return np.stack(found)
+                    best = max(best, reached)
+            planes = np.stack(found)
+        else:
+            steps = MAX_ITERATIONS * len(tiles)
+            planes = self._analyse(image, MAX_ITERATIONS, progress and (lambda done, _: progress(done, 2 * steps)))
+            errors = [0] * MAX_ITERATIONS
+            later = progress and (lambda done, _: progress(steps + done, 2 * steps))
+            for t, box, x_hat in self._synthesise(planes, height, width, later):
+                errors[t] += squared_error(x_hat, box)
+            for t, error in enumerate(errors):
+                if decibel(error) >= target:
+                    return planes[: t + 1]
+            best = decibel(min(errors))
+        warnings.warn(f"{target:g} dB are out of reach, {MAX_ITERATIONS} iterations reach {best:.2f} dB", stacklevel=3)
+        return planes
+
+    def _synthesise(
+        self, planes: np.ndarray, height: int, width: int, progress: Progress | None
+    ) -> Iterator[tuple[int, Box, Tensor]]:
+        """Decodes bits [iterations, B, bits, rows, columns]; gives the iteration, a box in pixels and its x_hat."""
+        tiles = self._tiles(height, width)
+        stride = self.config.stride
+        for i, tile in enumerate(tiles):
+            rows, columns = (slice(s.start * stride, s.stop * stride) for s in tile.core)
+            box = slice(rows.start, min(rows.stop, height)), slice(columns.start, min(columns.stop, width))
+            y, x = (slice(s.start * stride, s.stop * stride) for s in _inside(tile))
+            y = slice(y.start, y.start + box[0].stop - box[0].start)
+            x = slice(x.start, x.start + box[1].stop - box[1].start)
+            state = None
+            for t, plane in enumerate(planes):
+                with _exact():
+                    bits = torch.from_numpy(plane[..., *tile.area]).to(self.device).float() * 2 - 1
+                    step = self.network(state, bits=bits.contiguous(memory_format=torch.channels_last))
+                state = step.state
+                if progress:
+                    progress(i * len(planes) + t + 1, len(tiles) * len(planes))
+                yield t, box, step.x_hat[..., y, x]
+
+    def _input(self, images: Tensor, area: Box) -> Tensor:
+        """What the network sees of images: an area in [-1, 1], its last pixels repeated up to whole blocks."""
+        stride = self.config.stride
+        rows, columns = area
+        x = images[..., rows.start * stride : rows.stop * stride, columns.start * stride : columns.stop * stride]
+        x = x.to(self.device)
+        x = 2 * x.float() / 255 - 1 if x.dtype == torch.uint8 else 2 * x.float() - 1
+        height, width = ((s.stop - s.start) * stride for s in area)
+        x = F.pad(x, (0, width - x.shape[-1], 0, height - x.shape[-2]), mode="replicate")
+        return x.contiguous(memory_format=torch.channels_last)
+
+    def _grid(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of the code of an image."""
+        return math.ceil(height / self.config.stride), math.ceil(width / self.config.stride)
+
+    def _tiles(self, height: int, width: int) -> list[Tile]:
+        """The tiles of an image: they depend on its size and the network alone, so that every prefix decodes alike."""
+        rows, columns = self._grid(height, width)
+        halo, block = receptive_field(self.config)
+        side = self.tile
+        if side is None:
+            affordable = int(MEMORY / activation_bytes(self.config))
+            if rows * columns * self.config.stride**2 <= affordable:
+                side = max(rows, columns) * self.config.stride
+            else:
+                side = max(math.isqrt(affordable) - 2 * halo, MIN_CORE)
+        side = math.ceil(side / block) * block // self.config.stride
+        halo //= self.config.stride
+
+        def cuts(length: int) -> list[tuple[slice, slice]]:
+            return [
+                (slice(max(0, start - halo), min(length, start + side + halo)), slice(start, min(length, start + side)))
+                for start in range(0, length, side)
+            ]
+
+        return [Tile((y[0], x[0]), (y[1], x[1])) for y in cuts(rows) for x in cuts(columns)]
+
+    def _header(self, height: int, width: int, payloads: Sequence[bytes]) -> Header:
+        return Header(
+            width=width,
+            height=height,
+            fingerprint=self.fingerprint,
+            weights=self.name,
+            stride=self.config.stride,
+            bits=self.config.bits,
+            iterations=tuple(map(Iteration.of, payloads)),
+        )
+
+    def _iterations_within(self, bpp: float, height: int, width: int) -> int:
+        """The most iterations whose whole file takes at most bpp bits per pixel."""
+        if not bpp > 0:
+            raise ValueError(f"bpp must be positive, not {bpp}")
+        payload = format.pack_bits(np.zeros((self.config.bits, *self._grid(height, width)), bool))
+        rates = self._header(height, width, [payload] * MAX_ITERATIONS).bpp
+        if rates[0] > bpp:
+            raise ValueError(f"one iteration takes {rates[0]:.4f} bpp, more than {bpp:g}")
+        return sum(rate <= bpp for rate in rates)
+
+    def _check_header(self, header: Header) -> None:
+        """Refuses files that this codec cannot decode."""
+        if header.fingerprint != self.fingerprint:
+            raise WeightsError(
+                f"the file needs the weights {header.weights!r} ({header.fingerprint.hex()}), "
+                f"loaded are {self.name!r} ({self.fingerprint.hex()})"
+            )
+        if (header.stride, header.bits) != (self.config.stride, self.config.bits):
+            raise FormatError(
+                f"the header says stride {header.stride} and {header.bits} bits, "
+                f"its weights have stride {self.config.stride} and {self.config.bits} bits"
+            )
+        if len(header.iterations) > MAX_ITERATIONS:
+            raise FormatError(f"{len(header.iterations)} iterations, this program decodes up to {MAX_ITERATIONS}")
+
+
+def activation_bytes(config: NetworkConfig) -> float:
+    """Roughly how much memory one pixel takes while its tile is coded: the state, and the largest cell at work."""
+    layers = len(config.decoder_hidden_kernels)
+    patches = config.patch_size > 1
+    cells = []  # channels for each pixel, of each cell
+    for side, widths, recurrent in (
+        ("encoder", config.encoder_channels[1:], config.encoder_cell),
+        ("decoder", config.decoder_channels[1:], config.decoder_cell),
+    ):
+        copies = 2 if recurrent == "associative_lstm" else 1  # several of its memory, but one of its gates
+        for i, width in enumerate(widths):
+            scale = config.stride if patches else 2 ** (i + 2 if side == "encoder" else layers - i)
+            cells.append(copies * width / scale**2)
+    return 4 * (4 * sum(cells) + 16 * max(cells, default=0) + 32)
+
+
+def receptive_field(config: NetworkConfig) -> tuple[int, int]:
+    """How far the decoder sees: the halo in pixels that makes a tile independent of what is beyond, and its grid.
+
+    A cell at a scale of s pixels sees, through its 3x3 input kernel, one location further, s pixels; all cells of the
+    stack do so once on the way from the bits to the image. A hidden kernel k sees (k - 1) / 2 locations further for
+    each earlier iteration (twice that in a GRU, whose reset gate and candidate follow each other), and the gain network
+    of residual scaling one block of its own for each. Each step back in time takes one of these ways, so that the
+    farthest is 15 times the widest:
+
+        halo = sum of s + (16 - 1) max(s (k - 1) / 2, gain block), rounded up to the grid
+
+    Returns:
+        The halo and the size of the blocks (of the code, and of the gain network) that tiles must not divide.
+    """
+    patches = config.patch_size > 1
+    layers = len(config.decoder_hidden_kernels)
+    scales = [config.stride if patches else 2 ** (layers - i) for i in range(layers)]
+    twice = 2 if config.decoder_cell == "gru" else 1
+    recurrent = config.decoder_cell != "none"
+    hops = [
+        recurrent * twice * scale * (kernel - 1) // 2
+        for scale, kernel in zip(scales, config.decoder_hidden_kernels, strict=True)
+    ]
+    block = config.stride
+    if config.reconstruction == "residual_scaling":
+        gain = 2 ** (len(config.gain_channels) + 1)
+        hops.append(gain)
+        block = math.lcm(block, gain)
+    halo = (0 if patches else sum(scales)) + (MAX_ITERATIONS - 1) * max(hops, default=0)
+    return math.ceil(halo / block) * block, block
+
+
+def _as_array(image: Image.Image | np.ndarray | Tensor) -> np.ndarray:
+    """Whatever `Codec.encode` takes as uint8 [H, W, 3]."""
+    if isinstance(image, Image.Image):
+        return to_rgb(image)
+    if isinstance(image, Tensor):
+        if image.ndim != 3 or image.shape[0] != 3 or not image.is_floating_point():
+            raise ValueError(f"a tensor image is floating-point [3, H, W], not {image.dtype} {list(image.shape)}")
+        if not bool(((image >= 0) & (image <= 1)).all()):
+            raise ValueError("a tensor image holds values in [0, 1]")
+        return _as_array((image.detach().float() * 255).round().byte().permute(1, 2, 0).cpu().numpy())
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or image.size == 0:
+        raise ValueError(f"an image is uint8 [H, W, 3], not {image.dtype} {list(image.shape)}")
+    return np.require(image, requirements=["C", "W"])
+
+
+def _check_iterations(iterations: int | None) -> int:
+    """A number of iterations in range, all by default."""
+    if iterations is None:
+        return MAX_ITERATIONS
+    if not 1 <= iterations <= MAX_ITERATIONS:
+        raise ValueError(f"iterations must be in 1..{MAX_ITERATIONS}, not {iterations}")
+    return iterations
+
+
+def _inside(tile: Tile) -> Box:
+    """The core of a tile, counted from the corner of its area."""
+    y, x = (
+        slice(core.start - area.start, core.stop - area.start) for core, area in zip(tile.core, tile.area, strict=True)
+    )
+    return y, x
+
+
+def _to_bytes(x_hat: Tensor) -> Tensor:
+    """A reconstruction around [-1, 1] to uint8."""
+    return ((x_hat.clamp(-1, 1) + 1) * 127.5).round().byte()
+
+
+@contextmanager
+def _exact() -> Iterator[None]:
+    """No gradients, and float32 in full: encoder and decoder must agree, and tilings differ as little as can be."""
+    with (
+        torch.inference_mode(),
+        torch.backends.cudnn.flags(
+            enabled=torch.backends.cudnn.enabled, benchmark=False, deterministic=True, allow_tf32=False
+        ),
+    ):
+        yield

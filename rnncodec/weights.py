@@ -1,0 +1,244 @@
+"""Trained weights as safetensors files: in half precision, named by a fingerprint, checked before they are used."""
+
+import hashlib
+import json
+import os
+import pickle
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import numpy as np
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+
+from rnncodec.images import atomic_write
+from rnncodec.network import NetworkConfig, RecurrentCodec
+
+PRETRAINED = Path(__file__).parent / "pretrained"
+DEFAULT_NAME = "small"
+NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,31}")
+
+# A config in a file is a claim about shapes. These bounds keep the network that checks it small, whatever it claims.
+MAX_WIDTH, MAX_LAYERS, MAX_KERNEL = 2**14, 8, 31
+
+
+class WeightsError(ValueError):
+    """Weights that are missing, damaged or not the ones a file needs; the message is one line."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A trained network and its identity.
+
+    Attributes:
+        network: float32, in evaluation mode, on the CPU.
+        name: for people, at most 32 characters.
+        fingerprint: 8 bytes that decide whether a compressed file was made with these weights.
+        provenance: how the weights came to be (config, data, steps, seed, ...).
+    """
+
+    network: RecurrentCodec
+    name: str
+    fingerprint: bytes
+    provenance: dict[str, str]
+
+
+def save_weights(
+    path: str | os.PathLike[str], network: RecurrentCodec, name: str, provenance: Mapping[str, str] | None = None
+) -> None:
+    """Writes a network in half precision.
+
+    Args:
+        path: the file, usually `<name>.safetensors`.
+        network: floating-point values are rounded to float16.
+        name: up to 32 of A-Z, a-z, 0-9, '.', '_', '-', starting with a letter or digit.
+        provenance: how the weights came to be; text to text.
+
+    Raises:
+        WeightsError: the name is not allowed, or a value is NaN, infinite or beyond the range of float16.
+        OSError: the file cannot be written.
+    """
+    if not NAME_PATTERN.fullmatch(name):
+        raise WeightsError(f"the name of weights is up to 32 letters, digits, '.', '_' and '-', not {name!r}")
+    tensors = {
+        key: (tensor.half() if tensor.is_floating_point() else tensor).cpu().contiguous()
+        for key, tensor in network.state_dict().items()
+    }
+    _check_values(tensors, name)
+    config = _canonical(asdict(network.config))
+    metadata = {
+        "name": name,
+        "config": config,
+        "provenance": _canonical(dict(provenance or {})),
+        "fingerprint": fingerprint(config, tensors).hex(),
+    }
+    atomic_write(path, safetensors.torch.save(tensors, metadata))
+
+
+def load_weights(path_or_name: str | os.PathLike[str] = DEFAULT_NAME) -> Weights:
+    """Reads weights; nothing is unpickled, and nothing is allocated beyond the size of the file.
+
+    Args:
+        path_or_name: a name from `known_weights()`, or the path of a file, which ends in `.safetensors` or holds a `/`.
+
+    Raises:
+        WeightsError: there is no such file or name, or the file is not intact weights of this codec.
+    """
+    path = _locate(path_or_name)
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = _metadata(file.metadata(), path)
+            try:
+                config = _config(json.loads(metadata["config"]))
+                provenance = json.loads(metadata["provenance"])
+                if not isinstance(provenance, dict) or not all(isinstance(text, str) for text in provenance.values()):
+                    raise ValueError("provenance must map text to text")
+                with torch.device("meta"):
+                    network = RecurrentCodec(config)
+            except (ValueError, TypeError, RecursionError) as error:
+                raise WeightsError(f"{path}: {_one_line(error)}") from error
+            expected = network.state_dict()
+            if set(file.keys()) != set(expected):
+                odd = sorted(set(file.keys()) ^ set(expected))[0]
+                raise WeightsError(f"{path}: the tensors do not fit the config, {odd!r} is missing or too much")
+            for key, tensor in expected.items():
+                view = file.get_slice(key)
+                dtype = "F16" if tensor.is_floating_point() else "I64"
+                if view.get_shape() != list(tensor.shape) or view.get_dtype() != dtype:
+                    found = f"{view.get_dtype()} {view.get_shape()}"
+                    raise WeightsError(f"{path}: {key} is {found}, the config needs {dtype} {list(tensor.shape)}")
+            tensors = {key: file.get_tensor(key) for key in expected}
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f"{path}: not a readable safetensors file ({_one_line(error)})") from error
+    _check_values(tensors, str(path))
+    digest = fingerprint(metadata["config"], tensors)
+    if metadata["fingerprint"] != digest.hex():
+        raise WeightsError(f"{path}: damaged, the tensors do not match the fingerprint {metadata['fingerprint']}")
+    network.load_state_dict(
+        {key: tensor.float() if tensor.is_floating_point() else tensor for key, tensor in tensors.items()}, assign=True
+    )
+    return Weights(network.eval(), metadata["name"], digest, provenance)
+
+
+def load_checkpoint(path: str | os.PathLike[str]) -> tuple[RecurrentCodec, dict[str, str]]:
+    """The averaged network of a checkpoint that `train.py` wrote, and its provenance; nothing is unpickled.
+
+    Raises:
+        WeightsError: it is no such checkpoint.
+        OSError: it cannot be read.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        settings = checkpoint["hyper_parameters"]
+        network = RecurrentCodec(_config(json.loads(json.dumps(settings["network"]))))
+        prefix = "network."
+        network.load_state_dict(
+            {key[len(prefix) :]: tensor for key, tensor in checkpoint["state_dict"].items() if key.startswith(prefix)}
+        )
+        provenance = {
+            "steps": str(checkpoint["global_step"]),
+            "patches": str(checkpoint["PatchDataModule"]["position"]),
+            "settings": _canonical(settings),
+            "torch": torch.__version__,
+            "lightning": checkpoint["pytorch-lightning_version"],
+        }
+    except (pickle.UnpicklingError, EOFError, KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
+        # PyTorch's message is long and advises to unpickle what should not be.
+        raise WeightsError(f"{os.fspath(path)}: not a checkpoint of train.py ({type(error).__name__})") from error
+    return network.eval(), provenance
+
+
+def known_weights() -> dict[str, str]:
+    """Names of the weights that come with the package, each with its fingerprint in hexadecimal."""
+    known = {}
+    for path in sorted(PRETRAINED.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt") as file:
+                known[path.stem] = _metadata(file.metadata(), path)["fingerprint"]
+        except (SafetensorError, OSError, WeightsError):
+            continue  # one damaged file must not hide the others; loading it says what is wrong
+    return known
+
+
+def fingerprint(config: str, tensors: Mapping[str, torch.Tensor]) -> bytes:
+    """The first 8 bytes of the SHA-256 of the config and every tensor's name, type, shape and little-endian bytes.
+
+    Args:
+        config: the JSON text in the file, whose bytes stay what they are when a later version knows more fields.
+        tensors: by name.
+    """
+    digest = hashlib.sha256(config.encode())
+    for key in sorted(tensors):
+        array = tensors[key].cpu().contiguous().numpy()
+        digest.update(_canonical([key, str(array.dtype), list(array.shape)]).encode())
+        digest.update(array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes())
+    return digest.digest()[:8]
+
+
+def _locate(path_or_name: str | os.PathLike[str]) -> Path:
+    """The file of a name or path."""
+    path = Path(path_or_name)
+    if path.suffix == ".safetensors" or path.name != os.fspath(path_or_name):
+        if not path.is_file():
+            raise WeightsError(f"{path}: no such weights file")
+        return path
+    shipped = PRETRAINED / f"{path.name}.safetensors"
+    if not shipped.is_file():
+        known = ", ".join(f"{name} ({digest})" for name, digest in known_weights().items()) or "none"
+        raise WeightsError(f"no weights are named {path.name!r}; known are: {known}; a path ends in .safetensors")
+    return shipped
+
+
+def _metadata(metadata: dict[str, str] | None, path: Path) -> dict[str, str]:
+    """The metadata of a file, if all that is needed is there."""
+    metadata = metadata or {}
+    for key in ("name", "config", "provenance", "fingerprint"):
+        if key not in metadata:
+            raise WeightsError(f"{path}: not weights of this codec, its metadata has no {key!r}")
+    if not NAME_PATTERN.fullmatch(metadata["name"]) or not re.fullmatch("[0-9a-f]{16}", metadata["fingerprint"]):
+        raise WeightsError(f"{path}: not weights of this codec, its name or fingerprint is malformed")
+    return metadata
+
+
+def _config(values: Any) -> NetworkConfig:
+    """A config from parsed JSON of unknown origin."""
+    hints = get_type_hints(NetworkConfig)
+    if not isinstance(values, dict) or not set(values) <= {field.name for field in fields(NetworkConfig)}:
+        raise ValueError(f"the config may have the fields {', '.join(hints)}, and no others")
+    checked = {}
+    for key, value in values.items():
+        if hints[key] is int:
+            valid = type(value) is int and 1 <= value <= MAX_WIDTH
+        elif choices := [choice for choice in get_args(hints[key]) if isinstance(choice, str)]:
+            valid = isinstance(value, str) and value in choices
+        else:
+            largest = MAX_KERNEL if key.endswith("kernels") else MAX_WIDTH
+            valid = isinstance(value, list) and len(value) <= MAX_LAYERS
+            valid = valid and all(type(number) is int and 1 <= number <= largest for number in value)
+            value = tuple(value) if valid else value
+        if not valid:
+            raise ValueError(f"the config has a {key} that cannot be: {str(value)[:80]}")
+        checked[key] = value
+    return NetworkConfig(**checked)
+
+
+def _check_values(tensors: Mapping[str, torch.Tensor], source: str) -> None:
+    """Refuses what is not a number, and index tensors that are not permutations."""
+    for key, tensor in tensors.items():
+        if tensor.is_floating_point():
+            if not torch.isfinite(tensor).all():
+                raise WeightsError(f"{source}: {key} holds values that are not finite in float16")
+        elif not np.array_equal(tensor.sort(-1).values, np.broadcast_to(np.arange(tensor.shape[-1]), tensor.shape)):
+            raise WeightsError(f"{source}: {key} does not hold permutations")
+
+
+def _canonical(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"))
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
