@@ -64,7 +64,7 @@ class Codec:
             raise ValueError("no CUDA device is available")
         if tile is not None and tile < 1:
             raise ValueError(f"tile must be at least 1, not {tile}")
-        self.network = weights.network.eval().to(self.device).to(memory_format=torch.channels_last)
+        self.network = weights.network.eval().to(self.device).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         self.config = weights.network.config
         self.name, self.fingerprint, self.provenance = weights.name, weights.fingerprint, weights.provenance
         self.tile = tile

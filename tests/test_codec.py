@@ -31,10 +31,11 @@ SIZES = [(1, 1), (1, 500), (17, 33), (49, 67)]
 def make_network(config):
     torch.manual_seed(1)
     network = RecurrentCodec(config)
+    gain, std = (4, 1) if config.decoder_cell == "associative_lstm" else (1.5, 0.3)
     with torch.no_grad():  # strong enough for reconstructions that fill the range of pixels
         for parameter in network.decoder.parameters():
-            parameter *= 1.5
-        network.decoder.output.weight.normal_(std=0.3)
+            parameter *= gain
+        network.decoder.output.weight.normal_(std=std)
         network.binarizer.features.weight *= 5
     return network
 
