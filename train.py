@@ -17,14 +17,15 @@ the complete config.yaml go to runs/NAME (--name, else the config's). W&B runs o
 set WANDB_MODE. The weights that `rnncodec --weights` takes are made from a checkpoint by `rnncodec export`.
 """
 
+import netrc
 import os
 import uuid
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlparse
 
 import lightning as L
-import wandb
 from jsonargparse import Namespace
 from lightning.pytorch.callbacks import EMAWeightAveraging, LearningRateMonitor, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -47,6 +48,15 @@ DEFAULTS: dict[str, Any] = {
     "num_sanity_val_steps": 0,
     "use_distributed_sampler": False,  # the data module shards the stream itself
 }
+
+
+def wandb_login_exists() -> bool:
+    """Whether `wandb login`, or the environment, has left a key for the W&B server."""
+    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    try:
+        return "WANDB_API_KEY" in os.environ or netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
 
 
 class RunConfig(SaveConfigCallback):
@@ -83,10 +93,9 @@ class CodecCLI(LightningCLI):
         config: Namespace = self.config[str(self.subcommand)] if self.subcommand else self.config
         folder = Path(config.trainer.default_root_dir or "runs") / config.name
         run_id = folder / "wandb-id.txt"
-        if rank_zero_only.rank == 0 and not (config.get("ckpt_path") and run_id.exists()):
+        if getattr(rank_zero_only, "rank", 0) == 0 and not (config.get("ckpt_path") and run_id.exists()):
             folder.mkdir(parents=True, exist_ok=True)
             run_id.write_text(uuid.uuid4().hex[:8])
-        logged_in = "WANDB_MODE" in os.environ or wandb.api.api_key
         if not config.trainer.logger and config.trainer.logger is not False:
             kwargs["logger"] = [
                 CSVLogger(folder, name="metrics"),  # a new version for each start: nothing is overwritten
@@ -96,7 +105,7 @@ class CodecCLI(LightningCLI):
                     project="rnncodec",
                     id=run_id.read_text() if run_id.exists() else None,
                     resume="allow",
-                    mode=None if logged_in else "offline",
+                    mode=None if "WANDB_MODE" in os.environ or wandb_login_exists() else "offline",
                 ),
             ]
         callbacks: list[L.Callback] = [

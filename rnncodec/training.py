@@ -8,7 +8,7 @@ import torch
 import wandb
 from lightning.pytorch.loggers import WandbLogger
 from torch import Tensor, nn
-from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics import MeanMetric, Metric, MetricCollection
 
 from rnncodec.metrics import ms_ssim, psnr
 from rnncodec.network import NetworkConfig, RecurrentCodec
@@ -69,7 +69,9 @@ class CodecTraining(L.LightningModule):
         if compile:
             self.network.compile(dynamic=False)
         # MS-SSIM is not defined for small images: these do not count.
-        means = {f"{name}_{k}": MeanMetric(nan_strategy="ignore") for k in RATES for name in ("psnr", "ms_ssim")}
+        means: dict[str, Metric | MetricCollection] = {
+            f"{name}_{k}": MeanMetric(nan_strategy="ignore") for k in RATES for name in ("psnr", "ms_ssim")
+        }
         self.val_metrics = MetricCollection(means, compute_groups=False)
 
     def current_iterations(self, step: int) -> int:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -68,7 +69,7 @@ class Recorder(L.Callback):
     def __init__(self):
         self.weights = []
 
-    def on_train_batch_end(self, trainer, pl_module, *args):
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         self.weights.append(torch.cat([p.detach().flatten() for p in pl_module.parameters()]))
 
 
@@ -212,7 +213,7 @@ def test_every_config_opens_with_its_purpose_and_builds(config):
     values = yaml.safe_load(config.read_text())
     assert values["name"] == config.stem
     network = values.get("model", {}).get("network", {})
-    network = {name: tuple(value) if isinstance(value, list) else value for name, value in network.items()}
+    assert set(network) <= {field.name for field in fields(NetworkConfig)}
     with torch.device("meta"):
         module = CodecTraining(NetworkConfig(**network))
         x = torch.zeros(1, 3, 32, 32)
