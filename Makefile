@@ -16,6 +16,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	touch $@
 
 demo: $(VENV)/installed
+	rm -rf demo/runs
 	mkdir -p demo/photos
 	cp $$($(BIN)/python -c "import pathlib, skimage; print(pathlib.Path(skimage.__file__).parent / 'data')")/{coffee,astronaut,chelsea}.png demo/photos
 	$(BIN)/rnncodec encode demo/photos/coffee.png demo/coffee.rnc

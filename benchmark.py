@@ -121,7 +121,6 @@ def time_training(module: CodecTraining, data: PatchDataModule, mode: Mode, step
         gradient_clip_val=1.0,
         max_steps=steps + 1,
         limit_val_batches=0,
-        use_distributed_sampler=False,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -273,8 +272,11 @@ def measure(
 ) -> tuple[dict[int, Ratio], dict[tuple[str, Mode], dict[str, Ratio]]]:
     """Runs both comparisons, with their files in a temporary folder."""
     file = args.config or Path(__file__).parent / "configs" / ("debug.yaml" if args.quick else "small.yaml")
-    config = yaml.safe_load(file.read_text())
-    small = config["model"]
+    try:
+        config = yaml.safe_load(file.read_text())
+        small = dict(config["model"])
+    except (yaml.YAMLError, TypeError, KeyError, ValueError) as error:
+        raise ValueError(f"{file}: not a config with a model") from error
     # T17's network and training are the defaults.
     paper = {"network": {"encoder_channels": [8, 16, 16, 16], "decoder_channels": [16] * 5}} if args.quick else {}
     root = args.root

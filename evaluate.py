@@ -30,9 +30,8 @@ import rnncodec
 from rnncodec.codec import MAX_ITERATIONS, Codec
 from rnncodec.format import truncate
 from rnncodec.images import atomic_write, find_images, load_image, save_image
-from rnncodec.metrics import MS_SSIM_MIN_SIDE, ms_ssim, psnr
+from rnncodec.metrics import MS_SSIM_MIN_SIDE, RATES, ms_ssim, psnr
 
-SHOWN = (1, 2, 4, 8, 16)  # iterations whose pictures are checked and saved
 QUALITIES = (5, 10, 15, 20, 30, 40, 50, 60, 70, 80, 85, 90, 95)  # about 0.2 to 2.7 bpp on photographs
 PANEL = (320, 240)  # pixels of a picture in a comparison, three beside each other
 
@@ -282,7 +281,7 @@ def evaluate(args: argparse.Namespace, console: Console) -> int:
                 for coded in decode_every_iteration(codec, data):
                     point = rate_point(name, label, x, coded, codec.device)
                     measured[label].append(point)
-                    if coded.setting in SHOWN:
+                    if coded.setting in RATES:
                         if not checked:
                             check_truncated(codec, data, coded)
                         if args.save_images:
@@ -346,7 +345,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console(stderr=True)
     try:
         failures = evaluate(args, console)
-    except (ValueError, RuntimeError, OSError) as error:
+    except (ValueError, RuntimeError, OSError, MemoryError) as error:
         message = str(error).strip().splitlines() or [type(error).__name__]
         console.print(f"evaluate: error: {message[0]}", markup=False, highlight=False, soft_wrap=True)
         return 1

@@ -7,9 +7,9 @@ On a laptop or one GPU; a run that was stopped goes on where it was with --ckpt_
 
 On one machine with 8 GPUs, and in a SLURM job (4 nodes, one task per GPU):
 
-    python train.py fit --config configs/full_resolution_lstm.yaml --data.root CLIC --data.download true \
+    python train.py fit --config configs/toderici2017_lstm_additive.yaml --data.root CLIC --data.download true \
         --trainer.devices 8 --trainer.strategy ddp
-    srun python train.py fit --config configs/full_resolution_lstm.yaml --data.root CLIC \
+    srun python train.py fit --config configs/toderici2017_lstm_additive.yaml --data.root CLIC \
         --trainer.num_nodes 4 --trainer.devices 8 --trainer.strategy ddp
 
 A config says only what differs from DEFAULTS below; the command line overrides both. Checkpoints, metrics and
@@ -19,6 +19,7 @@ set WANDB_MODE. The weights that `rnncodec --weights` takes are made from a chec
 
 import netrc
 import os
+import sys
 import uuid
 from datetime import timedelta
 from pathlib import Path
@@ -30,9 +31,11 @@ from jsonargparse import Namespace
 from lightning.pytorch.callbacks import EMAWeightAveraging, LearningRateMonitor, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
 
-from rnncodec.data import PatchDataModule
+from rnncodec.data import DataError, PatchDataModule
+from rnncodec.images import ImageError
 from rnncodec.training import CodecTraining
 
 DEFAULTS: dict[str, Any] = {
@@ -46,7 +49,6 @@ DEFAULTS: dict[str, Any] = {
     "check_val_every_n_epoch": None,
     "log_every_n_steps": 50,
     "num_sanity_val_steps": 0,
-    "use_distributed_sampler": False,  # the data module shards the stream itself
 }
 
 
@@ -69,6 +71,16 @@ class RunConfig(SaveConfigCallback):
             self.parser.save(self.config, folder / "config.yaml", overwrite=True, multifile=self.multifile)
 
 
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint beside the one it replaces, then renames it: a kill at any time leaves a whole one."""
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any | None = None
+    ) -> None:
+        super().save_checkpoint(checkpoint, f"{path}.part", storage_options)
+        os.replace(f"{path}.part", path)
+
+
 class LastCheckpoint(ModelCheckpoint):
     """Saves at intervals, and once more when training ends, before the averaged weights replace the current ones."""
 
@@ -84,7 +96,8 @@ class CodecCLI(LightningCLI):
         parser.add_argument("--name", type=str, default="codec", help="name of the run and of its folder in runs/")
         parser.add_argument("--checkpoint_minutes", type=float, default=5.0, help="time between checkpoints")
         parser.add_lightning_class_args(EMAWeightAveraging, "ema")
-        parser.set_defaults({"ema.decay": 0.999, "seed_everything": 0})
+        # The only buffers are permutations, of which there is no average.
+        parser.set_defaults({"ema.decay": 0.999, "ema.use_buffers": False, "seed_everything": 0})
 
     def _parse_ckpt_path(self) -> None:
         """Lets config and command line decide in a resumed run too, where Lightning takes the checkpoint's values."""
@@ -92,8 +105,12 @@ class CodecCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         config: Namespace = self.config[str(self.subcommand)] if self.subcommand else self.config
         folder = Path(config.trainer.default_root_dir or "runs") / config.name
+        last = folder / "last.ckpt"
+        resumed = config.get("ckpt_path") or list(folder.glob("hpc_ckpt_*.ckpt"))  # the latter after a SLURM requeue
+        if self.subcommand == "fit" and last.exists() and not resumed:
+            raise FileExistsError(f"{last} is of an earlier run: resume it with --ckpt_path or choose another --name")
         run_id = folder / "wandb-id.txt"
-        if getattr(rank_zero_only, "rank", 0) == 0 and not (config.get("ckpt_path") and run_id.exists()):
+        if getattr(rank_zero_only, "rank", 0) == 0 and not (resumed and run_id.exists()):
             folder.mkdir(parents=True, exist_ok=True)
             run_id.write_text(uuid.uuid4().hex[:8])
         if not config.trainer.logger and config.trainer.logger is not False:
@@ -123,26 +140,31 @@ class CodecCLI(LightningCLI):
                 enable_version_counter=False,
                 save_on_train_epoch_end=False,
             ),
-            LearningRateMonitor("step"),
         ]
+        if config.trainer.logger is not False:
+            callbacks.append(LearningRateMonitor("step"))
         if config.trainer.enable_progress_bar is not False:
             callbacks.append(RichProgressBar())
         kwargs["callbacks"] = [*callbacks, *(self._get(self.config_init, "trainer").get("callbacks") or [])]
+        plugins = self._get(self.config_init, "trainer").get("plugins") or []
+        kwargs["plugins"] = [AtomicCheckpointIO(), *(plugins if isinstance(plugins, list) else [plugins])]
         kwargs["default_root_dir"] = folder
         return super().instantiate_trainer(**kwargs)
 
 
-def main(args: list[str] | None = None) -> LightningCLI:
-    """Runs the command line given in `args`, by default the process's own."""
-    return CodecCLI(
+def main() -> None:
+    """Runs the command line."""
+    CodecCLI(
         CodecTraining,
         PatchDataModule,
         trainer_defaults=DEFAULTS,
         save_config_callback=RunConfig,
-        args=args,
         save_config_kwargs={"overwrite": True},
     )
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (DataError, ImageError, OSError, FloatingPointError) as error:
+        sys.exit(f"train.py: error: {error}")

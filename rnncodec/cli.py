@@ -7,7 +7,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from rnncodec.codec import Codec  # imported only by what needs a network, as torch takes seconds
 
 HEADER_BYTES = 4096  # no header is longer
-MAX_FILE_BYTES = 2**30
+MAX_FILE_BYTES = 2**31  # 16 iterations of the largest image take half of it
 FAILURES = (ValueError, OSError, MemoryError, RuntimeError)  # torch reports exhausted memory as RuntimeError
 
 PATHS = """\
@@ -410,17 +410,17 @@ def _stdout() -> BinaryIO:
 
 
 def _positive(text: str) -> float:
-    value = float(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be positive, not {text}")
-    return value
+    with suppress(ValueError):
+        if 0 < (value := float(text)) < math.inf:
+            return value
+    raise argparse.ArgumentTypeError(f"must be a positive number, not {text}")
 
 
 def _positive_int(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, not {text}")
-    return value
+    with suppress(ValueError):
+        if (value := int(text)) >= 1:
+            return value
+    raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, not {text}")
 
 
 def _complain(message: str) -> None:

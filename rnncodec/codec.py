@@ -15,10 +15,11 @@ from torch import Tensor
 from rnncodec import format
 from rnncodec.format import Container, FormatError, Header, Iteration
 from rnncodec.images import MAX_PIXELS, to_rgb
-from rnncodec.network import NetworkConfig
+from rnncodec.network import NetworkConfig, to_uint8
 from rnncodec.weights import Weights, WeightsError
 
 MAX_ITERATIONS = 16
+MAX_SIDE = 65535  # two bytes in the header
 MEMORY = (
     2 * 2**30
 )  # bytes of activations above which an image is cut into tiles; the same everywhere, as tiles leave traces
@@ -48,7 +49,7 @@ class Codec:
     On one device, encoding t iterations, decoding t iterations and the t-th step of `network.unroll` agree exactly.
 
     Args:
-        weights: from `rnncodec.weights.load_weights`.
+        weights: from `rnncodec.weights.load_weights`; their network moves to the device.
         device: where to compute, `cpu` or `cuda`.
         tile: side in pixels, rounded up to whole blocks, of the tiles that images are cut into; None cuts only images
             whose activations would take more than 2 GiB. Files do not depend on it beyond the choice of bits along
@@ -97,6 +98,8 @@ class Codec:
             raise ValueError("give one of iterations, bpp and psnr, not several")
         array = _as_array(image)
         height, width = array.shape[:2]
+        if max(height, width) > MAX_SIDE:
+            raise ValueError(f"an image has at most {MAX_SIDE} pixels a side, not {width}x{height}")
         pixels = torch.from_numpy(array).permute(2, 0, 1)[None]
         if bpp is not None:
             iterations = self._iterations_within(bpp, height, width)
@@ -132,8 +135,13 @@ class Codec:
         array = np.empty((header.height, header.width, 3), np.uint8)
         for t, (y, x), x_hat in self._synthesise(planes, header.height, header.width, progress):
             if t == len(planes) - 1:
-                array[y, x] = _to_bytes(x_hat)[0].permute(1, 2, 0).cpu().numpy()
+                array[y, x] = to_uint8(x_hat)[0].permute(1, 2, 0).cpu().numpy()
         return Image.fromarray(array)
+
+    def decode_tensor(self, data: bytes, iterations: int | None = None, *, max_pixels: int = MAX_PIXELS) -> Tensor:
+        """As `decode`, but gives a tensor [3, H, W] in [0, 1], in steps of 1 / 255, on the codec's device."""
+        array = np.asarray(self.decode(data, iterations, max_pixels=max_pixels))
+        return torch.tensor(array, device=self.device).permute(2, 0, 1) / 255
 
     def decode_progressive(
         self, data: bytes, iterations: int | None = None, *, max_pixels: int = MAX_PIXELS
@@ -146,7 +154,7 @@ class Codec:
         header, planes = self._read(data, iterations, max_pixels)
         arrays = np.empty((len(planes), header.height, header.width, 3), np.uint8)
         for t, (y, x), x_hat in self._synthesise(planes, header.height, header.width, None):
-            arrays[t, y, x] = _to_bytes(x_hat)[0].permute(1, 2, 0).cpu().numpy()
+            arrays[t, y, x] = to_uint8(x_hat)[0].permute(1, 2, 0).cpu().numpy()
             if (y.stop, x.stop) == (header.height, header.width):  # the last tile
                 yield arrays[t]
 
@@ -162,6 +170,8 @@ class Codec:
         """
         if x.ndim != 4 or x.shape[1] != 3 or 0 in x.shape or not x.is_floating_point():
             raise ValueError(f"a batch is floating-point [B, 3, H, W], not {x.dtype} {list(x.shape)}")
+        if not bool(((x >= 0) & (x <= 1)).all()):
+            raise ValueError("a batch holds values in [0, 1]")
         planes = self._analyse(x.detach(), _check_iterations(iterations), None)
         strings = [[format.pack_bits(plane) for plane in planes[:, i]] for i in range(len(x))]
         return {"strings": strings, "shape": (x.shape[2], x.shape[3])}
@@ -241,7 +251,7 @@ class Codec:
         best = -math.inf
 
         def squared_error(x_hat: Tensor, box: Box) -> int:
-            return int((_to_bytes(x_hat).cpu().int() - image[..., *box].int()).square().sum())
+            return int((to_uint8(x_hat).cpu().int() - image[..., *box].int()).square().sum())
 
         def decibel(error: int) -> float:
             return 10 * math.log10(255**2 * image.numel() / error) if error else math.inf
@@ -446,11 +456,6 @@ def _inside(tile: Tile) -> Box:
         slice(core.start - area.start, core.stop - area.start) for core, area in zip(tile.core, tile.area, strict=True)
     )
     return y, x
-
-
-def _to_bytes(x_hat: Tensor) -> Tensor:
-    """A reconstruction around [-1, 1] to uint8."""
-    return ((x_hat.clamp(-1, 1) + 1) * 127.5).round().byte()
 
 
 @contextmanager

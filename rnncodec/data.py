@@ -641,7 +641,13 @@ class PatchDataModule(L.LightningDataModule):
         return cut_patches(batch["tiles"], batch["corners"], batch["flips"], self.patch_size)
 
     def state_dict(self) -> dict[str, int]:
-        return {"position": self.position, "seed": self.seed, "cells": len(self.cells)}
+        return {
+            "position": self.position,
+            "seed": self.seed,
+            "cells": len(self.cells),
+            "batch_size": self.batch_size,
+            "world_size": self._rank()[1],
+        }
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         if state_dict["seed"] != self.seed:

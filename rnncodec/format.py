@@ -161,6 +161,11 @@ def write(container: Container) -> bytes:
         Iteration.of(payload, it.coding) != it for payload, it in zip(payloads, header.iterations, strict=True)
     ):
         raise FormatError("the payloads are not those that the header describes")
+    return write_header(header) + b"".join(payloads)
+
+
+def write_header(header: Header) -> bytes:
+    """Gives the bytes of a header."""
     name = header.weights.encode("ascii")
     data = MAGIC + bytes([VERSION])
     data += FIXED.pack(header.width, header.height, header.fingerprint, header.stride, header.bits, len(name))
@@ -170,7 +175,7 @@ def write(container: Container) -> bytes:
         if it.coding != RAW:  # the geometry gives the length of raw bits
             data += it.length.to_bytes(_length_size(header.raw_length))
         data += it.checksum.to_bytes(4)
-    return data + zlib.crc32(data).to_bytes(4) + b"".join(payloads)
+    return data + zlib.crc32(data).to_bytes(4)
 
 
 def read_header(data: bytes) -> Header:

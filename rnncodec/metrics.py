@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
 
+RATES = (1, 2, 4, 8, 16)  # iterations at which pictures are judged and shown
+
 # Five scales halve a side four times, and the last one must still hold the 11-tap window.
 MS_SSIM_MIN_SIDE = 11 * 2**4
 
@@ -44,12 +46,13 @@ def ms_ssim(x: Tensor, x_hat: Tensor) -> Tensor:
     if min(x.shape[-2:]) < MS_SSIM_MIN_SIDE:
         return torch.full((x.shape[0],), torch.nan, device=x.device)
     # One image at a time: the filters hold about fifteen float32 copies of what they are given.
-    values = [
-        multiscale_structural_similarity_index_measure(
-            image_hat[None].float(), image[None].float(), data_range=255.0, reduction="none", normalize="relu"
-        )
-        for image, image_hat in zip(x, x_hat, strict=True)
-    ]
+    with torch.autocast(x.device.type, enabled=False):  # bfloat16 is too coarse for variances of 8-bit values
+        values = [
+            multiscale_structural_similarity_index_measure(
+                image_hat[None].float(), image[None].float(), data_range=255.0, reduction="none", normalize="relu"
+            )
+            for image, image_hat in zip(x, x_hat, strict=True)
+        ]
     return torch.cat(values)
 
 

@@ -22,6 +22,11 @@ from rnncodec.cells import CELLS, CellName, CellState, conv
 ReconstructionName = Literal["one_shot", "additive", "residual_scaling"]
 
 
+def to_uint8(x: Tensor) -> Tensor:
+    """Images in [-1, 1], clamped, to the nearest 8-bit values."""
+    return ((x.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
 @dataclass(frozen=True)
 class NetworkConfig:
     """Shapes and equations of a network; the defaults are the LSTM of T17 with 35.5 M parameters.

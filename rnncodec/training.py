@@ -1,6 +1,7 @@
 """Training of the codec network: loss, schedules, guard against divergence, validation on whole images."""
 
 import os
+from dataclasses import asdict
 from typing import Any, Literal
 
 import lightning as L
@@ -8,18 +9,17 @@ import torch
 import wandb
 from lightning.pytorch.loggers import WandbLogger
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torchmetrics import MeanMetric, Metric, MetricCollection
 
-from rnncodec.metrics import ms_ssim, psnr
-from rnncodec.network import NetworkConfig, RecurrentCodec
+from rnncodec.metrics import RATES, ms_ssim, psnr
+from rnncodec.network import NetworkConfig, RecurrentCodec, to_uint8
 from rnncodec.optim import MuonAdamW, parameter_groups
 
-RATES = (1, 2, 4, 8, 16)  # iterations at which whole images are judged
 
-
-def to_uint8(x: Tensor) -> Tensor:
-    """Images in [-1, 1] (clamped) to the nearest 8-bit values."""
-    return ((x.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+def global_seed() -> int:
+    """The seed that `lightning.seed_everything` has set."""
+    return int(os.environ.get("PL_GLOBAL_SEED", "0"))
 
 
 class CodecTraining(L.LightningModule):
@@ -55,10 +55,14 @@ class CodecTraining(L.LightningModule):
         max_bad_steps: int = 20,
     ) -> None:
         super().__init__()
+        # A checkpoint holds plain values: a mapping for the network, and possibly text for the steps of growth.
+        self.network = RecurrentCodec(network if isinstance(network, NetworkConfig) else NetworkConfig(**network))
         self.save_hyperparameters()
         self.hparams.pop("_instantiator", None)  # the command line's detour to what `load_from_checkpoint` does alone
-        # A checkpoint holds plain values: a mapping for the network, and names for the steps of growth.
-        self.network = RecurrentCodec(network if isinstance(network, NetworkConfig) else NetworkConfig(**network))
+        self.hparams["network"] = asdict(self.network.config)
+        # Constant permutations need no broadcast, which ranks with unequal shares of images would not all take part in.
+        constants = [name for name, _ in self.named_buffers()]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, constants)
         self.network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         self.iterations, self.growth_end = iterations, growth_end
         self.growth = {int(step): k for step, k in (growth or {}).items()}
@@ -103,18 +107,22 @@ class CodecTraining(L.LightningModule):
             factor = min(factor, max(0.0, (self.trainer.max_steps - step) / self.decay_steps))
         return factor
 
+    def on_fit_start(self) -> None:
+        recurrent = "none" not in (self.network.config.encoder_cell, self.network.config.decoder_cell)
+        if recurrent and self.trainer.world_size > 1 and min(self.iterations, *self.growth.values(), 2) < 2:
+            raise ValueError("several processes need at least 2 iterations: in one, hidden kernels have no gradient")
+
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         # The random state is a function of the batch, so that a resumed run draws the same bits.
         number = self.trainer.fit_loop.epoch_loop.total_batch_idx * self.trainer.world_size + self.global_rank
-        torch.manual_seed(int(os.environ.get("PL_GLOBAL_SEED", "0")) * 2**32 + number)
+        torch.manual_seed(global_seed() * 2**32 + number)
 
     def training_step(self, x: Tensor, batch_idx: int) -> Tensor:
         iterations = self.current_iterations(self.global_step)
         losses = torch.stack([(x - step.x_hat).abs().mean() for step in self.network.unroll(x, iterations)])
         loss = losses.mean()
         self.log("train/loss", loss, prog_bar=True)
-        self.log("train/l1_first", losses[0])
-        self.log("train/l1_last", losses[-1])
+        self.log_dict({f"train/l1_{k}": losses[k - 1] for k in RATES if k <= iterations})
         self.log("train/iterations", float(iterations))
         return loss
 
@@ -135,7 +143,7 @@ class CodecTraining(L.LightningModule):
         self.log("train/skipped_steps", float(self.bad_steps))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["bad_steps"] = self.bad_steps
+        checkpoint["bad_steps"], checkpoint["seed"] = self.bad_steps, global_seed()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.bad_steps = checkpoint["bad_steps"]

@@ -15,12 +15,12 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 
+from rnncodec.format import NAME_PATTERN
 from rnncodec.images import atomic_write
 from rnncodec.network import NetworkConfig, RecurrentCodec
 
 PRETRAINED = Path(__file__).parent / "pretrained"
 DEFAULT_NAME = "small"
-NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,31}")
 
 # A config in a file is a claim about shapes. These bounds keep the network that checks it small, whatever it claims.
 MAX_WIDTH, MAX_LAYERS, MAX_KERNEL = 2**14, 8, 31
@@ -134,15 +134,16 @@ def load_checkpoint(path: str | os.PathLike[str]) -> tuple[RecurrentCodec, dict[
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         settings = checkpoint["hyper_parameters"]
-        network = RecurrentCodec(_config(json.loads(json.dumps(settings["network"]))))
+        with torch.device("meta"):
+            network = RecurrentCodec(_config(json.loads(json.dumps(settings["network"]))))
         prefix = "network."
-        network.load_state_dict(
-            {key[len(prefix) :]: tensor for key, tensor in checkpoint["state_dict"].items() if key.startswith(prefix)}
-        )
+        state = {key: tensor for key, tensor in checkpoint["state_dict"].items() if key.startswith(prefix)}
+        network.load_state_dict({key[len(prefix) :]: tensor for key, tensor in state.items()}, assign=True)
         provenance = {
             "steps": str(checkpoint["global_step"]),
-            "patches": str(checkpoint["PatchDataModule"]["position"]),
             "settings": _canonical(settings),
+            "data": _canonical(checkpoint["PatchDataModule"]),
+            "seed": str(checkpoint["seed"]),
             "torch": torch.__version__,
             "lightning": checkpoint["pytorch-lightning_version"],
         }

@@ -108,3 +108,11 @@ def test_ms_ssim_needs_five_scales(height, width, defined):
 def test_other_tensors_are_refused(metric, x, x_hat):
     with pytest.raises(ValueError, match=r"different shapes|expected uint8"):
         metric(x, x_hat)
+
+
+def test_mixed_precision_changes_nothing():
+    x = torch.from_numpy(data.astronaut()).permute(2, 0, 1)[None]
+    x_hat = (x // 16) * 16 + 8
+    expected = ms_ssim(x, x_hat)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(ms_ssim(x, x_hat), expected)

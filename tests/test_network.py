@@ -24,15 +24,6 @@ PATCHES: dict[str, Any] = dict(
 )
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Sharing such small convolutions among threads takes longer than computing them."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def lively(**options):
     """A network whose random weights are large enough for bits and reconstructions to differ between iterations."""
     torch.manual_seed(0)
@@ -374,7 +365,6 @@ def test_first_decoder_channels_need_not_be_a_multiple_of_4():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @torch.no_grad()
 @pytest.mark.parametrize("reconstruction", RECONSTRUCTIONS)
 @pytest.mark.parametrize("cell", CELLS)

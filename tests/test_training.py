@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,14 +14,22 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 import yaml
+from skimage.metrics import peak_signal_noise_ratio
 
-from rnncodec.network import NetworkConfig
-from rnncodec.training import CodecTraining, to_uint8
+from rnncodec.data import PatchDataModule
+from rnncodec.images import load_image, save_image
+from rnncodec.metrics import ms_ssim
+from rnncodec.network import NetworkConfig, to_uint8
+from rnncodec.training import CodecTraining
 
 ROOT = Path(__file__).parent.parent
+sys.path.append(str(ROOT))  # train.py is a script, not part of the package
+import train  # noqa: E402
+
 TINY = NetworkConfig(encoder_channels=(8, 8, 8, 8), decoder_channels=(8, 8, 8, 8, 8))
 
 
@@ -103,10 +112,19 @@ def test_loss_is_the_mean_l1_of_all_iterations():
     assert loss.item() == pytest.approx(sum(errors) / 3, abs=1e-6)
 
 
+@pytest.fixture(scope="module")
+def crops(photos, tmp_path_factory) -> Path:
+    """Small photographs, just large enough for MS-SSIM."""
+    folder = tmp_path_factory.mktemp("crops")
+    for path in photos.iterdir():
+        save_image(load_image(path)[:192, :192], folder / f"{path.stem}.png")
+    return folder
+
+
 def command(photos, folder, *args):
     return [
         sys.executable, str(ROOT / "train.py"), "fit", "--config", str(ROOT / "configs" / "debug.yaml"),
-        "--data.root", str(photos), "--data.cache_dir", str(folder / "cache"), "--data.val_images", "1",
+        "--data.root", str(photos), "--data.cache_dir", str(folder / "cache"), "--data.val_images", "2",
         "--trainer.default_root_dir", str(folder), "--trainer.accelerator", "cpu",
         "--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false", *args,
     ]  # fmt: skip
@@ -134,14 +152,19 @@ def probe(folder):
     return ["--trainer.callbacks+", "probe.Probe", "--trainer.callbacks.folder", str(folder)]
 
 
-NO_VALIDATION = ["--trainer.limit_val_batches", "0"]
+def logged(folder):
+    """The validations in the metrics of a run's first start."""
+    lines = (folder / "metrics" / "version_0" / "metrics.csv").read_text().splitlines()
+    return [row for row in csv.DictReader(lines) if row.get("val/psnr")]
 
 
-def test_two_processes_hold_the_same_weights_and_share_no_patch(photos, tmp_path):
+def test_two_processes_hold_the_same_weights_and_share_no_patch(crops, tmp_path):
     run(
-        photos, tmp_path, "--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.max_steps", "6",
-        *NO_VALIDATION, *probe(tmp_path / "probe"),
+        crops, tmp_path, "--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.max_steps", "6",
+        "--trainer.val_check_interval", "3", "--data.val_images", "3", "--trainer.limit_val_batches", "1.0",
+        "--model.network.decoder_cell", "associative_lstm", *probe(tmp_path / "probe"),
     )  # fmt: skip
+    assert [int(row["step"]) for row in logged(tmp_path / "debug")] == [2, 5]  # though the ranks have 2 images and 1
     weights = [torch.load(tmp_path / "probe" / f"weights-{rank}.pt") for rank in (0, 1)]
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
     patches = [(tmp_path / "probe" / f"patches-{rank}.txt").read_text().split() for rank in (0, 1)]
@@ -149,17 +172,17 @@ def test_two_processes_hold_the_same_weights_and_share_no_patch(photos, tmp_path
     assert len(set(patches[0]) | set(patches[1])) == 96
 
 
-def test_a_killed_run_ends_with_the_weights_of_an_uninterrupted_one(photos, tmp_path):
-    steps = ["--trainer.max_steps", "150", *NO_VALIDATION]
+def test_a_killed_run_ends_with_the_weights_of_an_uninterrupted_one(crops, tmp_path):
+    steps = ["--trainer.max_steps", "150", "--trainer.val_check_interval", "20", "--trainer.limit_val_batches", "1"]
     for name in ("whole", "killed"):
         (tmp_path / name).mkdir()
-    run(photos, tmp_path / "whole", *steps, *probe(tmp_path / "whole" / "probe"))
+    run(crops, tmp_path / "whole", *steps, *probe(tmp_path / "whole" / "probe"))
 
     folder = tmp_path / "killed"
     last = folder / "debug" / "last.ckpt"
     often = ["--checkpoint_minutes", "0.005"]
     process = subprocess.Popen(
-        command(photos, folder, *steps, *often), env=environment(), cwd=folder,
+        command(crops, folder, *steps, *often), env=environment(), cwd=folder,
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
     )  # fmt: skip
     try:
@@ -172,7 +195,7 @@ def test_a_killed_run_ends_with_the_weights_of_an_uninterrupted_one(photos, tmp_
     step = torch.load(last, weights_only=True)["global_step"]
     assert 0 < step < 150
 
-    run(photos, folder, *steps, "--ckpt_path", str(last), *probe(folder / "probe"))
+    run(crops, folder, *steps, "--ckpt_path", str(last), *probe(folder / "probe"))
     whole, resumed = (torch.load(tmp_path / name / "probe" / "weights-0.pt") for name in ("whole", "killed"))
     assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
     averaged = [
@@ -183,20 +206,31 @@ def test_a_killed_run_ends_with_the_weights_of_an_uninterrupted_one(photos, tmp_
     assert any(not torch.equal(value, whole[name]) for name, value in averaged[0].items())  # they are averages indeed
 
 
-def test_a_run_leaves_metrics_config_checkpoint_and_wandb_files(photos, tmp_path):
+def test_a_run_leaves_metrics_config_checkpoint_and_wandb_files(crops, tmp_path):
     run(
-        photos, tmp_path, "--trainer.max_steps", "20", "--trainer.val_check_interval", "10",
+        crops, tmp_path, "--trainer.max_steps", "20", "--trainer.val_check_interval", "10",
         "--trainer.log_every_n_steps", "5", WANDB_MODE="offline",
     )  # fmt: skip
     folder = tmp_path / "debug"
-    rows = list(csv.DictReader((folder / "metrics" / "version_0" / "metrics.csv").read_text().splitlines()))
-    assert [int(row["step"]) for row in rows if row["val/psnr_16"]] == [9, 19]
-    values = [float(row["val/psnr_1"]) for row in rows if row["val/psnr_1"]]
-    assert all(5 < value < 40 for value in values)
+    assert [int(row["step"]) for row in logged(folder)] == [9, 19]
     assert yaml.safe_load((folder / "config.yaml").read_text())["model"]["iterations"] == 4
 
-    module = CodecTraining.load_from_checkpoint(folder / "best.ckpt", map_location="cpu")
+    # What was logged is what the averaged weights, which a checkpoint holds, do to the held-out images.
+    module = CodecTraining.load_from_checkpoint(folder / "last.ckpt", map_location="cpu").eval()
     assert module.network.config.encoder_channels == (8, 16, 16, 32)
+    data = PatchDataModule(crops, cache_dir=tmp_path / "cache", val_images=2)
+    data.setup()
+    psnrs, similarities = [], []
+    for image in data.val_dataloader():
+        x = 2 * image.float() / 255 - 1
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+            x_hat = to_uint8(list(module.network.unroll(x, 4))[-1].x_hat)
+        original, decoded = (t[0].permute(1, 2, 0).numpy() for t in (image, x_hat))
+        psnrs.append(peak_signal_noise_ratio(original, decoded))
+        similarities.append(ms_ssim(image, x_hat).item())
+    last = logged(folder)[-1]
+    assert float(last["val/psnr_4"]) == pytest.approx(np.mean(psnrs), abs=0.05)
+    assert float(last["val/ms_ssim_4"]) == pytest.approx(np.mean(similarities), abs=0.005)
 
     files = next((folder / "wandb").glob("offline-run-*")) / "files" / "media"
     assert list(files.rglob("reconstructions*.png"))
@@ -204,9 +238,30 @@ def test_a_run_leaves_metrics_config_checkpoint_and_wandb_files(photos, tmp_path
     assert table["columns"] == ["iterations", "bpp", "psnr", "ms_ssim"]
     assert [row[:2] for row in table["data"]] == [[k, k * 0.125] for k in (1, 2, 4, 8, 16)]
 
+    refuses(command(crops, tmp_path), tmp_path, "--ckpt_path")  # to start over where a run has been
+
+
+def refuses(arguments, folder, message):
+    """Checks that a command fails with one line that holds the message."""
+    done = subprocess.run(arguments, env=environment(), cwd=folder, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert message in done.stderr.splitlines()[-1]
+
+
+def test_bad_data_is_an_error_of_one_line(tmp_path):
+    refuses(command(tmp_path / "missing", tmp_path), tmp_path, "missing")
+
+
+def test_one_iteration_is_refused_where_processes_share_gradients():
+    module = CodecTraining(TINY, iterations=4, growth={0: 1})
+    module._trainer = SimpleNamespace(world_size=2)  # pyright: ignore[reportAttributeAccessIssue]
+    with pytest.raises(ValueError, match="at least 2 iterations"):
+        module.on_fit_start()
+
 
 @pytest.mark.parametrize("config", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_config_opens_with_its_purpose_and_builds(config):
+def test_every_config_opens_with_its_purpose_and_builds(config, capsys, monkeypatch):
     lines = config.read_text().splitlines()
     assert lines[0].startswith("# ")
     assert lines[0].endswith(".")
@@ -214,7 +269,32 @@ def test_every_config_opens_with_its_purpose_and_builds(config):
     assert values["name"] == config.stem
     network = values.get("model", {}).get("network", {})
     assert set(network) <= {field.name for field in fields(NetworkConfig)}
+    monkeypatch.setattr(
+        sys, "argv", ["train.py", "fit", "--config", str(config), "--data.root", "photos", "--print_config"]
+    )
+    with pytest.raises(SystemExit) as stopped:  # every key and type is known to the command line
+        train.main()
+    assert stopped.value.code == 0
+    assert f"name: {config.stem}" in capsys.readouterr().out
     with torch.device("meta"):
         module = CodecTraining(NetworkConfig(**network))
         x = torch.zeros(1, 3, 32, 32)
         assert [step.x_hat.shape for step in module.network.unroll(x, 2)] == [x.shape] * 2
+
+
+def test_configs_named_in_the_manual_exist():
+    named = set(re.findall(r"configs/\w+\.yaml", (ROOT / "train.py").read_text() + (ROOT / "README.md").read_text()))
+    assert named
+    assert all((ROOT / name).is_file() for name in named)
+
+
+def test_a_module_made_in_python_has_a_checkpoint_that_can_be_exported(tmp_path):
+    trainer = L.Trainer(
+        max_steps=2, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
+        default_root_dir=tmp_path, enable_checkpointing=False,
+    )  # fmt: skip
+    module = CodecTraining(TINY, iterations=2)
+    trainer.fit(module, torch.utils.data.DataLoader(Patches(4), batch_size=None))
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    loaded = CodecTraining.load_from_checkpoint(tmp_path / "a.ckpt", map_location="cpu", weights_only=True)
+    assert loaded.network.config == TINY
