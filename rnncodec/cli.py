@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stdout.flush()
         return status
     except UsageError as error:
-        parser.error(_one_line(error))
+        parser.error(_message(error))
     except KeyboardInterrupt:
         _complain("interrupted")
         return 130
@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(error, OSError) and sys.stdout is sys.__stdout__:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - what failed once must not fail again at exit
         if not isinstance(error, BrokenPipeError):  # whoever read our output has left and wants no more words
-            _complain(f"error: {_one_line(error)}")
+            _complain(f"error: {_message(error)}")
         return 1
 
 
@@ -308,7 +308,7 @@ def _each(jobs: Sequence[Job], work: Callable[[str, str, Report], str | None]) -
             except BrokenPipeError:
                 raise
             except FAILURES as error:
-                message = _one_line(error)
+                message = _message(error)
                 _complain(f"error: {message}" if job.source in message else f"error: {job.source}: {message}")
                 failed = True
     return int(failed)
@@ -428,13 +428,13 @@ def _complain(message: str) -> None:
     print(f"rnncodec: {_printable(message)}", file=sys.stderr)
 
 
-def _one_line(error: BaseException) -> str:
+def _message(error: BaseException) -> str:
     """The message of an error without its traceback, line breaks and numbers of the operating system."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
     if isinstance(error, MemoryError):
         return "not enough memory"
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return (str(error).strip() or type(error).__name__).splitlines()[0]  # PyTorch's go on for pages
 
 
 def _printable(text: str) -> str:

@@ -92,7 +92,7 @@ def to_rgb(image: Image.Image) -> np.ndarray:
     except MemoryError as error:
         raise ImageError(f"not enough memory for {image.width}x{image.height} pixels") from error
     except Exception as error:  # decoders raise nearly everything on hostile input
-        raise ImageError(_one_line(error)) from error
+        raise ImageError(one_line(error)) from error
 
 
 def save_image(array: np.ndarray, target: str | os.PathLike[str] | BinaryIO, format: str | None = None) -> None:
@@ -120,7 +120,7 @@ def save_image(array: np.ndarray, target: str | os.PathLike[str] | BinaryIO, for
     try:
         Image.fromarray(array).save(buffer, name, **SAVE_OPTIONS.get(name, {}))
     except Exception as error:  # encoders too raise nearly everything, for example for sides beyond the format's
-        raise ImageError(f"{path or 'image'}: {_one_line(error)}") from error
+        raise ImageError(f"{path or 'image'}: {one_line(error)}") from error
     if isinstance(target, (str, os.PathLike)):
         atomic_write(target, buffer.getvalue())
     else:
@@ -212,7 +212,7 @@ def _load(file: BinaryIO, name: str, max_pixels: int) -> np.ndarray:
     except ImageError as error:
         raise ImageError(f"{name}: {error}") from error
     except Exception as error:  # as in to_rgb
-        raise ImageError(f"{name}: {_one_line(error)}") from error
+        raise ImageError(f"{name}: {one_line(error)}") from error
 
 
 def _open(file: BinaryIO, max_pixels: int) -> Image.Image:
@@ -305,5 +305,6 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
+    """The message of an error without line breaks, or its kind if it has none."""
     return " ".join(str(error).split()) or type(error).__name__

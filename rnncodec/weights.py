@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from rnncodec.format import NAME_PATTERN
-from rnncodec.images import atomic_write
+from rnncodec.images import atomic_write, one_line
 from rnncodec.network import NetworkConfig, RecurrentCodec
 
 PRETRAINED = Path(__file__).parent / "pretrained"
@@ -100,7 +100,7 @@ def load_weights(path_or_name: str | os.PathLike[str] = DEFAULT_NAME) -> Weights
                 with torch.device("meta"):
                     network = RecurrentCodec(config)
             except (ValueError, TypeError, RecursionError) as error:
-                raise WeightsError(f"{path}: {_one_line(error)}") from error
+                raise WeightsError(f"{path}: {one_line(error)}") from error
             expected = network.state_dict()
             if set(file.keys()) != set(expected):
                 odd = sorted(set(file.keys()) ^ set(expected))[0]
@@ -113,7 +113,7 @@ def load_weights(path_or_name: str | os.PathLike[str] = DEFAULT_NAME) -> Weights
                     raise WeightsError(f"{path}: {key} is {found}, the config needs {dtype} {list(tensor.shape)}")
             tensors = {key: file.get_tensor(key) for key in expected}
     except (SafetensorError, OSError) as error:
-        raise WeightsError(f"{path}: not a readable safetensors file ({_one_line(error)})") from error
+        raise WeightsError(f"{path}: not a readable safetensors file ({one_line(error)})") from error
     _check_values(tensors, str(path))
     digest = fingerprint(metadata["config"], tensors)
     if metadata["fingerprint"] != digest.hex():
@@ -239,7 +239,3 @@ def _check_values(tensors: Mapping[str, torch.Tensor], source: str) -> None:
 
 def _canonical(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"))
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
