@@ -5,11 +5,12 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,6 +18,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+import torch._dynamo.utils
 import yaml
 from skimage.metrics import peak_signal_noise_ratio
 
@@ -298,3 +300,19 @@ def test_a_module_made_in_python_has_a_checkpoint_that_can_be_exported(tmp_path)
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     loaded = CodecTraining.load_from_checkpoint(tmp_path / "a.ckpt", map_location="cpu", weights_only=True)
     assert loaded.network.config == TINY
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore")  # the compiler warns of its own internals
+def test_compiled_steps_train_like_eager_ones():
+    weights = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        network = replace(TINY, binarizer="sign")
+        module = CodecTraining(network, iterations=2, warmup_steps=1, compile=compiled)
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        fit(module, Patches(3))
+        assert (torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0) is compiled
+        weights.append(torch.cat([parameter.detach().flatten() for parameter in module.parameters()]))
+    torch.testing.assert_close(weights[0], weights[1], atol=1e-4, rtol=0)
