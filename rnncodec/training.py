@@ -34,6 +34,7 @@ class CodecTraining(L.LightningModule):
         optimizer: `adam` (the papers'), or `muon`: Muon for the recurrent kernels beside AdamW for the rest.
         learning_rate: of Adam or AdamW.
         muon_learning_rate: of Muon.
+        weight_decay: decoupled, of every optimizer.
         warmup_steps: of the linear rise of both rates.
         decay_steps: of the linear fall of both rates to zero that ends with `trainer.max_steps`; 0 for none.
         compile: whether to compile the step with `torch.compile` (validation stays eager).
@@ -49,6 +50,7 @@ class CodecTraining(L.LightningModule):
         optimizer: Literal["adam", "muon"] = "adam",
         learning_rate: float = 5e-4,
         muon_learning_rate: float = 0.02,
+        weight_decay: float = 0.0,
         warmup_steps: int = 100,
         decay_steps: int = 0,
         compile: bool = False,
@@ -67,6 +69,7 @@ class CodecTraining(L.LightningModule):
         self.iterations, self.growth_end = iterations, growth_end
         self.growth = {int(step): k for step, k in (growth or {}).items()}
         self.optimizer, self.learning_rate, self.muon_learning_rate = optimizer, learning_rate, muon_learning_rate
+        self.weight_decay = weight_decay
         self.warmup_steps, self.decay_steps = warmup_steps, decay_steps
         self.max_bad_steps = max_bad_steps
         self.bad_steps = self.bad_steps_in_a_row = 0
@@ -89,9 +92,9 @@ class CodecTraining(L.LightningModule):
     def configure_optimizers(self) -> Any:
         if self.optimizer == "muon":
             groups = parameter_groups(self.network, self.learning_rate, self.muon_learning_rate)
-            optimizer: torch.optim.Optimizer = MuonAdamW(groups)
+            optimizer: torch.optim.Optimizer = MuonAdamW(groups, weight_decay=self.weight_decay)
         else:
-            optimizer = torch.optim.Adam(self.network.parameters(), self.learning_rate)
+            optimizer = torch.optim.AdamW(self.network.parameters(), self.learning_rate, weight_decay=self.weight_decay)
         return {
             "optimizer": optimizer,
             "lr_scheduler": {
