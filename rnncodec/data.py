@@ -435,7 +435,8 @@ class PatchDataModule(L.LightningDataModule):
         selection: `uniform`, or `high_entropy`: only the grid patches that PNG compresses worst, uncropped (T17).
         patches_per_image: how many patches `high_entropy` takes of each image.
         flips: whether half of the patches, at random, are mirrored left to right.
-        num_workers: processes that read the data, for each rank.
+        num_workers: processes that read the data, for each rank; by default one beside a GPU and none on a CPU, where
+            to pass a batch on takes longer than to read it.
         seed: of the order of the data, the crops and the flips.
         cache_dir: folder for decoded images, 3 bytes a pixel; by default rnncodec in the user's cache folder.
         max_pixels: images of more pixels are skipped.
@@ -455,7 +456,7 @@ class PatchDataModule(L.LightningDataModule):
         selection: Literal["uniform", "high_entropy"] = "uniform",
         patches_per_image: int = 100,
         flips: bool = True,
-        num_workers: int = 1,
+        num_workers: int | None = None,
         seed: int = 0,
         cache_dir: str | Path | None = None,
         max_pixels: int = MAX_PIXELS,
@@ -467,7 +468,7 @@ class PatchDataModule(L.LightningDataModule):
         for name, value in positive.items():
             if value < 1:
                 raise DataError(f"{name} must be at least 1, not {value}")
-        for name, value in {"val_images": val_images, "num_workers": num_workers, "seed": seed}.items():
+        for name, value in {"val_images": val_images, "num_workers": num_workers or 0, "seed": seed}.items():
             if value < 0:
                 raise DataError(f"{name} must not be negative, not {value}")
         if selection == "uniform" and tile_size < patch_size:
@@ -609,12 +610,15 @@ class PatchDataModule(L.LightningDataModule):
             world_size=world_size,
         )
         self.next_batch()  # a position that does not fit is reported here rather than in a worker
+        workers = self.num_workers
+        if workers is None:
+            workers = int(self.trainer is not None and self.trainer.strategy.root_device.type == "cuda")
         return DataLoader(
             stream,
             batch_size=None,
             sampler=StreamSampler(self.next_batch),
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
+            num_workers=workers,
+            persistent_workers=workers > 0,
             pin_memory=torch.cuda.is_available(),
         )
 
