@@ -143,7 +143,7 @@ def time_stream(batches: Iterator[Any], data: PatchDataModule, seconds: float) -
 
 def make_training(config: dict[str, Any], iterations: int, mode: Mode, compile: bool) -> CodecTraining:
     """The training of a config's `model` section, all iterations from the start."""
-    unroll = {"iterations": iterations, "growth": {}, "growth_end": 0}
+    unroll = {"iterations": iterations, "growth": {}}
     return CodecTraining(**{**config, **unroll, "compile": compile and mode == "fastest"})
 
 
@@ -289,7 +289,7 @@ def measure(
     data = PatchDataModule(**common, batch_size=config.get("data", {}).get("batch_size", 32))
     data.prepare_data()
     data.setup("fit")
-    few = PatchDataModule(**common, batch_size=scale.batch_size, num_workers=0)
+    few = PatchDataModule(**common, batch_size=scale.batch_size)
     configs = {"T17": paper, config.get("name", file.stem): small}
     ticks = (scale.turns + 1) * (1 + len(unrolled(small)) + 2 * len(configs))
     with Progress(console=Console(stderr=True)) as progress:

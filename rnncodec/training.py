@@ -28,9 +28,8 @@ class CodecTraining(L.LightningModule):
     Args:
         network: shapes and equations of the network.
         iterations: steps of the unrolled loop, each weighted equally.
-        growth: iterations by training step, while they grow: {0: 2, 1000: 4} means 2 from the start, 4 from
-            step 1000 on. `iterations` is the upper bound; an empty mapping means all of them from the start.
-        growth_end: the training step from which on all `iterations` are unrolled.
+        growth: iterations by the training step from which on they are unrolled: {0: 2, 1000: 4, 5000: 16}. They never
+            exceed `iterations`, which an empty mapping unrolls from the start.
         optimizer: `adam` (the papers'), or `muon`: Muon for the recurrent kernels beside AdamW for the rest.
         learning_rate: of Adam or AdamW.
         muon_learning_rate: of Muon.
@@ -46,7 +45,6 @@ class CodecTraining(L.LightningModule):
         network: NetworkConfig = NetworkConfig(),  # noqa: B008 - frozen
         iterations: int = 16,
         growth: dict[int, int] | None = None,
-        growth_end: int = 0,
         optimizer: Literal["adam", "muon"] = "adam",
         learning_rate: float = 5e-4,
         muon_learning_rate: float = 0.02,
@@ -66,7 +64,7 @@ class CodecTraining(L.LightningModule):
         constants = [name for name, _ in self.named_buffers()]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, constants)
         self.network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-        self.iterations, self.growth_end = iterations, growth_end
+        self.iterations = iterations
         self.growth = {int(step): k for step, k in (growth or {}).items()}
         self.optimizer, self.learning_rate, self.muon_learning_rate = optimizer, learning_rate, muon_learning_rate
         self.weight_decay = weight_decay
@@ -83,11 +81,8 @@ class CodecTraining(L.LightningModule):
 
     def current_iterations(self, step: int) -> int:
         """Iterations to unroll at a training step."""
-        if step >= self.growth_end:
-            return self.iterations
-        return min(
-            self.iterations, max((k for start, k in self.growth.items() if start <= step), default=self.iterations)
-        )
+        start = max((start for start in self.growth if start <= step), default=None)
+        return self.iterations if start is None else min(self.iterations, self.growth[start])
 
     def configure_optimizers(self) -> Any:
         if self.optimizer == "muon":
