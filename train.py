@@ -1,4 +1,4 @@
-r"""Trains a codec. This docstring is the launch manual.
+r"""Trains a codec or a context model. This docstring is the launch manual.
 
 On a laptop or one GPU; a run that was stopped goes on where it was with --ckpt_path:
 
@@ -36,7 +36,8 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from rnncodec.data import DataError, PatchDataModule
 from rnncodec.images import ImageError
-from rnncodec.training import CodecTraining
+from rnncodec import context_training  # noqa: F401 - its classes may be named in a config
+from rnncodec.training import Training
 
 DEFAULTS: dict[str, Any] = {
     "accelerator": "auto",
@@ -98,6 +99,8 @@ class CodecCLI(LightningCLI):
         parser.add_lightning_class_args(EMAWeightAveraging, "ema")
         # The only buffers are permutations, of which there is no average.
         parser.set_defaults({"ema.decay": 0.999, "ema.use_buffers": False, "seed_everything": 0})
+        # What a config names by class_path, if it is another training.
+        parser.set_defaults({"model": {"class_path": "rnncodec.training.CodecTraining"}})
 
     def _parse_ckpt_path(self) -> None:
         """Lets config and command line decide in a resumed run too, where Lightning takes the checkpoint's values."""
@@ -125,6 +128,7 @@ class CodecCLI(LightningCLI):
                     mode=None if "WANDB_MODE" in os.environ or wandb_login_exists() else "offline",
                 ),
             ]
+        monitor, mode = self.model.monitor
         callbacks: list[L.Callback] = [
             LastCheckpoint(
                 folder,
@@ -135,8 +139,8 @@ class CodecCLI(LightningCLI):
             ModelCheckpoint(
                 folder,
                 filename="best",
-                monitor="val/psnr",
-                mode="max",
+                monitor=monitor,
+                mode=mode,
                 enable_version_counter=False,
                 save_on_train_epoch_end=False,
             ),
@@ -155,8 +159,9 @@ class CodecCLI(LightningCLI):
 def main() -> None:
     """Runs the command line."""
     CodecCLI(
-        CodecTraining,
+        Training,
         PatchDataModule,
+        subclass_mode_model=True,
         trainer_defaults=DEFAULTS,
         save_config_callback=RunConfig,
         save_config_kwargs={"overwrite": True},

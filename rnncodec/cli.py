@@ -132,7 +132,7 @@ def info(args: argparse.Namespace) -> int:
         if args.json:
             document = {
                 "file": source,
-                "version": format.VERSION,
+                "version": header.version,
                 "bytes": len(data),
                 "width": header.width,
                 "height": header.height,
@@ -143,7 +143,7 @@ def info(args: argparse.Namespace) -> int:
             }
             print(json.dumps(document))
             return
-        print(f"{_printable(source)}: {header.width}x{header.height}, {len(data)} bytes, version {format.VERSION}")
+        print(f"{_printable(source)}: {header.width}x{header.height}, {len(data)} bytes, version {header.version}")
         print(f"weights {header.weights} ({header.fingerprint.hex()}), {complete} of {len(rows)} iterations complete")
         table = Table("iteration", "bytes", "bpp", "")
         for column in table.columns[:3]:

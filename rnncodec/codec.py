@@ -2,20 +2,20 @@
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple, TypedDict
+from typing import Literal, NamedTuple, TypedDict
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
 from rnncodec import format
-from rnncodec.format import Container, FormatError, Header, Iteration
+from rnncodec.entropy import CLASSICAL, ContextSession, EntropyName, Session
+from rnncodec.format import CONTEXT, RAW, Container, FormatError, Header, Iteration
 from rnncodec.images import MAX_PIXELS, to_rgb
-from rnncodec.network import NetworkConfig, to_uint8
+from rnncodec.network import NetworkConfig, pad_to_blocks, to_uint8
 from rnncodec.weights import Weights, WeightsError
 
 MAX_ITERATIONS = 16
@@ -65,6 +65,8 @@ class Codec:
             raise ValueError("no CUDA device is available")
         if tile is not None and tile < 1:
             raise ValueError(f"tile must be at least 1, not {tile}")
+        self.context = weights.context and weights.context.to(self.device)
+        self.context_fingerprint = weights.context_fingerprint
         self.network = weights.network.eval().to(self.device).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         self.config = weights.network.config
         self.name, self.fingerprint, self.provenance = weights.name, weights.fingerprint, weights.provenance
@@ -77,6 +79,7 @@ class Codec:
         *,
         bpp: float | None = None,
         psnr: float | None = None,
+        entropy: EntropyName | Literal["none"] | None = None,
         progress: Progress | None = None,
     ) -> bytes:
         """Compresses an image; at most one of iterations, bpp and psnr says how far.
@@ -86,6 +89,8 @@ class Codec:
             iterations: 1 to 16, the default.
             bpp: as many iterations as keep the whole file within so many bits per pixel.
             psnr: as few iterations as bring the decoded image to so many dB; if 16 do not, those and a warning.
+            entropy: coder of the bits (see `rnncodec.entropy`), or `none` for raw bits; None takes the context model
+                if the weights have one. What a coder does not shorten is stored raw.
             progress: is called with the steps done and the steps in all.
 
         Returns:
@@ -101,14 +106,24 @@ class Codec:
         if max(height, width) > MAX_SIDE:
             raise ValueError(f"an image has at most {MAX_SIDE} pixels a side, not {width}x{height}")
         pixels = torch.from_numpy(array).permute(2, 0, 1)[None]
-        if bpp is not None:
-            iterations = self._iterations_within(bpp, height, width)
+        rows, columns = self._grid(height, width)
+        session = self._session(entropy or ("context" if self.context else "none"), rows, columns)
+        if bpp is not None and not bpp > 0:
+            raise ValueError(f"bpp must be positive, not {bpp}")
         if psnr is None:
-            planes = self._analyse(pixels, _check_iterations(iterations), progress)
+            planes: Iterable[np.ndarray] = self._analyse(pixels, _check_iterations(iterations), progress)
         else:
             planes = self._analyse_to(psnr, pixels, progress)
-        payloads = tuple(format.pack_bits(plane) for plane in planes[:, 0])
-        return format.write(Container(self._header(height, width, payloads), payloads))
+        entries, payloads = [], []
+        for plane in planes:
+            coding, payload = session.encode(plane[0]) if session else (RAW, format.pack_bits(plane[0]))
+            header = self._header(height, width, [*entries, Iteration.of(payload, coding)])
+            if bpp is not None and header.bpp[-1] > bpp:
+                if not entries:
+                    raise ValueError(f"one iteration takes {header.bpp[-1]:.4f} bpp, more than {bpp:g}")
+                break
+            entries, payloads = list(header.iterations), [*payloads, payload]
+        return format.write(Container(self._header(height, width, entries), tuple(payloads)))
 
     def decode(
         self,
@@ -172,7 +187,7 @@ class Codec:
             raise ValueError(f"a batch is floating-point [B, 3, H, W], not {x.dtype} {list(x.shape)}")
         if not bool(((x >= 0) & (x <= 1)).all()):
             raise ValueError("a batch holds values in [0, 1]")
-        planes = self._analyse(x.detach(), _check_iterations(iterations), None)
+        planes = np.stack(list(self._analyse(x.detach(), _check_iterations(iterations), None)))
         strings = [[format.pack_bits(plane) for plane in planes[:, i]] for i in range(len(x))]
         return {"strings": strings, "shape": (x.shape[2], x.shape[3])}
 
@@ -226,13 +241,47 @@ class Codec:
             warnings.warn(
                 f"the file is cut: decoded {len(payloads)} of {len(header.iterations)} iterations", stacklevel=3
             )
-        rows, columns = self._grid(header.height, header.width)
-        return header, np.stack([format.unpack_bits(p, header.bits, rows, columns) for p in payloads])[:, None]
+        codings = [it.coding for it in header.iterations[: len(payloads)]]
+        session = self._session(_entropy_of(codings), header.rows, header.cols)
+        if CONTEXT in codings and header.context != self.context_fingerprint:
+            raise WeightsError(
+                f"the file needs the context model {header.context.hex()} of the weights {header.weights!r}, "
+                f"loaded is {self.context_fingerprint.hex()}"
+            )
+        planes = [
+            session.decode(coding, payload)
+            if session
+            else format.unpack_bits(payload, header.bits, header.rows, header.cols)
+            for coding, payload in zip(codings, payloads, strict=True)
+        ]
+        return header, np.stack(planes)[:, None]
 
-    def _analyse(self, images: Tensor, iterations: int, progress: Progress | None) -> np.ndarray:
-        """The bits of images [B, 3, H, W], bool [iterations, B, bits, rows, columns]."""
+    def _session(self, entropy: EntropyName | Literal["none"], rows: int, columns: int) -> Session | None:
+        """A new session of an entropy coder; None for raw bits."""
+        if entropy == "none":
+            return None
+        if entropy in CLASSICAL:
+            return CLASSICAL[entropy](self.config.bits, rows, columns)
+        if entropy != "context":
+            raise ValueError(f"entropy is one of none, context, {', '.join(CLASSICAL)}, not {entropy!r}")
+        if self.context is None:
+            raise WeightsError(f"the weights {self.name!r} have no context model")
+        return ContextSession(self.context, self.config.bits, rows, columns)
+
+    def _analyse(self, images: Tensor, iterations: int, progress: Progress | None) -> Iterator[np.ndarray]:
+        """The bits of images [B, 3, H, W], bool [B, bits, rows, columns] for each iteration."""
         height, width = images.shape[-2:]
         tiles = self._tiles(height, width)
+        if len(tiles) == 1:  # an iteration costs nothing before it is asked for
+            x, state = self._input(images, tiles[0].area), None
+            for t in range(iterations):
+                with _exact():  # not around `yield`, where it would be in force for the caller, too
+                    step = self.network(state, x=x)
+                state = step.state
+                if progress:
+                    progress(t + 1, iterations)
+                yield (step.bits > 0).cpu().numpy()
+            return
         planes = np.empty((iterations, len(images), self.config.bits, *self._grid(height, width)), bool)
         with _exact():
             for i, tile in enumerate(tiles):
@@ -240,7 +289,7 @@ class Codec:
                     planes[t][..., *tile.core] = (step.bits > 0)[..., *_inside(tile)].cpu().numpy()
                     if progress:
                         progress(i * iterations + t + 1, len(tiles) * iterations)
-        return planes
+        yield from planes
 
     def _analyse_to(self, target: float, image: Tensor, progress: Progress | None) -> np.ndarray:
         """As `_analyse`, for one image and with the fewest iterations that reach a PSNR."""
@@ -270,7 +319,8 @@ class Codec:
             planes = np.stack(found)
         else:
             steps = MAX_ITERATIONS * len(tiles)
-            planes = self._analyse(image, MAX_ITERATIONS, progress and (lambda done, _: progress(done, 2 * steps)))
+            first = progress and (lambda done, _: progress(done, 2 * steps))
+            planes = np.stack(list(self._analyse(image, MAX_ITERATIONS, first)))
             errors = [0] * MAX_ITERATIONS
             later = progress and (lambda done, _: progress(steps + done, 2 * steps))
             for t, box, x_hat in self._synthesise(planes, height, width, later):
@@ -311,9 +361,7 @@ class Codec:
         x = images[..., rows.start * stride : rows.stop * stride, columns.start * stride : columns.stop * stride]
         x = x.to(self.device)
         x = 2 * x.float() / 255 - 1 if x.dtype == torch.uint8 else 2 * x.float() - 1
-        height, width = ((s.stop - s.start) * stride for s in area)
-        x = F.pad(x, (0, width - x.shape[-1], 0, height - x.shape[-2]), mode="replicate")
-        return x.contiguous(memory_format=torch.channels_last)
+        return pad_to_blocks(x, stride).contiguous(memory_format=torch.channels_last)
 
     def _grid(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of the code of an image."""
@@ -341,7 +389,7 @@ class Codec:
 
         return [Tile((y[0], x[0]), (y[1], x[1])) for y in cuts(rows) for x in cuts(columns)]
 
-    def _header(self, height: int, width: int, payloads: Sequence[bytes]) -> Header:
+    def _header(self, height: int, width: int, iterations: Sequence[Iteration]) -> Header:
         return Header(
             width=width,
             height=height,
@@ -349,18 +397,9 @@ class Codec:
             weights=self.name,
             stride=self.config.stride,
             bits=self.config.bits,
-            iterations=tuple(map(Iteration.of, payloads)),
+            iterations=tuple(iterations),
+            context=self.context_fingerprint if any(it.coding == CONTEXT for it in iterations) else bytes(8),
         )
-
-    def _iterations_within(self, bpp: float, height: int, width: int) -> int:
-        """The most iterations whose whole file takes at most bpp bits per pixel."""
-        if not bpp > 0:
-            raise ValueError(f"bpp must be positive, not {bpp}")
-        payload = format.pack_bits(np.zeros((self.config.bits, *self._grid(height, width)), bool))
-        rates = self._header(height, width, [payload] * MAX_ITERATIONS).bpp
-        if rates[0] > bpp:
-            raise ValueError(f"one iteration takes {rates[0]:.4f} bpp, more than {bpp:g}")
-        return sum(rate <= bpp for rate in rates)
 
     def _check_header(self, header: Header) -> None:
         """Refuses files that this codec cannot decode."""
@@ -424,6 +463,15 @@ def receptive_field(config: NetworkConfig) -> tuple[int, int]:
         block = math.lcm(block, gain)
     halo = (0 if patches else sum(scales)) + (MAX_ITERATIONS - 1) * max(hops, default=0)
     return math.ceil(halo / block) * block, block
+
+
+def _entropy_of(codings: Sequence[int]) -> EntropyName | Literal["none"]:
+    """The one coder of a file."""
+    coders = {CONTEXT: "context"} | {session.coding: name for name, session in CLASSICAL.items()}
+    used = sorted(set(codings) - {RAW})
+    if len(used) > 1:
+        raise FormatError(f"codings {used[0]} and {used[1]} in one file")
+    return coders[used[0]] if used else "none"
 
 
 def _as_array(image: Image.Image | np.ndarray | Tensor) -> np.ndarray:

@@ -10,10 +10,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 MAGIC = b"\x8fRNC"  # a first byte above 0x7f is neither ASCII nor the start of UTF-8: no text editor claims the file
-VERSION = 1
+RAW_VERSION, CODED_VERSION = 1, 2  # of files whose payloads are all raw, and of others
 RAW = 0  # the coding of a payload that holds the bits as they are
-CODINGS = (RAW,)  # those that this version can decode
-FIXED = struct.Struct(">HH8sBBB")  # width, height, fingerprint, stride, bits, length of the name
+CONTEXT, HUFFMAN, STATIC, ADAPTIVE = 1, 2, 3, 4  # entropy coders, see rnncodec.entropy
+CODINGS = (RAW, CONTEXT, HUFFMAN, STATIC, ADAPTIVE)  # those that this program can decode
+SIZES = struct.Struct(">HH8s")  # width, height, fingerprint
+SHAPE = struct.Struct(">BBB")  # stride, bits, length of the name
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,31}")  # safe to print and to look up, whoever wrote it
 
 
@@ -52,6 +54,7 @@ class Header:
         stride: side in pixels of the block of one location of the code, 1..255.
         bits: of one location in one iteration, 1..255.
         iterations: 1 to 255 entries.
+        context: 8 bytes that identify the context model of the payloads coded with one; zeros if there are none.
 
     Raises:
         FormatError: a value is out of range, or the length of a payload contradicts the geometry.
@@ -64,13 +67,15 @@ class Header:
     stride: int
     bits: int
     iterations: tuple[Iteration, ...]
+    context: bytes = bytes(8)
 
     def __post_init__(self) -> None:
         for name, largest in (("width", 65535), ("height", 65535), ("stride", 255), ("bits", 255)):
             if not 1 <= getattr(self, name) <= largest:
                 raise FormatError(f"{name} must be in 1..{largest}, not {getattr(self, name)}")
-        if len(self.fingerprint) != 8:
-            raise FormatError(f"a fingerprint has 8 bytes, not {len(self.fingerprint)}")
+        for fingerprint in self.fingerprint, self.context:
+            if len(fingerprint) != 8:
+                raise FormatError(f"a fingerprint has 8 bytes, not {len(fingerprint)}")
         if not NAME_PATTERN.fullmatch(self.weights):
             raise FormatError(f"a name of weights is up to 32 letters, digits, '.', '_' and '-', not {self.weights!a}")
         if not 1 <= len(self.iterations) <= 255:
@@ -80,6 +85,11 @@ class Header:
                 raise FormatError(f"iteration {number}: coding {it.coding} or checksum {it.checksum} is out of range")
             if not (self.raw_length if it.coding == RAW else 0) <= it.length <= self.raw_length:
                 raise FormatError(f"iteration {number} takes {it.length} bytes, where raw bits take {self.raw_length}")
+
+    @property
+    def version(self) -> int:
+        """The first version of the format that has what this file needs."""
+        return RAW_VERSION if all(it.coding == RAW for it in self.iterations) else CODED_VERSION
 
     @property
     def rows(self) -> int:
@@ -100,7 +110,8 @@ class Header:
     def size(self) -> int:
         """Bytes of this header."""
         entries = sum(5 + (_length_size(self.raw_length) if it.coding != RAW else 0) for it in self.iterations)
-        return len(MAGIC) + 1 + FIXED.size + len(self.weights) + 1 + entries + 4
+        context = len(self.context) if self.version >= CODED_VERSION else 0
+        return len(MAGIC) + 1 + SIZES.size + context + SHAPE.size + len(self.weights) + 1 + entries + 4
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -167,8 +178,10 @@ def write(container: Container) -> bytes:
 def write_header(header: Header) -> bytes:
     """Gives the bytes of a header."""
     name = header.weights.encode("ascii")
-    data = MAGIC + bytes([VERSION])
-    data += FIXED.pack(header.width, header.height, header.fingerprint, header.stride, header.bits, len(name))
+    data = MAGIC + bytes([header.version]) + SIZES.pack(header.width, header.height, header.fingerprint)
+    if header.version >= CODED_VERSION:
+        data += header.context
+    data += SHAPE.pack(header.stride, header.bits, len(name))
     data += name + bytes([len(header.iterations)])
     for it in header.iterations:
         data += bytes([it.coding])
@@ -195,9 +208,14 @@ def read_header(data: bytes) -> Header:
         return taken
 
     version = take(len(MAGIC) + 1)[-1]
-    if version != VERSION:  # before anything else: only the first five bytes are the same in every version
+    if version not in (
+        RAW_VERSION,
+        CODED_VERSION,
+    ):  # before anything else: only the first five bytes are the same in every version
         raise FormatError(f"version {version} of the format needs a newer version of this program")
-    width, height, fingerprint, stride, bits, name_length = FIXED.unpack(take(FIXED.size))
+    width, height, fingerprint = SIZES.unpack(take(SIZES.size))
+    context = take(8) if version >= CODED_VERSION else bytes(8)
+    stride, bits, name_length = SHAPE.unpack(take(SHAPE.size))
     name = take(name_length)
     # The geometry decides how wide a length is, so zeros must not reach it; the checksum would only come too late.
     if 0 in (width, height, stride, bits):
@@ -211,7 +229,10 @@ def read_header(data: bytes) -> Header:
     checksum = zlib.crc32(data[: file.tell()])
     if int.from_bytes(take(4)) != checksum:
         raise FormatError("the header is corrupt")
-    return Header(width, height, fingerprint, name.decode("latin-1"), stride, bits, tuple(iterations))
+    header = Header(width, height, fingerprint, name.decode("latin-1"), stride, bits, tuple(iterations), context)
+    if header.version != version:  # each file has one header only
+        raise FormatError(f"the codings of the payloads are not those of version {version} of the format")
+    return header
 
 
 def read(data: bytes, *, max_pixels: int, iterations: int | None = None) -> Container:

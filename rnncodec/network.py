@@ -27,6 +27,12 @@ def to_uint8(x: Tensor) -> Tensor:
     return ((x.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
+def pad_to_blocks(x: Tensor, stride: int) -> Tensor:
+    """Images [B, 3, H, W], their last row and column repeated until both sides are multiples of the stride."""
+    height, width = x.shape[-2:]
+    return F.pad(x, (0, -width % stride, 0, -height % stride), mode="replicate")
+
+
 @dataclass(frozen=True)
 class NetworkConfig:
     """Shapes and equations of a network; the defaults are the LSTM of T17 with 35.5 M parameters.

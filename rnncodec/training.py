@@ -2,18 +2,18 @@
 
 import os
 from dataclasses import asdict
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import lightning as L
 import torch
 import wandb
 from lightning.pytorch.loggers import WandbLogger
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torchmetrics import MeanMetric, Metric, MetricCollection
 
 from rnncodec.metrics import RATES, ms_ssim, psnr
-from rnncodec.network import NetworkConfig, RecurrentCodec, to_uint8
+from rnncodec.network import NetworkConfig, RecurrentCodec, Step, pad_to_blocks, to_uint8
 from rnncodec.optim import MuonAdamW, parameter_groups
 
 
@@ -22,7 +22,81 @@ def global_seed() -> int:
     return int(os.environ.get("PL_GLOBAL_SEED", "0"))
 
 
-class CodecTraining(L.LightningModule):
+class Training(L.LightningModule):
+    """What every training here shares: schedule of the learning rate, seeds, guard against gradients that are not finite.
+
+    Attributes:
+        monitor: what decides on the best checkpoint, and whether its `min` or `max` is best.
+
+    Args:
+        learning_rate: of Adam or AdamW.
+        weight_decay: decoupled, of every optimizer.
+        warmup_steps: of the linear rise of all rates.
+        decay_steps: of the linear fall of all rates to zero that ends with `trainer.max_steps`; 0 for none.
+        max_bad_steps: how many steps in a row with gradients that are not finite are skipped before training stops.
+    """
+
+    monitor: ClassVar[tuple[str, str]]
+
+    def __init__(
+        self, learning_rate: float, weight_decay: float, warmup_steps: int, decay_steps: int, max_bad_steps: int
+    ) -> None:
+        super().__init__()
+        self.learning_rate, self.weight_decay = learning_rate, weight_decay
+        self.warmup_steps, self.decay_steps = warmup_steps, decay_steps
+        self.max_bad_steps = max_bad_steps
+        self.bad_steps = self.bad_steps_in_a_row = 0
+
+    def configure_model(self) -> None:
+        # Constant buffers need no broadcast, which ranks with unequal shares of images would not all take part in.
+        constants = [name for name, _ in self.named_buffers()]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, constants)
+
+    def scheduled(self, optimizer: torch.optim.Optimizer) -> Any:
+        """The optimizer with its schedule, as Lightning takes it."""
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self.learning_rate_factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def learning_rate_factor(self, step: int) -> float:
+        """Factor of the learning rates: a linear rise, a plateau, a linear fall that ends at `max_steps`."""
+        factor = min(1.0, (step + 1) / max(1, self.warmup_steps))
+        if self.decay_steps and self.trainer.max_steps > 0:
+            factor = min(factor, max(0.0, (self.trainer.max_steps - step) / self.decay_steps))
+        return factor
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        # The random state is a function of the batch, so that a resumed run draws the same bits.
+        number = self.trainer.fit_loop.epoch_loop.total_batch_idx * self.trainer.world_size + self.global_rank
+        torch.manual_seed(global_seed() * 2**32 + number)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        gradients = [p.grad for p in self.parameters() if p.grad is not None]
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))  # pyright: ignore[reportPrivateImportUsage]
+        if torch.isfinite(norm):
+            self.bad_steps_in_a_row = 0
+        else:
+            # Without gradients an optimizer leaves weights and moments as they are.
+            for parameter in self.parameters():
+                parameter.grad = None
+            self.bad_steps += 1
+            self.bad_steps_in_a_row += 1
+            if self.bad_steps_in_a_row > self.max_bad_steps:
+                raise FloatingPointError(f"gradients were not finite in {self.bad_steps_in_a_row} steps in a row")
+        self.log("train/gradient_norm", norm)
+        self.log("train/skipped_steps", float(self.bad_steps))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["bad_steps"], checkpoint["seed"] = self.bad_steps, global_seed()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.bad_steps = checkpoint["bad_steps"]
+
+    def wandb_loggers(self) -> list[WandbLogger]:
+        """The W&B loggers of this process; none on ranks above zero."""
+        return [logger for logger in self.loggers if isinstance(logger, WandbLogger) and self.global_rank == 0]
+
+
+class CodecTraining(Training):
     """Trains a `RecurrentCodec` on patches for the mean L1 of all iterations (T17 sec. 3.3).
 
     Args:
@@ -40,6 +114,8 @@ class CodecTraining(L.LightningModule):
         max_bad_steps: how many steps in a row with gradients that are not finite are skipped before training stops.
     """
 
+    monitor = "val/psnr", "max"
+
     def __init__(
         self,
         network: NetworkConfig = NetworkConfig(),  # noqa: B008 - frozen
@@ -54,23 +130,16 @@ class CodecTraining(L.LightningModule):
         compile: bool = False,
         max_bad_steps: int = 20,
     ) -> None:
-        super().__init__()
+        super().__init__(learning_rate, weight_decay, warmup_steps, decay_steps, max_bad_steps)
         # A checkpoint holds plain values: a mapping for the network, and possibly text for the steps of growth.
         self.network = RecurrentCodec(network if isinstance(network, NetworkConfig) else NetworkConfig(**network))
         self.save_hyperparameters()
         self.hparams.pop("_instantiator", None)  # the command line's detour to what `load_from_checkpoint` does alone
         self.hparams["network"] = asdict(self.network.config)
-        # Constant permutations need no broadcast, which ranks with unequal shares of images would not all take part in.
-        constants = [name for name, _ in self.named_buffers()]
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, constants)
         self.network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         self.iterations = iterations
         self.growth = {int(step): k for step, k in (growth or {}).items()}
-        self.optimizer, self.learning_rate, self.muon_learning_rate = optimizer, learning_rate, muon_learning_rate
-        self.weight_decay = weight_decay
-        self.warmup_steps, self.decay_steps = warmup_steps, decay_steps
-        self.max_bad_steps = max_bad_steps
-        self.bad_steps = self.bad_steps_in_a_row = 0
+        self.optimizer, self.muon_learning_rate = optimizer, muon_learning_rate
         if compile:
             self.network.compile(dynamic=False)
         # MS-SSIM is not defined for small images: these do not count.
@@ -86,70 +155,33 @@ class CodecTraining(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         if self.optimizer == "muon":
-            groups = parameter_groups(self.network, self.learning_rate, self.muon_learning_rate)
+            groups = parameter_groups(self, self.learning_rate, self.muon_learning_rate)
             optimizer: torch.optim.Optimizer = MuonAdamW(groups, weight_decay=self.weight_decay)
         else:
-            optimizer = torch.optim.AdamW(self.network.parameters(), self.learning_rate, weight_decay=self.weight_decay)
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {
-                "scheduler": torch.optim.lr_scheduler.LambdaLR(optimizer, self.learning_rate_factor),
-                "interval": "step",
-            },
-        }
-
-    def learning_rate_factor(self, step: int) -> float:
-        """Factor of the learning rates: a linear rise, a plateau, a linear fall that ends at `max_steps`."""
-        factor = min(1.0, (step + 1) / max(1, self.warmup_steps))
-        if self.decay_steps and self.trainer.max_steps > 0:
-            factor = min(factor, max(0.0, (self.trainer.max_steps - step) / self.decay_steps))
-        return factor
+            optimizer = torch.optim.AdamW(self.parameters(), self.learning_rate, weight_decay=self.weight_decay)
+        return self.scheduled(optimizer)
 
     def on_fit_start(self) -> None:
         recurrent = "none" not in (self.network.config.encoder_cell, self.network.config.decoder_cell)
         if recurrent and self.trainer.world_size > 1 and min(self.iterations, *self.growth.values(), 2) < 2:
             raise ValueError("several processes need at least 2 iterations: in one, hidden kernels have no gradient")
 
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        # The random state is a function of the batch, so that a resumed run draws the same bits.
-        number = self.trainer.fit_loop.epoch_loop.total_batch_idx * self.trainer.world_size + self.global_rank
-        torch.manual_seed(global_seed() * 2**32 + number)
-
     def training_step(self, x: Tensor, batch_idx: int) -> Tensor:
         iterations = self.current_iterations(self.global_step)
-        losses = torch.stack([(x - step.x_hat).abs().mean() for step in self.network.unroll(x, iterations)])
-        loss = losses.mean()
+        loss = self.loss(x, list(self.network.unroll(x, iterations)))
         self.log("train/loss", loss, prog_bar=True)
-        self.log_dict({f"train/l1_{k}": losses[k - 1] for k in RATES if k <= iterations})
         self.log("train/iterations", float(iterations))
         return loss
 
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))  # pyright: ignore[reportPrivateImportUsage]
-        if torch.isfinite(norm):
-            self.bad_steps_in_a_row = 0
-        else:
-            # Without gradients an optimizer leaves weights and moments as they are.
-            for parameter in self.network.parameters():
-                parameter.grad = None
-            self.bad_steps += 1
-            self.bad_steps_in_a_row += 1
-            if self.bad_steps_in_a_row > self.max_bad_steps:
-                raise FloatingPointError(f"gradients were not finite in {self.bad_steps_in_a_row} steps in a row")
-        self.log("train/gradient_norm", norm)
-        self.log("train/skipped_steps", float(self.bad_steps))
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["bad_steps"], checkpoint["seed"] = self.bad_steps, global_seed()
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.bad_steps = checkpoint["bad_steps"]
+    def loss(self, x: Tensor, steps: list[Step]) -> Tensor:
+        """The mean L1 of the steps of the unrolled loop."""
+        losses = torch.stack([(x - step.x_hat).abs().mean() for step in steps])
+        self.log_dict({f"train/l1_{k}": losses[k - 1] for k in RATES if k <= len(steps)})
+        return losses.mean()
 
     def validation_step(self, x: Tensor, batch_idx: int) -> None:
-        stride = self.network.config.stride
         height, width = x.shape[-2:]
-        padded = nn.functional.pad(x, (0, -width % stride, 0, -height % stride), mode="replicate")
+        padded = pad_to_blocks(x, self.network.config.stride)
         original, pictures = to_uint8(x), []
         with torch.compiler.set_stance("force_eager"):  # every size of image would be compiled anew
             for k, step in enumerate(self.network.unroll(padded, max(RATES)), start=1):
@@ -173,7 +205,3 @@ class CodecTraining(L.LightningModule):
         for logger in self.wandb_loggers():
             table = wandb.Table(["iterations", "bpp", "psnr", "ms_ssim"], curve)
             logger.experiment.log({f"rate/{y}": wandb.plot.line(table, "bpp", y, title=y) for y in ("psnr", "ms_ssim")})
-
-    def wandb_loggers(self) -> list[WandbLogger]:
-        """The W&B loggers of this process; none on ranks above zero."""
-        return [logger for logger in self.loggers if isinstance(logger, WandbLogger) and self.global_rank == 0]

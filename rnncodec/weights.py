@@ -8,13 +8,14 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, TypeVar, get_args, get_type_hints
 
 import numpy as np
 import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 
+from rnncodec.context import ContextConfig, ContextModel
 from rnncodec.format import NAME_PATTERN
 from rnncodec.images import atomic_write, one_line
 from rnncodec.network import NetworkConfig, RecurrentCodec
@@ -30,6 +31,9 @@ class WeightsError(ValueError):
     """Weights that are missing, damaged or not the ones a file needs; the message is one line."""
 
 
+Config = TypeVar("Config", NetworkConfig, ContextConfig)
+
+
 @dataclass(frozen=True)
 class Weights:
     """A trained network and its identity.
@@ -39,24 +43,33 @@ class Weights:
         name: for people, at most 32 characters.
         fingerprint: 8 bytes that decide whether a compressed file was made with these weights.
         provenance: how the weights came to be (config, data, steps, seed, ...).
+        context: exact model of the bits for entropy coding, or None.
+        context_fingerprint: 8 bytes that decide whether a compressed file was made with this model; zeros for None.
     """
 
     network: RecurrentCodec
     name: str
     fingerprint: bytes
     provenance: dict[str, str]
+    context: ContextModel | None = None
+    context_fingerprint: bytes = bytes(8)
 
 
 def save_weights(
-    path: str | os.PathLike[str], network: RecurrentCodec, name: str, provenance: Mapping[str, str] | None = None
+    path: str | os.PathLike[str],
+    network: RecurrentCodec,
+    name: str,
+    provenance: Mapping[str, str] | None = None,
+    context: ContextModel | None = None,
 ) -> None:
-    """Writes a network in half precision.
+    """Writes a network in half precision, and a context model in integers.
 
     Args:
         path: the file, usually `<name>.safetensors`.
         network: floating-point values are rounded to float16.
         name: up to 32 of A-Z, a-z, 0-9, '.', '_', '-', starting with a letter or digit.
         provenance: how the weights came to be; text to text.
+        context: from `ContextModel.quantize`.
 
     Raises:
         WeightsError: the name is not allowed, or a value is NaN, infinite or beyond the range of float16.
@@ -76,6 +89,11 @@ def save_weights(
         "provenance": _canonical(dict(provenance or {})),
         "fingerprint": fingerprint(config, tensors).hex(),
     }
+    if context is not None:
+        integers = {key: tensor.cpu().contiguous() for key, tensor in context.integers().items()}
+        metadata["context"] = _canonical(asdict(context.config))
+        metadata["context_fingerprint"] = fingerprint(metadata["context"], integers).hex()
+        tensors |= {f"context.{key}": tensor for key, tensor in integers.items()}
     atomic_write(path, safetensors.torch.save(tensors, metadata))
 
 
@@ -93,27 +111,34 @@ def load_weights(path_or_name: str | os.PathLike[str] = DEFAULT_NAME) -> Weights
         with safe_open(path, framework="pt") as file:
             metadata = _metadata(file.metadata(), path)
             try:
-                config = _config(json.loads(metadata["config"]))
+                config = _config(NetworkConfig, json.loads(metadata["config"]))
                 provenance = json.loads(metadata["provenance"])
                 if not isinstance(provenance, dict) or not all(isinstance(text, str) for text in provenance.values()):
                     raise ValueError("provenance must map text to text")
+                context_config = None
                 with torch.device("meta"):
                     network = RecurrentCodec(config)
+                    expected = {
+                        key: (tensor.shape, "F16" if tensor.is_floating_point() else "I64")
+                        for key, tensor in network.state_dict().items()
+                    }
+                    if "context" in metadata:
+                        context_config = _config(ContextConfig, json.loads(metadata["context"]))
+                        expected |= _context_tensors(ContextModel(context_config))
             except (ValueError, TypeError, RecursionError) as error:
                 raise WeightsError(f"{path}: {one_line(error)}") from error
-            expected = network.state_dict()
             if set(file.keys()) != set(expected):
                 odd = sorted(set(file.keys()) ^ set(expected))[0]
                 raise WeightsError(f"{path}: the tensors do not fit the config, {odd!r} is missing or too much")
-            for key, tensor in expected.items():
+            for key, (shape, dtype) in expected.items():
                 view = file.get_slice(key)
-                dtype = "F16" if tensor.is_floating_point() else "I64"
-                if view.get_shape() != list(tensor.shape) or view.get_dtype() != dtype:
+                if view.get_shape() != list(shape) or view.get_dtype() != dtype:
                     found = f"{view.get_dtype()} {view.get_shape()}"
-                    raise WeightsError(f"{path}: {key} is {found}, the config needs {dtype} {list(tensor.shape)}")
+                    raise WeightsError(f"{path}: {key} is {found}, the config needs {dtype} {list(shape)}")
             tensors = {key: file.get_tensor(key) for key in expected}
     except (SafetensorError, OSError) as error:
         raise WeightsError(f"{path}: not a readable safetensors file ({one_line(error)})") from error
+    integers = {key[len("context.") :]: tensors.pop(key) for key in list(tensors) if key.startswith("context.")}
     _check_values(tensors, str(path))
     digest = fingerprint(metadata["config"], tensors)
     if metadata["fingerprint"] != digest.hex():
@@ -121,7 +146,24 @@ def load_weights(path_or_name: str | os.PathLike[str] = DEFAULT_NAME) -> Weights
     network.load_state_dict(
         {key: tensor.float() if tensor.is_floating_point() else tensor for key, tensor in tensors.items()}, assign=True
     )
-    return Weights(network.eval(), metadata["name"], digest, provenance)
+    if context_config is None:
+        return Weights(network.eval(), metadata["name"], digest, provenance)
+    context_digest = fingerprint(metadata["context"], integers)
+    if metadata.get("context_fingerprint") != context_digest.hex():
+        raise WeightsError(f"{path}: damaged, the context model does not match its fingerprint")
+    try:
+        context = ContextModel.from_integers(context_config, integers)
+    except ValueError as error:
+        raise WeightsError(f"{path}: {error}") from error
+    return Weights(network.eval(), metadata["name"], digest, provenance, context, context_digest)
+
+
+def _context_tensors(model: ContextModel) -> dict[str, tuple[torch.Size, str]]:
+    """Shapes and types of the integers of a context model, by name."""
+    types = {"weight": "I16", "turn": "I16", "bias": "I32"}
+    expected = {f"context.{key}": (tensor.shape, types[key.split(".")[-1]]) for key, tensor in model.named_parameters()}
+    exponents = [key for key in expected if key.endswith(".weight")]
+    return expected | {f"{key[: -len('weight')]}exponent": (torch.Size(), "I8") for key in exponents}
 
 
 def load_checkpoint(path: str | os.PathLike[str]) -> tuple[RecurrentCodec, dict[str, str]]:
@@ -135,7 +177,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> tuple[RecurrentCodec, dict[
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         settings = checkpoint["hyper_parameters"]
         with torch.device("meta"):
-            network = RecurrentCodec(_config(json.loads(json.dumps(settings["network"]))))
+            network = RecurrentCodec(_config(NetworkConfig, json.loads(json.dumps(settings["network"]))))
         prefix = "network."
         state = {key: tensor for key, tensor in checkpoint["state_dict"].items() if key.startswith(prefix)}
         network.load_state_dict({key[len(prefix) :]: tensor for key, tensor in state.items()}, assign=True)
@@ -205,15 +247,15 @@ def _metadata(metadata: dict[str, str] | None, path: Path) -> dict[str, str]:
     return metadata
 
 
-def _config(values: Any) -> NetworkConfig:
+def _config(kind: type[Config], values: Any) -> Config:
     """A config from parsed JSON of unknown origin."""
-    hints = get_type_hints(NetworkConfig)
-    if not isinstance(values, dict) or not set(values) <= {field.name for field in fields(NetworkConfig)}:
+    hints = get_type_hints(kind)
+    if not isinstance(values, dict) or not set(values) <= {field.name for field in fields(kind)}:
         raise ValueError(f"the config may have the fields {', '.join(hints)}, and no others")
     checked = {}
     for key, value in values.items():
         if hints[key] is int:
-            valid = type(value) is int and 1 <= value <= MAX_WIDTH
+            valid = type(value) is int and 0 <= value <= MAX_WIDTH
         elif choices := [choice for choice in get_args(hints[key]) if isinstance(choice, str)]:
             valid = isinstance(value, str) and value in choices
         else:
@@ -224,7 +266,7 @@ def _config(values: Any) -> NetworkConfig:
         if not valid:
             raise ValueError(f"the config has a {key} that cannot be: {str(value)[:80]}")
         checked[key] = value
-    return NetworkConfig(**checked)
+    return kind(**checked)
 
 
 def _check_values(tensors: Mapping[str, torch.Tensor], source: str) -> None:

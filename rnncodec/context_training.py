@@ -1,0 +1,142 @@
+"""Training of context models: on the codes of a frozen codec, or together with a codec that learns predictable bits."""
+
+from dataclasses import asdict
+from typing import Any
+
+import torch
+import wandb
+from torch import Tensor, nn
+from torchmetrics import MeanMetric, Metric, MetricCollection
+
+from rnncodec.context import ContextConfig, ContextModel, code_length
+from rnncodec.metrics import RATES
+from rnncodec.network import Step, pad_to_blocks
+from rnncodec.training import CodecTraining, Training
+from rnncodec.weights import load_weights
+
+
+def _config(values: ContextConfig | dict[str, Any]) -> ContextConfig:
+    """A config as the command line gives it or as a checkpoint holds it."""
+    return values if isinstance(values, ContextConfig) else ContextConfig(**values)
+
+
+class ContextTraining(Training):
+    """Trains context models for the code length of a frozen codec's bits (T17 sec. 4).
+
+    All models see the same codes, but learn each for itself: a fair comparison, at the cost of one pass of the codec.
+
+    Args:
+        contexts: shapes of the models, by name.
+        codec: name of shipped weights, or path of a .safetensors file.
+        iterations: of the codec to learn from.
+        learning_rate: of AdamW.
+        weight_decay: decoupled.
+        warmup_steps: of the linear rise of the rate.
+        decay_steps: of the linear fall of the rate to zero that ends with `trainer.max_steps`; 0 for none.
+        max_bad_steps: how many steps in a row with gradients that are not finite are skipped before training stops.
+    """
+
+    monitor = "val/bpp", "min"
+
+    def __init__(
+        self,
+        contexts: dict[str, ContextConfig],
+        codec: str = "small",
+        iterations: int = 16,
+        learning_rate: float = 2e-3,
+        weight_decay: float = 0.0,
+        warmup_steps: int = 100,
+        decay_steps: int = 0,
+        max_bad_steps: int = 20,
+    ) -> None:
+        super().__init__(learning_rate, weight_decay, warmup_steps, decay_steps, max_bad_steps)
+        configs = {name: _config(config) for name, config in contexts.items()}
+        weights = load_weights(codec)
+        self.codec = weights.network.requires_grad_(False).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        self.contexts = nn.ModuleDict({name: ContextModel(config) for name, config in configs.items()})
+        self.save_hyperparameters()
+        self.hparams.pop("_instantiator", None)  # the command line's detour to what `load_from_checkpoint` does alone
+        self.hparams["contexts"] = {name: asdict(config) for name, config in configs.items()}
+        self.hparams["fingerprint"] = weights.fingerprint.hex()
+        self.iterations = iterations
+        stride = self.codec.config.stride
+        self.bpp = self.codec.config.bits / stride**2  # of raw bits, for each iteration
+        means: dict[str, Metric | MetricCollection] = {
+            f"{name}_{k}": MeanMetric() for name in configs for k in RATES if k <= iterations
+        }
+        self.val_metrics = MetricCollection(means, compute_groups=False)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.AdamW(self.contexts.parameters(), self.learning_rate, weight_decay=self.weight_decay)
+        return self.scheduled(optimizer)
+
+    @torch.no_grad()
+    def codes(self, x: Tensor) -> Tensor:
+        """The bits of images, [T, B, bits, H / stride, W / stride] of -1 and +1."""
+        self.codec.eval()  # training puts all modules into its mode
+        return torch.stack([step.bits.float() for step in self.codec.unroll(x, self.iterations)])
+
+    def training_step(self, x: Tensor, batch_idx: int) -> Tensor:
+        planes = self.codes(pad_to_blocks(x, self.codec.config.stride))
+        lengths = {name: code_length(context(planes), planes) for name, context in self.contexts.items()}
+        self.log_dict({f"train/{name}": length for name, length in lengths.items()}, prog_bar=True)
+        return torch.stack(list(lengths.values())).sum()
+
+    def validation_step(self, x: Tensor, batch_idx: int) -> None:
+        planes = self.codes(pad_to_blocks(x, self.codec.config.stride))
+        for name, context in self.contexts.items():
+            logits = context(planes)
+            for k in RATES:
+                if k <= self.iterations:  # bits per pixel of the first k iterations
+                    self.val_metrics[f"{name}_{k}"].update(code_length(logits[:k], planes[:k]) * k * self.bpp)
+
+    def on_validation_epoch_end(self) -> None:
+        values = self.val_metrics.compute()
+        self.val_metrics.reset()
+        self.log_dict({f"val/bpp_{name}": value for name, value in values.items()})
+        rates = [k for k in RATES if k <= self.iterations]
+        totals = torch.stack([values[f"{name}_{rates[-1]}"] for name in self.contexts])
+        self.log("val/bpp", totals.mean(), prog_bar=True)
+        curve = [
+            [name, k * self.bpp, 1 - values[f"{name}_{k}"].item() / (k * self.bpp)]
+            for name in self.contexts
+            for k in rates
+        ]
+        for logger in self.wandb_loggers():
+            table = wandb.Table(["model", "raw bpp", "saved"], curve)
+            logger.experiment.log(
+                {"rate/saved": wandb.plot.line(table, "raw bpp", "saved", stroke="model", title="share of bits saved")}
+            )
+
+
+class JointTraining(CodecTraining):
+    """Trains a codec for distortion and rate together: mean L1 + rate_weight * bits per pixel.
+
+    The rate is what a context model, trained along with the codec, estimates for the bits of all iterations.
+
+    Args:
+        context: shape of the context model.
+        rate_weight: lambda, L1 for each bit per pixel.
+        others: as in `CodecTraining`.
+    """
+
+    def __init__(
+        self,
+        context: ContextConfig = ContextConfig(),
+        rate_weight: float = 0.01,
+        **others: Any,  # noqa: B008 - frozen
+    ) -> None:
+        super().__init__(**others)
+        self.context = ContextModel(_config(context))
+        self.save_hyperparameters()
+        self.hparams.pop("_instantiator", None)
+        self.hparams["network"] = asdict(self.network.config)
+        self.hparams["context"] = asdict(self.context.config)
+        self.rate_weight = rate_weight
+
+    def loss(self, x: Tensor, steps: list[Step]) -> Tensor:
+        planes = torch.stack([step.bits for step in steps])
+        config = self.network.config
+        rate = code_length(self.context(planes), planes) * len(steps) * config.bits / config.stride**2
+        self.log("train/bpp", rate, prog_bar=True)
+        return super().loss(x, steps) + self.rate_weight * rate
