@@ -34,9 +34,9 @@ from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
 
+from rnncodec import context_training  # noqa: F401 - its classes may be named in a config
 from rnncodec.data import DataError, PatchDataModule
 from rnncodec.images import ImageError
-from rnncodec import context_training  # noqa: F401 - its classes may be named in a config
 from rnncodec.training import Training
 
 DEFAULTS: dict[str, Any] = {

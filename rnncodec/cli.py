@@ -88,7 +88,7 @@ def encode(args: argparse.Namespace) -> int:
 
     def work(source: str, target: str, report: Report) -> str:
         image = images.load_image(_stdin() if source == "-" else source, args.max_pixels)
-        data = codec.encode(image, args.iterations, bpp=args.bpp, psnr=args.psnr, progress=report)
+        data = codec.encode(image, args.iterations, bpp=args.bpp, psnr=args.psnr, entropy=args.entropy, progress=report)
         _write(target, data)
         header = format.read_header(data)
         return f"{len(header.iterations)} iterations, {len(data)} bytes, {header.bpp[-1]:.4f} bpp"
@@ -139,17 +139,22 @@ def info(args: argparse.Namespace) -> int:
                 "weights": header.weights,
                 "fingerprint": header.fingerprint.hex(),
                 "complete": complete,
-                "iterations": [{"iteration": t, "bytes": size, "bpp": bpp} for t, (size, bpp) in enumerate(rows, 1)],
+                "context": header.context.hex(),
+                "iterations": [
+                    {"iteration": t, "bytes": size, "bpp": bpp, "coding": it.coding}
+                    for t, ((size, bpp), it) in enumerate(zip(rows, header.iterations, strict=True), 1)
+                ],
             }
             print(json.dumps(document))
             return
         print(f"{_printable(source)}: {header.width}x{header.height}, {len(data)} bytes, version {header.version}")
         print(f"weights {header.weights} ({header.fingerprint.hex()}), {complete} of {len(rows)} iterations complete")
-        table = Table("iteration", "bytes", "bpp", "")
-        for column in table.columns[:3]:
+        table = Table("iteration", "bytes", "bpp", "payload", "")
+        for column in table.columns[:4]:
             column.justify = "right"
-        for t, (size, bpp) in enumerate(rows, 1):
-            table.add_row(str(t), str(size), f"{bpp:.4f}", "" if t <= complete else "missing")
+        for t, ((size, bpp), it) in enumerate(zip(rows, header.iterations, strict=True), 1):
+            payload = "raw" if it.coding == format.RAW else f"{it.length / header.raw_length:.1%}"
+            table.add_row(str(t), str(size), f"{bpp:.4f}", payload, "" if t <= complete else "missing")
         Console(highlight=False).print(table)
 
     return _each([Job(file, "", True) for file in args.paths], work)
@@ -168,12 +173,17 @@ def truncate(args: argparse.Namespace) -> int:
 
 def export(args: argparse.Namespace) -> int:
     """Makes weights of a checkpoint."""
-    from rnncodec.weights import load_checkpoint, load_weights, save_weights
+    from rnncodec.weights import add_context, load_checkpoint, load_weights, save_weights
 
     def work(source: str, target: str, report: Report) -> str:
-        network, provenance = load_checkpoint(source)
-        save_weights(target, network, args.name, provenance)
-        return f"weights {args.name} ({load_weights(target).fingerprint.hex()})"
+        if args.context is not None:
+            add_context(source, target, args.context)
+        else:
+            network, provenance = load_checkpoint(source)
+            save_weights(target, network, args.name, provenance)
+        weights = load_weights(target)
+        context = f", context model {weights.context_fingerprint.hex()}" if weights.context else ""
+        return f"weights {weights.name} ({weights.fingerprint.hex()}){context}"
 
     return _each([Job(args.checkpoint, args.output, True)], work)
 
@@ -216,6 +226,15 @@ def _parser() -> argparse.ArgumentParser:
         "--bpp", metavar="B", type=_positive, help="at most so many bits per pixel, the file as a whole"
     )
     target.add_argument("--psnr", metavar="DB", type=_positive, help="as few iterations as reach so many dB")
+    coder = sub.add_mutually_exclusive_group()
+    coder.add_argument(
+        "--entropy",
+        choices=("context", "huffman", "static", "adaptive"),
+        help="entropy coder (default: the context model of the weights)",
+    )
+    coder.add_argument(
+        "--no-entropy", dest="entropy", action="store_const", const="none", help="store raw bits, which is faster"
+    )
 
     sub = add(decode, "decompress .rnc files", PATHS.format(suffix="the suffix of an image format", kind=".rnc files"))
     add_coding(sub)
@@ -236,7 +255,11 @@ def _parser() -> argparse.ArgumentParser:
     sub = add(export, "make a checkpoint of train.py into weights for --weights, in half precision")
     sub.add_argument("checkpoint", metavar="CHECKPOINT", help="a .ckpt file")
     sub.add_argument("output", metavar="OUT", help="the .safetensors file to write, overwritten if it exists")
-    sub.add_argument("--name", required=True, help="what files made with these weights call them")
+    kind = sub.add_mutually_exclusive_group(required=True)
+    kind.add_argument("--name", help="what files made with these weights call them")
+    kind.add_argument(
+        "--context", metavar="MODEL", help="add this context model of the checkpoint to the weights that are in OUT"
+    )
     return parser
 
 

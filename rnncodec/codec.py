@@ -4,7 +4,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal, NamedTuple, TypedDict
+from typing import NamedTuple, TypedDict
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rnncodec import format
 from rnncodec.entropy import CLASSICAL, ContextSession, EntropyName, Session
-from rnncodec.format import CONTEXT, RAW, Container, FormatError, Header, Iteration
+from rnncodec.format import ADAPTIVE, CONTEXT, HUFFMAN, RAW, STATIC, Container, FormatError, Header, Iteration
 from rnncodec.images import MAX_PIXELS, to_rgb
 from rnncodec.network import NetworkConfig, pad_to_blocks, to_uint8
 from rnncodec.weights import Weights, WeightsError
@@ -79,7 +79,7 @@ class Codec:
         *,
         bpp: float | None = None,
         psnr: float | None = None,
-        entropy: EntropyName | Literal["none"] | None = None,
+        entropy: EntropyName | None = None,
         progress: Progress | None = None,
     ) -> bytes:
         """Compresses an image; at most one of iterations, bpp and psnr says how far.
@@ -116,7 +116,7 @@ class Codec:
             planes = self._analyse_to(psnr, pixels, progress)
         entries, payloads = [], []
         for plane in planes:
-            coding, payload = session.encode(plane[0]) if session else (RAW, format.pack_bits(plane[0]))
+            coding, payload = session.encode(plane[0])
             header = self._header(height, width, [*entries, Iteration.of(payload, coding)])
             if bpp is not None and header.bpp[-1] > bpp:
                 if not entries:
@@ -248,22 +248,15 @@ class Codec:
                 f"the file needs the context model {header.context.hex()} of the weights {header.weights!r}, "
                 f"loaded is {self.context_fingerprint.hex()}"
             )
-        planes = [
-            session.decode(coding, payload)
-            if session
-            else format.unpack_bits(payload, header.bits, header.rows, header.cols)
-            for coding, payload in zip(codings, payloads, strict=True)
-        ]
+        planes = [session.decode(coding, payload) for coding, payload in zip(codings, payloads, strict=True)]
         return header, np.stack(planes)[:, None]
 
-    def _session(self, entropy: EntropyName | Literal["none"], rows: int, columns: int) -> Session | None:
-        """A new session of an entropy coder; None for raw bits."""
-        if entropy == "none":
-            return None
+    def _session(self, entropy: EntropyName, rows: int, columns: int) -> Session:
+        """A new session of an entropy coder."""
         if entropy in CLASSICAL:
             return CLASSICAL[entropy](self.config.bits, rows, columns)
         if entropy != "context":
-            raise ValueError(f"entropy is one of none, context, {', '.join(CLASSICAL)}, not {entropy!r}")
+            raise ValueError(f"entropy is one of context, {', '.join(CLASSICAL)}, not {entropy!r}")
         if self.context is None:
             raise WeightsError(f"the weights {self.name!r} have no context model")
         return ContextSession(self.context, self.config.bits, rows, columns)
@@ -465,9 +458,9 @@ def receptive_field(config: NetworkConfig) -> tuple[int, int]:
     return math.ceil(halo / block) * block, block
 
 
-def _entropy_of(codings: Sequence[int]) -> EntropyName | Literal["none"]:
+def _entropy_of(codings: Sequence[int]) -> EntropyName:
     """The one coder of a file."""
-    coders = {CONTEXT: "context"} | {session.coding: name for name, session in CLASSICAL.items()}
+    coders: dict[int, EntropyName] = {CONTEXT: "context", HUFFMAN: "huffman", STATIC: "static", ADAPTIVE: "adaptive"}
     used = sorted(set(codings) - {RAW})
     if len(used) > 1:
         raise FormatError(f"codings {used[0]} and {used[1]} in one file")

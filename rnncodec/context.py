@@ -10,8 +10,8 @@ channels on one color of a checkerboard.
 
 A coder needs the very same probabilities on both sides, which floating-point sums do not give: their value depends on
 their order. `ContextModel.quantize` therefore moves every weight and activation to a grid of powers of two, so coarse
-that no sum of a layer needs more than the 24 bits of a float32. All sums are then exact, so that order, batch, threads and device no longer
-matter; what is not a sum is rounded to the grid or looked up in a table.
+that no sum of a layer needs more than the 24 bits of a float32. All sums are then exact, so that order, batch, threads
+and device no longer matter; what is not a sum is rounded to the grid or looked up in a table.
 """
 
 import copy
@@ -169,7 +169,7 @@ class Conv(Layer):
             return F.conv2d(x, self.weight * self.mask, self.bias, padding=self.padding)
         # As a matrix product, because libraries may convolve by transforms that are not exact; in bands of rows,
         # because its columns take so much more memory than x.
-        (batch, channels, height, width), (down, across) = x.shape, self.padding
+        (batch, _, height, width), (down, across) = x.shape, self.padding
         x = F.pad(x, (across, across, down, down))
         rows = max(1, BAND // (batch * width * self.weight[0].numel()))
         bands = []
@@ -461,5 +461,5 @@ class ContextModel(nn.Module):
 
 
 def code_length(logits: Tensor, planes: Tensor) -> Tensor:
-    """Mean code length in bits for each bit of planes of -1 and +1, with a gradient to both (the rate of T17 sec. 4)."""
+    """Mean code length in bits for each bit of planes of -1 and +1, with a gradient to both (T17 sec. 4)."""
     return F.softplus(-logits.float() * planes.float()).mean() / math.log(2)

@@ -122,9 +122,9 @@ class JointTraining(CodecTraining):
 
     def __init__(
         self,
-        context: ContextConfig = ContextConfig(),
+        context: ContextConfig = ContextConfig(),  # noqa: B008 - frozen
         rate_weight: float = 0.01,
-        **others: Any,  # noqa: B008 - frozen
+        **others: Any,
     ) -> None:
         super().__init__(**others)
         self.context = ContextModel(_config(context))

@@ -17,7 +17,7 @@ from torch import Tensor
 from rnncodec.context import SCALE, ContextModel, Memory, probability
 from rnncodec.format import ADAPTIVE, CONTEXT, HUFFMAN, RAW, STATIC, FormatError, pack_bits, unpack_bits
 
-EntropyName = Literal["context", "huffman", "static", "adaptive"]
+EntropyName = Literal["none", "context", "huffman", "static", "adaptive"]
 
 BERNOULLI = constriction.stream.model.Bernoulli(perfect=False)
 
@@ -75,7 +75,7 @@ class RangeDecoder:
 
 @contextmanager
 def _exact(device: torch.device) -> Iterator[None]:
-    """Keeps products in float32, whatever the caller has asked for: no autocast, no bfloat16 inside of matrix products."""
+    """Keeps products in float32, whatever the caller allows: no autocast, no bfloat16 within matrix products."""
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -173,6 +173,18 @@ class ContextSession(Session):
 
     def _signs(self, plane: np.ndarray) -> Tensor:
         return torch.from_numpy(plane).to(self._blank)[None] * 2 - 1
+
+
+class RawSession(Session):
+    """No entropy coding."""
+
+    coding = RAW
+
+    def _encode(self, plane: np.ndarray) -> bytes:
+        return pack_bits(plane)
+
+    def _decode(self, payload: bytes) -> np.ndarray:
+        return unpack_bits(payload, *self.shape)
 
 
 class HuffmanSession(Session):
@@ -285,4 +297,10 @@ class AdaptiveSession(Session):
         return plane[1:, 1:].transpose(2, 0, 1)
 
 
-CLASSICAL: dict[str, type[Session]] = {"huffman": HuffmanSession, "static": StaticSession, "adaptive": AdaptiveSession}
+# The coders that need no model.
+CLASSICAL: dict[str, type[Session]] = {
+    "none": RawSession,
+    "huffman": HuffmanSession,
+    "static": StaticSession,
+    "adaptive": AdaptiveSession,
+}

@@ -23,7 +23,7 @@ def global_seed() -> int:
 
 
 class Training(L.LightningModule):
-    """What every training here shares: schedule of the learning rate, seeds, guard against gradients that are not finite.
+    """What every training here shares: schedule, seeds, and a guard against gradients that are not finite.
 
     Attributes:
         monitor: what decides on the best checkpoint, and whether its `min` or `max` is best.

@@ -195,6 +195,46 @@ def load_checkpoint(path: str | os.PathLike[str]) -> tuple[RecurrentCodec, dict[
     return network.eval(), provenance
 
 
+def add_context(checkpoint: str | os.PathLike[str], path: str | os.PathLike[str], name: str) -> None:
+    """Adds a context model from a checkpoint to the weights of the codec on whose bits it was trained.
+
+    Args:
+        checkpoint: of `ContextTraining` or `JointTraining`.
+        path: weights of that codec.
+        name: of the context model in the checkpoint; `context` in a joint training.
+
+    Raises:
+        WeightsError: it is no such checkpoint, has no such model, or was trained on another codec.
+        OSError: a file cannot be read or written.
+    """
+    weights = load_weights(path)
+    try:
+        loaded = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        settings = json.loads(json.dumps(loaded["hyper_parameters"]))
+        joint = "contexts" not in settings
+        configs = {"context": settings["context"]} if joint else settings["contexts"]
+        if name not in configs:
+            raise WeightsError(f"{os.fspath(checkpoint)}: no context model {name!r}, there are: {', '.join(configs)}")
+        if not joint and settings["fingerprint"] != weights.fingerprint.hex():
+            raise WeightsError(
+                f"{os.fspath(checkpoint)}: trained on the codec {settings['fingerprint']}, not on {path}"
+            )
+        prefix = "context." if joint else f"contexts.{name}."
+        state = {k[len(prefix) :]: v for k, v in loaded["state_dict"].items() if k.startswith(prefix)}
+        model = ContextModel(_config(ContextConfig, configs[name]))
+        model.load_state_dict(state)
+    except WeightsError:
+        raise
+    except (pickle.UnpicklingError, EOFError, KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
+        raise WeightsError(f"{os.fspath(checkpoint)}: not such a checkpoint ({type(error).__name__})") from error
+    provenance = weights.provenance | {
+        "context": _canonical(
+            {"model": name, "steps": loaded["global_step"], "seed": loaded["seed"], "settings": settings}
+        )
+    }
+    save_weights(path, weights.network, weights.name, provenance, model.quantize())
+
+
 def known_weights() -> dict[str, str]:
     """Names of the weights that come with the package, each with its fingerprint in hexadecimal."""
     known = {}

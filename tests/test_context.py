@@ -1,0 +1,294 @@
+"""The context models: causality, gradients, and the exact network against slow integer arithmetic in NumPy."""
+
+import math
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+
+from rnncodec.context import PROBABILITY, SIGMOID, TANH, ContextConfig, ContextModel, code_length, probability
+
+KINDS = ["sequential", "parallel"]
+
+
+def planes(iterations=3, batch=1, bits=8, height=5, width=7, seed=0):
+    """Random bits, each of which repeats the one above it with a probability of 0.9."""
+    rng = np.random.default_rng(seed)
+    flips = rng.random((iterations, batch, bits, height, width)) < 0.1
+    flips[..., 0, :] = rng.random((iterations, batch, bits, width)) < 0.5
+    return torch.from_numpy(np.where(np.cumsum(flips, -2) % 2, 1.0, -1.0)).float()
+
+
+def model(kind, seed=0, **config):
+    """Random weights, large enough to use the tables' whole range."""
+    torch.manual_seed(seed)
+    made = ContextModel(ContextConfig(kind=kind, bits=8, channels=6, groups=2, **config))
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.mul_(3)
+            if parameter.ndim <= 2:
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+    return made
+
+
+# The reference: whole numbers, one location at a time, in raster order.
+
+
+def half_even(numerator, exponent):
+    """numerator / 2^exponent, rounded to whole numbers, halves to even."""
+    quotient, rest = np.divmod(numerator, 1 << exponent)
+    double = 2 * rest - (1 << exponent)
+    return quotient + ((double > 0) | ((double == 0) & (quotient % 2 == 1)))
+
+
+def look_up(function, values):
+    """Activations in units of 1 / 256."""
+    return np.array([round(Fraction(function(max(-2048, min(2048, int(v))) / 256)) * 256) for v in values], np.int64)
+
+
+def tanh(values):
+    return look_up(math.tanh, values)
+
+
+def sigmoid(values):
+    return look_up(lambda v: 1 / (1 + math.exp(-v)), values)
+
+
+class Reference:
+    """A context model of integers; activations and logits are in units of 1 / 256, memories of 1 / 4096."""
+
+    def __init__(self, exact):
+        self.kind, self.groups = exact.config.kind, exact.config.groups
+        self.own = exact.config.iterations
+        self.weights = {key: value.numpy().astype(np.int64) for key, value in exact.integers().items()}
+
+    def conv(self, name, x, row, col):
+        """The output of a convolution at one location of x [channels, rows, cols], zeros beyond."""
+        weight, exponent = self.weights[f"{name}.weight"], int(self.weights[f"{name}.exponent"])
+        total = self.weights.get(f"{name}.bias", np.zeros(len(weight), np.int64)) * 256
+        _, _, tall, wide = weight.shape
+        for i in range(tall):
+            for j in range(wide):
+                r, c = row + i - tall // 2, col + j - wide // 2
+                if 0 <= r < x.shape[1] and 0 <= c < x.shape[2]:
+                    total = total + weight[:, :, i, j] @ x[:, r, c]
+        return half_even(total, exponent)
+
+    def lstm(self, gates, memory):
+        i, f, o, j = np.split(gates, 4)
+        new = (sigmoid(i) * tanh(j)) * 16 + sigmoid(f) * memory
+        new = np.clip(half_even(new, 8), -8 * 4096, 8 * 4096)
+        return half_even(sigmoid(o) * tanh(half_even(new, 4)), 8), new
+
+    def logits(self, bits):
+        """Of all iterations, [T, bits, rows, cols], for bits of -1 and +1."""
+        bits = bits.astype(np.int64)
+        count, _, rows, cols = bits.shape
+        width = len(self.weights["history.prior.weight"])
+        hidden, memory = np.zeros((2, width, rows, cols), np.int64)
+        found = np.zeros_like(bits)
+        for t in range(count):
+            prior = np.zeros_like(hidden)
+            for r, c in np.ndindex(rows, cols):
+                prior[:, r, c] = tanh(self.conv("history.prior", hidden, r, c))
+            name = f"predictors.{min(t, max(self.own, 1) - 1)}"
+            found[t] = getattr(self, self.kind)(name, bits[t], prior)
+            now = np.zeros_like(hidden)
+            for r, c in np.ndindex(rows, cols):
+                # Bits are whole, in units of an activation 256.
+                now[:, r, c] = tanh(self.conv("history.bits", bits[t] * 256, r, c))
+            before = hidden.copy()
+            for r, c in np.ndindex(rows, cols):
+                gates = self.conv("history.input", now, r, c)
+                if t:
+                    gates = gates + self.conv("history.hidden", before, r, c)
+                hidden[:, r, c], memory[:, r, c] = self.lstm(gates, memory[:, r, c])
+        return found
+
+    def sequential(self, name, bits, prior):
+        rows, cols = bits.shape[1:]
+        width = len(prior)
+        known = np.zeros_like(bits)  # only what a decoder has
+        features = np.concatenate([np.zeros_like(prior), prior])
+        hidden, memory = np.zeros((2, width, rows, cols), np.int64)
+        found = np.zeros_like(bits)
+        for r, c in np.ndindex(rows, cols):
+            features[:width, r, c] = tanh(self.conv(f"{name}.context", known * 256, r, c))
+            gates = self.conv(f"{name}.input", features, r, c)
+            if r:
+                gates = gates + self.conv(f"{name}.hidden", hidden[:, r - 1 : r], 0, c)
+            hidden[:, r, c], memory[:, r, c] = self.lstm(gates, memory[:, r - 1, c] if r else np.zeros(width, np.int64))
+            middle = tanh(self.conv(f"{name}.middle", hidden, r, c))
+            found[:, r, c] = self.conv(f"{name}.output", middle[:, None, None], 0, 0)
+            known[:, r, c] = bits[:, r, c]
+        return found
+
+    def parallel(self, name, bits, prior):
+        count, rows, cols = bits.shape
+        known, found = np.zeros_like(bits), np.zeros_like(bits)
+        for turn in range(2 * self.groups):
+            group, color = divmod(turn, 2)
+            first, second = np.zeros((2, len(prior), rows, cols), np.int64)
+            for r, c in np.ndindex(rows, cols):
+                x = self.conv(f"{name}.known", known * 256, r, c) + self.conv(f"{name}.prior", prior, r, c)
+                first[:, r, c] = tanh(x + self.weights[f"{name}.turn"][turn])
+            for r, c in np.ndindex(rows, cols):
+                second[:, r, c] = tanh(self.conv(f"{name}.middle", first, r, c))
+            channels = slice(group * count // self.groups, (group + 1) * count // self.groups)
+            places = [(r, c) for r, c in np.ndindex(rows, cols) if (r + c) % 2 == color]
+            for r, c in places:
+                found[channels, r, c] = self.conv(f"{name}.output", second, r, c)[channels]
+            for r, c in places:
+                known[channels, r, c] = bits[channels, r, c]
+        return found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("iterations", [0, 2])
+def test_exact_model_is_the_integer_reference(kind, iterations):
+    exact = model(kind, iterations=iterations).quantize()
+    x = planes()
+    with torch.inference_mode():
+        logits = exact(x)[:, 0]
+    assert torch.equal(logits * 256, torch.from_numpy(Reference(exact).logits(x[:, 0].numpy())).float())
+    assert logits.unique().numel() > 50
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_exact_model_gives_the_same_everywhere(kind):
+    exact = model(kind).quantize()
+    x = planes(batch=4, height=9, width=11)
+    threads = torch.get_num_threads()
+    try:
+        with torch.inference_mode():
+            torch.set_num_threads(1)
+            expected = exact(x)
+            for count in (1, 2):
+                torch.set_num_threads(count)
+                assert torch.equal(exact(x), expected)
+                assert torch.equal(torch.cat([exact(x[:, i : i + 1]) for i in range(4)], 1), expected)
+                assert torch.equal(
+                    exact(x.flatten(0, 1).contiguous(memory_format=torch.channels_last).view(x.shape)), expected
+                )
+                assert torch.equal(exact.double()(x.double()).float(), expected)
+                exact.float()
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_compiled_exact_model_gives_the_same(kind):
+    exact = model(kind).quantize()
+    x = planes()
+    with torch.inference_mode():
+        assert torch.equal(torch.compile(exact)(x), exact(x))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_decoding_sees_the_probabilities_of_encoding(kind):
+    exact = model(kind).quantize()
+    x = planes(height=6, width=9)
+    with torch.inference_mode():
+        chances = probability(exact(x))
+        state = None
+        for t, bits in enumerate(x):
+            predictor = exact.predictor(t)
+            order = predictor.order(*bits.shape[1:])
+            assert sorted(order) == list(range(bits[0].numel()))
+            expected = chances[t, 0].permute(1, 2, 0).flatten().numpy()[order]
+            truth = bits[0].permute(1, 2, 0).flatten().numpy()[order] > 0
+            place = 0
+
+            def read(found, expected=expected, truth=truth):
+                nonlocal place
+                here = slice(place, place + len(found))
+                place += len(found)
+                np.testing.assert_array_equal(found, expected[here])
+                return truth[here]
+
+            assert torch.equal(predictor.decode(exact.history.look(state, bits), bits.shape[1], read), bits)
+            assert place == len(order)
+            state = exact.history(bits, state)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_bit_depends_on_earlier_bits_only(kind):
+    context = model(kind).eval()
+    x = planes(iterations=2, height=5, width=5)
+    order = context.predictor(0).order(8, 5, 5)
+    with torch.inference_mode():
+        before = context(x)[:, 0].permute(0, 2, 3, 1).flatten(1)
+        for place in (0, 37, 111, 199):
+            changed = x.clone()
+            changed[1, 0].permute(1, 2, 0)[np.unravel_index(order[place], (5, 5, 8))] *= -1
+            after = context(changed)[:, 0].permute(0, 2, 3, 1).flatten(1)
+            assert torch.equal(after[0], before[0])  # the earlier iteration
+            same = (after[1] - before[1]).abs()[order] < 1e-6
+            assert same[: place + 1].all()
+            if place < 111:
+                assert not same.all()
+
+
+def test_tables_are_far_from_where_rounding_could_differ():
+    # The libraries of two machines may differ in the last place of tanh and exp, some 1e-16.
+    x = np.arange(-2048, 2049, dtype=np.longdouble) / 256
+    sigma = 1 / (1 + np.exp(-x))
+    for values, table, scale in ((np.tanh(x), TANH, 256), (sigma, SIGMOID, 256), (sigma, PROBABILITY / 65536, 65536)):
+        scaled = np.asarray(values * scale)
+        assert np.abs(scaled - np.floor(scaled) - 0.5).min() > 1e-9 or (np.abs(scaled[2048] - scale / 2) < 1e-9)
+        assert np.abs(np.asarray(table, np.float64) * scale - np.rint(scaled).astype(np.float64)).max() == 0
+    assert PROBABILITY.min() == 22
+    assert PROBABILITY.max() == 65536 - 22
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_quantization_costs_little(kind):
+    context, x = model(kind).eval(), planes(batch=4, height=16, width=16)
+    with torch.no_grad():
+        logits = context(x)
+        assert (context.quantize()(x) - logits).abs().mean() < 0.02 * logits.abs().mean()
+
+
+def test_integers_restore_the_model_and_are_checked():
+    exact = model("parallel").quantize()
+    integers = exact.integers()
+    again = ContextModel.from_integers(exact.config, integers)
+    x = planes()
+    with torch.inference_mode():
+        assert torch.equal(exact(x), again(x))
+    integers["history.input.bias"] = torch.full_like(integers["history.input.bias"], 2**30)
+    with pytest.raises(ValueError, match="more bits"):
+        ContextModel.from_integers(exact.config, integers)
+
+
+def test_code_length_is_the_entropy_formula():
+    x = planes(iterations=2)
+    logits = torch.randn_like(x)
+    p = 1 / (1 + np.exp(-logits.double().numpy()))
+    expected = -np.where(x.numpy() > 0, np.log2(p), np.log2(1 - p)).mean()
+    assert code_length(logits, x).item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(("kind", "bound"), [("sequential", 0.7), ("parallel", 0.85)])
+def test_training_learns_structure(kind, bound):
+    # The entropy is (1 + 7 H(0.1)) / 8 = 0.535 bits; a checkerboard cannot use all of it in its first pass.
+    torch.manual_seed(0)
+    context = ContextModel(ContextConfig(kind=kind, bits=8, channels=16, groups=2))
+    optimizer = torch.optim.AdamW(context.parameters(), 1e-2)
+    for step in range(80):
+        x = planes(iterations=2, batch=4, height=8, width=8, seed=step)
+        loss = code_length(context(x), x)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    x = planes(iterations=2, batch=4, height=8, width=8, seed=1000)
+    with torch.no_grad():
+        assert 0.5 < code_length(context(x), x).item() < bound
+
+
+def test_bad_configs_are_refused():
+    for values in ({"kind": "other"}, {"bits": 0}, {"iterations": -1}, {"bits": 8, "groups": 3}):
+        with pytest.raises(ValueError, match=r"kind|at least|equal groups"):
+            ContextConfig(**values)

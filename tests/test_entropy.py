@@ -1,0 +1,305 @@
+"""The entropy coders: every payload decodes, costs what theory says, and damage is an error or the right prefix."""
+
+import heapq
+import math
+import zlib
+from contextlib import nullcontext
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from rnncodec import format
+from rnncodec.codec import Codec
+from rnncodec.context import ContextConfig, ContextModel
+from rnncodec.entropy import CLASSICAL, AdaptiveSession, ContextSession, HuffmanSession, Session, StaticSession
+from rnncodec.format import ADAPTIVE, CONTEXT, HUFFMAN, RAW, STATIC, FormatError
+from rnncodec.network import NetworkConfig, RecurrentCodec
+from rnncodec.weights import WeightsError, load_weights, save_weights
+
+SHAPE = (8, 7, 9)
+CODERS = ["huffman", "static", "adaptive", "sequential", "parallel"]
+
+
+def context_model(kind, seed=0):
+    torch.manual_seed(seed)
+    context = ContextModel(ContextConfig(kind=kind, bits=8, channels=8, groups=2))
+    with torch.no_grad():
+        for predictor in context.predictors:
+            predictor.output.bias.add_(torch.linspace(-3, 3, 8))  # channels that are mostly 0 or mostly 1
+    return context.quantize()
+
+
+def session(coder, shape=SHAPE) -> Session:
+    if coder in CLASSICAL:
+        return CLASSICAL[coder](*shape)
+    return ContextSession(context_model(coder), *shape)
+
+
+def planes(count=3, shape=SHAPE, seed=0):
+    """Bits that all coders can shorten: channel c is 1 with probability 0.05 to 0.95."""
+    rng = np.random.default_rng(seed)
+    share = np.linspace(0.05, 0.95, shape[0])[:, None, None]
+    return rng.random((count, *shape)) < share
+
+
+@pytest.mark.parametrize("coder", CODERS)
+@pytest.mark.parametrize("shape", [SHAPE, (8, 1, 1), (8, 1, 40), (8, 40, 1), (8, 17, 33)])
+def test_payloads_decode_to_the_bits(coder, shape):
+    bits = planes(shape=shape)
+    encoder, decoder = session(coder, shape), session(coder, shape)
+    coded = [encoder.encode(plane) for plane in bits]
+    raw = math.ceil(np.prod(shape) / 8)
+    assert all(len(payload) <= raw for _, payload in coded)
+    if np.prod(shape) > 2000:
+        assert {coding for coding, _ in coded} == {encoder.coding}
+    for (coding, payload), plane in zip(coded, bits, strict=True):
+        found = decoder.decode(coding, payload)
+        assert found.dtype == bool
+        np.testing.assert_array_equal(found, plane)
+
+
+@pytest.mark.parametrize("coder", CODERS)
+def test_what_does_not_shrink_is_stored_raw_and_remembered(coder):
+    rng = np.random.default_rng(0)
+    noise, easy = rng.random(SHAPE) < 0.5, planes(1, (8, 40, 40))[0]
+    encoder = session(coder)
+    assert encoder.encode(noise) == (RAW, format.pack_bits(noise))
+    big = (8, 40, 40)
+    encoder, decoder = session(coder, big), session(coder, big)
+    order = [rng.random(big) < 0.5, easy, rng.random(big) < 0.5, easy]
+    coded = [encoder.encode(plane) for plane in order]
+    assert [coding for coding, _ in coded] == [RAW, encoder.coding, RAW, encoder.coding]
+    for plane, (coding, payload) in zip(order, coded, strict=True):
+        np.testing.assert_array_equal(decoder.decode(coding, payload), plane)
+
+
+@pytest.mark.parametrize("kind", ["sequential", "parallel"])
+def test_context_payloads_have_the_ideal_length(kind):
+    bits = planes(shape=(8, 24, 32))
+    encoder = session(kind, (8, 24, 32))
+    for plane in bits:
+        p = encoder.chances(plane) / 65536
+        ideal = -np.log2(np.where(plane, p, 1 - p)).sum() / 8
+        _, payload = encoder.encode(plane)
+        assert ideal - 1 < len(payload) < 1.01 * ideal + 16
+
+
+def test_static_payload_is_a_byte_for_each_channel_and_the_ideal_length():
+    plane = planes(1, (8, 24, 32))[0]
+    coding, payload = StaticSession(8, 24, 32).encode(plane)
+    ones = plane.sum((1, 2))
+    shares = np.clip(np.rint(ones / 768 * 256), 1, 255)
+    assert coding == STATIC
+    assert list(payload[:8]) == shares.tolist()
+    p = shares / 256
+    ideal = -(ones * np.log2(p) + (768 - ones) * np.log2(1 - p)).sum() / 8
+    assert ideal - 1 < len(payload) - 8 < 1.01 * ideal + 8
+
+
+def test_adaptive_payload_has_the_length_of_the_counts():
+    plane = planes(1, (8, 24, 32))[0]
+    coding, payload = AdaptiveSession(8, 24, 32).encode(plane)
+    ideal = 0.0
+    counts: dict[tuple[int, bool, bool], list[int]] = {}
+    for y in range(24):
+        for x in range(32):
+            for c in range(8):
+                above = bool(plane[c, y - 1, x]) if y else False
+                left = bool(plane[c, y, x - 1]) if x else False
+                n = counts.setdefault((c, above, left), [0, 0])
+                bit = int(plane[c, y, x])
+                ideal -= math.log2((n[bit] + 0.5) / (sum(n) + 1)) / 8
+                n[bit] += 1
+    assert coding == ADAPTIVE
+    assert ideal - 1 < len(payload) < 1.01 * ideal + 8
+
+
+def test_huffman_payload_has_the_length_of_a_huffman_tree():
+    plane = planes(1, (8, 24, 32))[0]
+    coding, payload = HuffmanSession(8, 24, 32).encode(plane)
+    symbols = [
+        int("".join("01"[plane[c, y, x]] for c in range(g, g + 4)), 2)
+        for y in range(24)
+        for x in range(32)
+        for g in (0, 4)
+    ]
+    counts = np.bincount(symbols, minlength=16)
+    lengths = [min(15, round(-math.log2(n / len(symbols)))) if n else 15 for n in counts]
+    assert [nibble for byte in payload[:8] for nibble in (byte >> 4, byte & 15)] == lengths
+    heap = [(2.0**-length, symbol, [symbol]) for symbol, length in enumerate(lengths)]
+    heapq.heapify(heap)
+    depth = [0] * 16
+    while len(heap) > 1:
+        (p, tie, first), (q, _, second) = heapq.heappop(heap), heapq.heappop(heap)
+        for symbol in first + second:
+            depth[symbol] += 1
+        heapq.heappush(heap, (p + q, tie, first + second))
+    bits = sum(int(n) * d for n, d in zip(counts, depth, strict=True))
+    assert coding == HUFFMAN
+    assert abs(len(payload) - 8 - bits / 8) < 0.01 * bits / 8 + 1  # equal probabilities leave a choice of trees
+
+
+@pytest.mark.parametrize("coder", CODERS)
+def test_damaged_payloads_are_an_error_or_other_bits(coder):
+    shape = (8, 12, 12)
+    (plane,) = planes(1, shape)
+    coding, payload = session(coder, shape).encode(plane)
+    assert coding != RAW
+    rng = np.random.default_rng(1)
+    errors = 0
+    for trial in range(40):
+        damaged = bytearray(payload)
+        if trial % 2:
+            damaged[rng.integers(len(damaged))] ^= 1 << rng.integers(8)
+        else:
+            damaged = damaged[: rng.integers(len(damaged))]
+        try:
+            found = session(coder, shape).decode(coding, bytes(damaged))
+            assert found.shape == shape
+        except FormatError as error:
+            errors += 1
+            assert "\n" not in str(error)
+    assert errors > 0
+    for payload in (b"", bytes(200), b"\xff" * 200):
+        try:
+            session(coder, shape).decode(coding, payload)
+        except FormatError:
+            pass
+
+
+def test_payload_of_another_coder_is_refused():
+    with pytest.raises(FormatError, match="coding 2"):
+        session("static").decode(HUFFMAN, b"")
+
+
+# In files
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """Random weights with a context model that shortens their bits."""
+    torch.manual_seed(0)
+    network = RecurrentCodec(NetworkConfig(bits=8, encoder_channels=(8,) * 4, decoder_channels=(8,) * 5))
+    with torch.no_grad():
+        network.binarizer.features.bias.copy_(torch.linspace(-1, 1, 8))
+    path = tmp_path_factory.mktemp("weights") / "w.safetensors"
+    save_weights(path, network, "w", {}, context_model("parallel"))
+    return path
+
+
+@pytest.fixture
+def codec(weights):
+    return Codec(load_weights(weights))
+
+
+def picture(height=200, width=300):
+    rng = np.random.default_rng(0)
+    return rng.integers(0, 256, (height, width, 3), np.uint8)
+
+
+@pytest.mark.parametrize("entropy", [None, "none", "context", "huffman", "static", "adaptive"])
+def test_files_decode_alike_whatever_the_coder(codec, entropy):
+    x = picture()
+    data, raw = codec.encode(x, 4, entropy=entropy), codec.encode(x, 4, entropy="none")
+    header = format.read_header(data)
+    coded = {it.coding for it in header.iterations} - {RAW}
+    expected = {None: {CONTEXT}, "none": set(), "context": {CONTEXT}, "huffman": {HUFFMAN}, "static": {STATIC}}
+    assert coded == expected.get(entropy, {ADAPTIVE})
+    assert header.version == (2 if coded else 1)
+    assert header.context == (codec.context_fingerprint if CONTEXT in coded else bytes(8))
+    assert len(data) == header.size + sum(it.length for it in header.iterations)
+    assert len(data) <= len(raw) + 8
+    for k in (1, 3, 4):
+        image = np.asarray(codec.decode(raw, k))
+        np.testing.assert_array_equal(np.asarray(codec.decode(data, k)), image)
+        short = format.truncate(data, iterations=k)
+        assert short == codec.encode(x, k, entropy=entropy)
+        np.testing.assert_array_equal(np.asarray(codec.decode(short)), image)
+
+
+def test_entropy_coding_fits_more_iterations_into_a_rate(codec):
+    x = picture()
+    raw = codec.encode(x, 4, entropy="none")
+    limit = 8 * len(raw) / (200 * 300)
+    data = codec.encode(x, bpp=limit)
+    header = format.read_header(data)
+    assert header.bpp[-1] <= limit
+    assert len(header.iterations) > 4
+    longer = codec.encode(x, len(header.iterations) + 1)
+    assert 8 * len(longer) / (200 * 300) > limit
+
+
+def test_another_context_model_is_refused(codec, weights, tmp_path):
+    data = codec.encode(picture(), 2)
+    other = tmp_path / "other.safetensors"
+    save_weights(other, load_weights(weights).network, "w", {}, context_model("parallel", seed=1))
+    without = tmp_path / "without.safetensors"
+    save_weights(without, load_weights(weights).network, "w")
+    for path, message in ((other, "needs the context model"), (without, "context model")):
+        loaded = Codec(load_weights(path))
+        assert loaded.fingerprint == codec.fingerprint
+        with pytest.raises(WeightsError, match=message):
+            loaded.decode(data)
+        raw = codec.encode(picture(), 2, entropy="none")
+        assert loaded.decode(raw).tobytes() == codec.decode(raw).tobytes()
+
+
+def test_damaged_context_model_is_refused(weights, tmp_path):
+    path = tmp_path / "w.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-3] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(WeightsError, match="damaged"):
+        load_weights(path)
+
+
+def test_two_coders_in_one_file_are_refused(codec):
+    container = format.read(codec.encode(picture(), 2, entropy="static"), max_pixels=10**6)
+    first, second = container.header.iterations
+    mixed = replace(container.header, iterations=(first, replace(second, coding=HUFFMAN)))
+    with pytest.raises(FormatError, match="in one file"):
+        codec.decode(format.write(format.Container(mixed, container.payloads)))
+
+
+@pytest.mark.parametrize("entropy", ["context", "huffman", "static", "adaptive"])
+def test_damaged_files_give_an_error_or_the_right_prefix(codec, entropy):
+    x = picture(48, 64)
+    data = codec.encode(x, 4, entropy=entropy)
+    whole = [np.asarray(codec.decode(data, k)) for k in range(1, 5)]
+    header = format.read_header(data)
+    rng = np.random.default_rng(2)
+    prefixes = 0
+    for trial in range(250):
+        if trial % 2:
+            damaged = data[: rng.integers(len(data))]
+        else:
+            changed = bytearray(data)
+            changed[rng.integers(len(data))] ^= int(rng.integers(1, 256))
+            damaged = bytes(changed)
+        try:
+            with pytest.warns(UserWarning) if trial % 2 and len(damaged) >= header.size else nullcontext():
+                found = np.asarray(codec.decode(damaged))
+        except (FormatError, WeightsError) as error:
+            assert "\n" not in str(error)
+            continue
+        prefixes += 1
+        assert any(np.array_equal(found, image) for image in whole)
+    assert prefixes > 20
+
+
+@pytest.mark.parametrize("entropy", ["context", "huffman", "static", "adaptive"])
+def test_hostile_payloads_with_right_checksums_are_an_error_or_some_image(codec, entropy):
+    container = format.read(codec.encode(picture(48, 64), 2, entropy=entropy), max_pixels=10**6)
+    coding = max(it.coding for it in container.header.iterations)
+    rng = np.random.default_rng(3)
+    for _ in range(60):
+        payload = rng.bytes(int(rng.integers(0, container.header.raw_length + 1)))
+        entry = format.Iteration(coding, len(payload), zlib.crc32(payload))
+        header = replace(container.header, iterations=(entry,), context=codec.context_fingerprint)
+        data = format.write_header(header) + payload
+        try:
+            assert codec.decode(data).size == (64, 48)
+        except FormatError as error:
+            assert "\n" not in str(error)
