@@ -1,11 +1,12 @@
 """Measures a codec on photographs: whole-file bytes, PSNR and MS-SSIM at every iteration, beside optimized JPEG.
 
     python evaluate.py PHOTOS --weights small --output results --save-images
+    python evaluate.py PHOTOS --coders      the entropy coders beside it, on the same bits
 
 Each image is encoded once and its file decoded iteration by iteration; the bytes of iteration k are those of the file
 cut to k iterations, bpp counts them over the true pixels, and curves are means over the images at equal iteration (or
 JPEG quality). The output folder gets one JSON for each codec in CompressAI's shape, points.csv, mean.csv,
-rate_distortion.png and, if asked for, the decoded images.
+rate_distortion.png and, if asked for, coders.csv and the decoded images.
 """
 
 import argparse
@@ -28,7 +29,8 @@ from rich.table import Table
 
 import rnncodec
 from rnncodec.codec import MAX_ITERATIONS, Codec
-from rnncodec.format import truncate
+from rnncodec.entropy import CLASSICAL, EntropyName
+from rnncodec.format import read_header, truncate
 from rnncodec.images import atomic_write, find_images, load_image, save_image
 from rnncodec.metrics import MS_SSIM_MIN_SIDE, RATES, ms_ssim, psnr
 
@@ -133,6 +135,38 @@ def interpolate(curve: Sequence[Point], bpp: float) -> tuple[float, float]:
         float(np.interp(bpp, rates, psnrs, left=nan, right=nan)),
         float(np.interp(bpp, rates, similarities, left=nan, right=nan)),
     )
+
+
+def coded_sizes(codecs: dict[str, tuple[Codec, EntropyName]], data: bytes) -> dict[str, list[int]]:
+    """Bytes of the whole file at every iteration, for the bits of a file and each entropy coder.
+
+    Args:
+        codecs: a codec and the name of its entropy coder, by the name of the coder in the result.
+        data: a file.
+
+    Raises:
+        RuntimeError: a coder does not give the bits back.
+    """
+    header = read_header(data)
+    sizes = {}
+    for name, (codec, entropy) in codecs.items():
+        bits = codec.read_bits(data)
+        file = codec.write_bits(bits, header.height, header.width, entropy)
+        if not np.array_equal(codec.read_bits(file), bits):
+            raise RuntimeError(f"the entropy coder {name} does not give the bits back")
+        sizes[name] = list(read_header(file).sizes)
+    return sizes
+
+
+def coder_table(mean: dict[str, np.ndarray]) -> Table:
+    """Mean bytes [T] of raw files, and what share of them each coder saves."""
+    names = [name for name in mean if name != "none"]
+    result = Table(title="bytes of the whole file, and how many less with each entropy coder")
+    for column in ("iteration", "raw", *names):
+        result.add_column(column, justify="right")
+    for t, raw in enumerate(mean["none"]):
+        result.add_row(str(t + 1), f"{raw:.0f}", *(f"{1 - mean[name][t] / raw:.1%}" for name in names))
+    return result
 
 
 def check_truncated(codec: Codec, data: bytes, coded: Coded) -> None:
@@ -250,6 +284,15 @@ def evaluate(args: argparse.Namespace, console: Console) -> int:
     """Does what the command line asks for; returns the number of images that could not be measured."""
     codec = rnncodec.load(args.weights, device=args.device)
     label = f"rnncodec-{codec.name}"
+    coders: dict[str, tuple[Codec, EntropyName]] = {}
+    if args.coders is not None:
+        coders = {name: (codec, name) for name in CLASSICAL}
+        for other in (codec, *(rnncodec.load(path, device=args.device) for path in args.coders)):
+            if other.fingerprint != codec.fingerprint:
+                raise ValueError(f"the weights {other.name} ({other.fingerprint.hex()}) are not those of {codec.name}")
+            if other.context is not None:
+                coders[other.context.config.kind] = (other, "context")
+    sizes: dict[str, list[list[int]]] = {name: [] for name in coders}
     failures = 0
 
     def fail(message: object) -> None:
@@ -288,6 +331,8 @@ def evaluate(args: argparse.Namespace, console: Console) -> int:
                             pictures.append((coded.x_hat, point))
                     progress.advance(task)
                 checked = True
+                raw = codec.write_bits(codec.read_bits(data), *x.shape[:2], "none") if coders else data
+                image_sizes = coded_sizes(coders, raw)
                 for baseline in args.baselines:
                     for point in rate_points(name, baseline, x, BASELINES[baseline](x), codec.device):
                         measured[baseline].append(point)
@@ -299,6 +344,8 @@ def evaluate(args: argparse.Namespace, console: Console) -> int:
                 progress.update(task, completed=steps * (i + 1))
             for codec_name, curve in measured.items():
                 points[codec_name] += curve
+            for coder, each in image_sizes.items():
+                sizes[coder].append(each)
             for x_hat, point in pictures:
                 save_image(x_hat, args.output / f"{name}_{point.setting:02d}.png")
             if pictures:
@@ -319,6 +366,12 @@ def evaluate(args: argparse.Namespace, console: Console) -> int:
         atomic_write(args.output / file, to_csv(point for curve in rows.values() for point in curve).encode())
     drawn = {label: curves[label], **{name.upper(): curves[name] for name in args.baselines}}
     atomic_write(args.output / "rate_distortion.png", plot(drawn))
+    if coders:
+        mean = {name: np.mean(each, axis=0) for name, each in sizes.items()}
+        text = "coder,iteration,bytes\n"
+        text += "".join(f"{name},{t},{size}\n" for name, each in mean.items() for t, size in enumerate(each, 1))
+        atomic_write(args.output / "coders.csv", text.encode())
+        Console().print(coder_table(mean))
     Console().print(table(curves[label], {name: curves[name] for name in args.baselines}, f"{count} images{exception}"))
     return failures
 
@@ -337,6 +390,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         choices=BASELINES,
         default=["jpeg"],
         help="codecs to measure beside it (default: jpeg)",
+    )
+    parser.add_argument(
+        "--coders",
+        nargs="*",
+        metavar="WEIGHTS",
+        help="compare the entropy coders; weights of the same codec add their context models",
     )
     parser.add_argument("--save-images", action="store_true", help="write the decoded images and comparisons")
     args = parser.parse_args(argv)

@@ -106,17 +106,38 @@ class Codec:
         if max(height, width) > MAX_SIDE:
             raise ValueError(f"an image has at most {MAX_SIDE} pixels a side, not {width}x{height}")
         pixels = torch.from_numpy(array).permute(2, 0, 1)[None]
-        rows, columns = self._grid(height, width)
-        session = self._session(entropy or ("context" if self.context else "none"), rows, columns)
         if bpp is not None and not bpp > 0:
             raise ValueError(f"bpp must be positive, not {bpp}")
         if psnr is None:
             planes: Iterable[np.ndarray] = self._analyse(pixels, _check_iterations(iterations), progress)
         else:
             planes = self._analyse_to(psnr, pixels, progress)
-        entries, payloads = [], []
+        return self.write_bits((plane[0] for plane in planes), height, width, entropy, bpp)
+
+    def write_bits(
+        self,
+        planes: Iterable[np.ndarray],
+        height: int,
+        width: int,
+        entropy: EntropyName | None = None,
+        bpp: float | None = None,
+    ) -> bytes:
+        """The file of bits that this codec has computed; `read_bits` is the way back.
+
+        Args:
+            planes: bool [bits, rows, columns] for each iteration; no more are taken than fit bpp.
+            height, width: of the image in pixels.
+            entropy: as in `encode`.
+            bpp: stop before the whole file takes more bits per pixel.
+
+        Raises:
+            ValueError: not even one iteration fits.
+        """
+        session = self._session(entropy or ("context" if self.context else "none"), *self._grid(height, width))
+        entries: list[Iteration] = []
+        payloads: list[bytes] = []
         for plane in planes:
-            coding, payload = session.encode(plane[0])
+            coding, payload = session.encode(plane)
             header = self._header(height, width, [*entries, Iteration.of(payload, coding)])
             if bpp is not None and header.bpp[-1] > bpp:
                 if not entries:
@@ -225,6 +246,13 @@ class Codec:
             if t == iterations - 1:
                 x[..., rows_px, columns_px] = (x_hat.clamp(-1, 1) + 1) / 2
         return x
+
+    def read_bits(self, data: bytes, iterations: int | None = None, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+        """The bits of a file, or of what is there of it, bool [iterations, bits, rows, columns].
+
+        Arguments and errors as in `decode`.
+        """
+        return self._read(data, iterations, max_pixels)[1][:, 0]
 
     def _read(self, data: bytes, iterations: int | None, max_pixels: int) -> tuple[Header, np.ndarray]:
         """The header of a file and its bits [iterations, 1, bits, rows, columns], as far as asked for and there."""

@@ -298,7 +298,7 @@ class AdaptiveSession(Session):
 
 
 # The coders that need no model.
-CLASSICAL: dict[str, type[Session]] = {
+CLASSICAL: dict[EntropyName, type[Session]] = {
     "none": RawSession,
     "huffman": HuffmanSession,
     "static": StaticSession,

