@@ -126,7 +126,8 @@ class Codec:
 
         Args:
             planes: bool [bits, rows, columns] for each iteration; no more are taken than fit bpp.
-            height, width: of the image in pixels.
+            height: of the image in pixels.
+            width: of the image in pixels.
             entropy: as in `encode`.
             bpp: stop before the whole file takes more bits per pixel.
 
