@@ -3,9 +3,10 @@
     python benchmark.py                 a few minutes; generates its images
     python benchmark.py --root PHOTOS   takes the data stream from a folder
 
-Two questions are answered. Does the data keep up: patches a second of the data stream alone, over those that training
+Three questions are answered. Does the data keep up: patches a second of the data stream alone, over those that training
 `small` consumes. And what do a train step, encoding and decoding cost: `small` and the configuration of T17, in eager
-float32 and in the fastest mode, each relative to T17's in eager float32. What is compared runs in turns, so that a
+float32 and in the fastest mode, each relative to T17's in eager float32. And what does entropy coding cost, relative to
+the network's part of encoding and decoding, with the shipped weights. What is compared runs in turns, so that a
 change of the machine's load meets all; numbers are medians of the turns' ratios, with the range in brackets.
 """
 
@@ -54,6 +55,7 @@ class Scale:
         batch_size, iterations: of the train steps whose cost is compared.
         size: width and height of the image to encode and decode.
         coded: iterations to encode and decode.
+        entropy_coded: iterations to encode and decode with and without entropy coding.
         images: generated for the data stream.
     """
 
@@ -64,10 +66,13 @@ class Scale:
     iterations: int = 8
     size: tuple[int, int] = (768, 512)
     coded: int = 2
+    entropy_coded: int = 8
     images: int = 12
 
 
-QUICK = Scale(turns=1, seconds=0.2, steps=1, batch_size=2, iterations=2, size=(64, 48), coded=1, images=3)
+QUICK = Scale(
+    turns=1, seconds=0.2, steps=1, batch_size=2, iterations=2, size=(64, 48), coded=1, entropy_coded=2, images=3
+)
 
 
 @dataclass(frozen=True)
@@ -218,8 +223,36 @@ def compare_costs(
     return {v: {what: Ratio.of(times[1:], base[what][1:]) for what, times in seconds[v].items()} for v in variants}
 
 
-def report(stream: dict[int, Ratio], costs: dict[tuple[str, Mode], dict[str, Ratio]]) -> tuple[Table, Table]:
-    """The two answers as tables."""
+def compare_entropy(scale: Scale, tick: Callable[[], None]) -> dict[str, Ratio]:
+    """Time that the context model and the range coder take over that of the network, with the shipped weights."""
+    codec = Codec(load_weights())
+    if codec.context is None:
+        return {}
+    x = generate_image(*scale.size, seed=0)
+    height, width = x.shape[:2]
+    ratios: dict[str, tuple[list[float], list[float]]] = {"encode": ([], []), "decode": ([], [])}
+
+    def timed(times: list[float], work: Callable[[], Any]) -> Any:
+        start = time.perf_counter()
+        result = work()
+        times.append(time.perf_counter() - start)
+        return result
+
+    for _ in range(scale.turns + 1):
+        (coder, network), (decoder, synthesis) = ratios["encode"], ratios["decode"]
+        raw = timed(network, lambda: codec.encode(x, scale.entropy_coded, entropy="none"))
+        timed(synthesis, lambda raw=raw: codec.decode(raw))
+        bits = codec.read_bits(raw)
+        file = timed(coder, lambda bits=bits: codec.write_bits(bits, height, width, "context"))
+        timed(decoder, lambda file=file: codec.read_bits(file))
+        tick()
+    return {what: Ratio.of(entropy[1:], network[1:]) for what, (entropy, network) in ratios.items()}
+
+
+def report(
+    stream: dict[int, Ratio], costs: dict[tuple[str, Mode], dict[str, Ratio]], entropy: dict[str, Ratio]
+) -> tuple[Table, Table, Table]:
+    """The answers as tables."""
     first = Table(title="patches of the data stream for each one that training consumes")
     for column in ("iterations in training", f"ratio (at least {REQUIRED} needed)"):
         first.add_column(column, justify="right")
@@ -230,7 +263,12 @@ def report(stream: dict[int, Ratio], costs: dict[tuple[str, Mode], dict[str, Rat
         second.add_column(column, justify="left" if column in ("network", "mode") else "right")
     for (name, mode), ratios in costs.items():
         second.add_row(name, mode, *map(str, ratios.values()))
-    return first, second
+    third = Table(title="time of entropy coding, relative to that of the network")
+    for column in ("", "ratio"):
+        third.add_column(column, justify="right")
+    for what, ratio in entropy.items():
+        third.add_row(what, str(ratio))
+    return first, second, third
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -250,7 +288,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
             warnings.simplefilter("ignore")
-            stream, costs = measure(args, scale, Path(folder))
+            stream, costs, entropy = measure(args, scale, Path(folder))
         if args.json:
             result = {
                 "stream_over_training": {f"{k} iterations": asdict(ratio) for k, ratio in stream.items()},
@@ -258,19 +296,20 @@ def main(argv: Sequence[str] | None = None) -> int:
                     f"{name}, {mode}": {what: asdict(ratio) for what, ratio in ratios.items()}
                     for (name, mode), ratios in costs.items()
                 },
+                "entropy_over_network": {what: asdict(ratio) for what, ratio in entropy.items()},
             }
             atomic_write(args.json, (json.dumps(result, indent=2) + "\n").encode())
     except (ValueError, OSError) as error:
         print(f"benchmark: error: {error}", file=sys.stderr)
         return 1
-    Console().print(*report(stream, costs))
+    Console().print(*report(stream, costs, entropy))
     return 0 if args.quick or min(ratio.median for ratio in stream.values()) >= REQUIRED else 1
 
 
 def measure(
     args: argparse.Namespace, scale: Scale, folder: Path
-) -> tuple[dict[int, Ratio], dict[tuple[str, Mode], dict[str, Ratio]]]:
-    """Runs both comparisons, with their files in a temporary folder."""
+) -> tuple[dict[int, Ratio], dict[tuple[str, Mode], dict[str, Ratio]], dict[str, Ratio]]:
+    """Runs all comparisons, with their files in a temporary folder."""
     file = args.config or Path(__file__).parent / "configs" / ("debug.yaml" if args.quick else "small.yaml")
     try:
         config = yaml.safe_load(file.read_text())
@@ -291,7 +330,7 @@ def measure(
     data.setup("fit")
     few = PatchDataModule(**common, batch_size=scale.batch_size)
     configs = {"T17": paper, config.get("name", file.stem): small}
-    ticks = (scale.turns + 1) * (1 + len(unrolled(small)) + 2 * len(configs))
+    ticks = (scale.turns + 1) * (2 + len(unrolled(small)) + 2 * len(configs))
     with Progress(console=Console(stderr=True)) as progress:
         task = progress.add_task("measuring", total=ticks)
 
@@ -300,7 +339,8 @@ def measure(
 
         stream = compare_stream(small, data, scale, args.compile, tick)
         costs = compare_costs(configs, few, scale, args.compile, folder, tick)
-    return stream, costs
+        entropy = compare_entropy(scale, tick)
+    return stream, costs, entropy
 
 
 if __name__ == "__main__":

@@ -136,6 +136,7 @@ def test_info(codec, capsys):
     rows = [line.strip("│ ").split() for line in out.splitlines() if line.startswith("│")]
     sizes = [len(codec.encode(picture(), t)) for t in (1, 2, 3)]
     assert [row[2] for row in rows] == [str(size) for size in sizes]
+    assert [row[6] for row in rows] == ["raw"] * 3
     assert [row[4] for row in rows] == [f"{8 * size / 1200:.4f}" for size in sizes]
 
     Path("y.rnc").write_bytes(data)
@@ -152,7 +153,10 @@ def test_info(codec, capsys):
         "weights": "small",
         "fingerprint": codec.fingerprint.hex(),
         "complete": 3,
-        "iterations": [{"iteration": t, "bytes": size, "bpp": 8 * size / 1200} for t, size in enumerate(sizes, 1)],
+        "context": "0000000000000000",
+        "iterations": [
+            {"iteration": t, "bytes": size, "bpp": 8 * size / 1200, "coding": 0} for t, size in enumerate(sizes, 1)
+        ],
     }
 
 

@@ -215,7 +215,7 @@ def test_a_run_leaves_metrics_config_checkpoint_and_wandb_files(crops, tmp_path)
     )  # fmt: skip
     folder = tmp_path / "debug"
     assert [int(row["step"]) for row in logged(folder)] == [9, 19]
-    assert yaml.safe_load((folder / "config.yaml").read_text())["model"]["iterations"] == 4
+    assert yaml.safe_load((folder / "config.yaml").read_text())["model"]["init_args"]["iterations"] == 4
 
     # What was logged is what the averaged weights, which a checkpoint holds, do to the held-out images.
     module = CodecTraining.load_from_checkpoint(folder / "last.ckpt", map_location="cpu").eval()
