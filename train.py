@@ -35,8 +35,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
 
 from rnncodec import context_training  # noqa: F401 - its classes may be named in a config
-from rnncodec.data import DataError, PatchDataModule
-from rnncodec.images import ImageError
+from rnncodec.data import PatchDataModule
 from rnncodec.training import Training
 
 DEFAULTS: dict[str, Any] = {
@@ -171,5 +170,5 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (DataError, ImageError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"train.py: error: {error}")

@@ -12,8 +12,8 @@ from PIL import Image
 from torch import Tensor
 
 from rnncodec import format
-from rnncodec.entropy import CLASSICAL, ContextSession, EntropyName, Session
-from rnncodec.format import ADAPTIVE, CONTEXT, HUFFMAN, RAW, STATIC, Container, FormatError, Header, Iteration
+from rnncodec.entropy import CLASSICAL, NAMES, ContextSession, EntropyName, Session
+from rnncodec.format import CONTEXT, RAW, Container, FormatError, Header, Iteration
 from rnncodec.images import MAX_PIXELS, to_rgb
 from rnncodec.network import NetworkConfig, pad_to_blocks, to_uint8
 from rnncodec.weights import Weights, WeightsError
@@ -271,7 +271,8 @@ class Codec:
                 f"the file is cut: decoded {len(payloads)} of {len(header.iterations)} iterations", stacklevel=3
             )
         codings = [it.coding for it in header.iterations[: len(payloads)]]
-        session = self._session(_entropy_of(codings), header.rows, header.cols)
+        entropy = next((NAMES[coding] for coding in codings if coding != RAW), "none")
+        session = self._session(entropy, header.rows, header.cols)
         if CONTEXT in codings and header.context != self.context_fingerprint:
             raise WeightsError(
                 f"the file needs the context model {header.context.hex()} of the weights {header.weights!r}, "
@@ -485,15 +486,6 @@ def receptive_field(config: NetworkConfig) -> tuple[int, int]:
         block = math.lcm(block, gain)
     halo = (0 if patches else sum(scales)) + (MAX_ITERATIONS - 1) * max(hops, default=0)
     return math.ceil(halo / block) * block, block
-
-
-def _entropy_of(codings: Sequence[int]) -> EntropyName:
-    """The one coder of a file."""
-    coders: dict[int, EntropyName] = {CONTEXT: "context", HUFFMAN: "huffman", STATIC: "static", ADAPTIVE: "adaptive"}
-    used = sorted(set(codings) - {RAW})
-    if len(used) > 1:
-        raise FormatError(f"codings {used[0]} and {used[1]} in one file")
-    return coders[used[0]] if used else "none"
 
 
 def _as_array(image: Image.Image | np.ndarray | Tensor) -> np.ndarray:

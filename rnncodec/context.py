@@ -78,9 +78,9 @@ class ContextConfig:
     def __post_init__(self) -> None:
         if self.kind not in get_args(ContextName):
             raise ValueError(f"kind is one of {', '.join(get_args(ContextName))}, not {self.kind!r}")
-        if min(self.bits, self.channels, self.groups) < 1 or self.iterations < 0:
-            raise ValueError("bits, channels and groups must be at least 1, iterations at least 0")
-        if self.bits % self.groups:
+        if min(self.bits, self.channels, self.groups) < 1 or not 0 <= self.iterations <= 255:
+            raise ValueError("bits, channels and groups must be at least 1, iterations in 0..255")
+        if self.kind == "parallel" and self.bits % self.groups:
             raise ValueError(f"{self.bits} bits cannot be divided into {self.groups} equal groups")
 
 
@@ -193,6 +193,8 @@ class Conv(Layer):
         room = math.log2(2.0**MANTISSA * STEP / max(total.max().item(), STEP)) - 1
         largest = max(self.weight.abs().max().item(), STEP)
         self.exponent = math.floor(min(room, math.log2(WEIGHT / largest), 16))
+        if self.exponent < 0:
+            raise ValueError("the weights of a layer are too large")
         self.weight.copy_(snap(self.weight, 2.0**-self.exponent))
         if self.bias is not None:
             self.bias.copy_(snap(self.bias, 2.0**-self.exponent))
@@ -217,10 +219,10 @@ class Conv(Layer):
         scale = 2.0**-self.exponent
         if self.bias is not None:
             total = total + integers["bias"].double().abs()
-            self.bias = nn.Parameter((integers["bias"] * scale).float(), requires_grad=False)
+            self.bias.copy_(integers["bias"] * scale)
         if weight.abs().max() > WEIGHT or total.max() / STEP > 2.0**MANTISSA or not 0 <= self.exponent <= 16:
             raise ValueError("sums of a layer would need more bits than a float32 has")
-        self.weight = nn.Parameter((weight * scale).float(), requires_grad=False)
+        self.weight.copy_(weight * scale)
 
 
 class History(Layer):
@@ -348,7 +350,7 @@ class Parallel(Layer):
 
     @torch.no_grad()
     def load_integers(self, integers: Mapping[str, Tensor]) -> None:
-        if integers["turn"].abs().max() * STEP > SPAN:
+        if integers["turn"].int().abs().max() * STEP > SPAN:
             raise ValueError("a bias is too large")
         self.turn.copy_(integers["turn"] * STEP)
 
@@ -425,10 +427,13 @@ class ContextModel(nn.Module):
     def quantize(self) -> "ContextModel":
         """An exact copy of a trained model.
 
+        It is float64, though float32 holds all its values: nothing converts that behind one's back, neither autocast
+        nor the bfloat16 and TF32 that libraries may use within products.
+
         Raises:
-            ValueError: a weight is not finite.
+            ValueError: a weight is not finite or too large.
         """
-        model = copy.deepcopy(self).float().eval().requires_grad_(False)
+        model = copy.deepcopy(self).double().eval().requires_grad_(False)
         if not all(parameter.isfinite().all() for parameter in model.parameters()):
             raise ValueError("a weight is not finite")
         for layer in model.layers().values():
@@ -447,12 +452,13 @@ class ContextModel(nn.Module):
 
     @classmethod
     def from_integers(cls, config: ContextConfig, integers: Mapping[str, Tensor]) -> "ContextModel":
-        """The exact model of what `integers` gave, from whatever source; names and shapes are right.
+        """The exact model of what `integers` gave, from whatever source, if names and shapes are right.
 
         Raises:
             ValueError: sums would not be exact.
         """
-        model = cls(config).eval().requires_grad_(False)
+        with torch.random.fork_rng(devices=[]):  # the weights that are drawn here are replaced
+            model = cls(config).double().eval().requires_grad_(False)
         for name, layer in model.layers().items():
             layer.exact = True
             prefix = f"{name}."

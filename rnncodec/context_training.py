@@ -1,6 +1,7 @@
 """Training of context models: on the codes of a frozen codec, or together with a codec that learns predictable bits."""
 
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -15,18 +16,29 @@ from rnncodec.training import CodecTraining, Training
 from rnncodec.weights import load_weights
 
 
-def _config(values: ContextConfig | dict[str, Any]) -> ContextConfig:
-    """A config as the command line gives it or as a checkpoint holds it."""
-    return values if isinstance(values, ContextConfig) else ContextConfig(**values)
+def _config(values: ContextConfig | dict[str, Any], bits: int) -> ContextConfig:
+    """A config as the command line gives it or as a checkpoint holds it, for a codec of so many bits."""
+    return replace(values if isinstance(values, ContextConfig) else ContextConfig(**values), bits=bits)
+
+
+def _check_unroll(module: Training, iterations: int, configs: Sequence[ContextConfig]) -> None:
+    """Refuses numbers of iterations that leave weights without a gradient, for which several processes would wait.
+
+    Raises:
+        ValueError: there are too few.
+    """
+    needed = max(3, *(config.iterations for config in configs))  # the LSTM uses its own past from the third on
+    if module.trainer.world_size > 1 and iterations < needed:
+        raise ValueError(f"several processes need at least {needed} iterations to train these context models")
 
 
 class ContextTraining(Training):
     """Trains context models for the code length of a frozen codec's bits (T17 sec. 4).
 
-    All models see the same codes, but learn each for itself: a fair comparison, at the cost of one pass of the codec.
+    All models see the same codes and share no weights: a fair comparison, at the cost of one pass of the codec.
 
     Args:
-        contexts: shapes of the models, by name.
+        contexts: shapes of the models, by name; `bits` is the codec's.
         codec: name of shipped weights, or path of a .safetensors file.
         iterations: of the codec to learn from.
         learning_rate: of AdamW.
@@ -50,21 +62,36 @@ class ContextTraining(Training):
         max_bad_steps: int = 20,
     ) -> None:
         super().__init__(learning_rate, weight_decay, warmup_steps, decay_steps, max_bad_steps)
-        configs = {name: _config(config) for name, config in contexts.items()}
+        if not contexts or iterations < 1:
+            raise ValueError("training a context model needs at least one of them and one iteration")
         weights = load_weights(codec)
-        self.codec = weights.network.requires_grad_(False).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        network = weights.network.requires_grad_(False).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        self._codec = (network,)  # no submodule: it is neither averaged nor saved
+        configs = {name: _config(config, network.config.bits) for name, config in contexts.items()}
         self.contexts = nn.ModuleDict({name: ContextModel(config) for name, config in configs.items()})
         self.save_hyperparameters()
-        self.hparams.pop("_instantiator", None)  # the command line's detour to what `load_from_checkpoint` does alone
-        self.hparams["contexts"] = {name: asdict(config) for name, config in configs.items()}
-        self.hparams["fingerprint"] = weights.fingerprint.hex()
+        self.plain_hyperparameters(contexts={name: asdict(config) for name, config in configs.items()})
+        self.fingerprint = weights.fingerprint.hex()
+        self.hparams["fingerprint"] = self.fingerprint
         self.iterations = iterations
-        stride = self.codec.config.stride
-        self.bpp = self.codec.config.bits / stride**2  # of raw bits, for each iteration
+        self.stride = network.config.stride
+        self.bpp = network.config.bits / self.stride**2  # of raw bits, for each iteration
         means: dict[str, Metric | MetricCollection] = {
             f"{name}_{k}": MeanMetric() for name in configs for k in RATES if k <= iterations
         }
         self.val_metrics = MetricCollection(means, compute_groups=False)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        trained_on = checkpoint["hyper_parameters"]["fingerprint"]
+        if trained_on != self.fingerprint:
+            raise ValueError(f"the checkpoint was trained on the codec {trained_on}, not on {self.fingerprint}")
+
+    def on_fit_start(self) -> None:
+        _check_unroll(self, self.iterations, [context.config for context in self._models()])
+
+    def _models(self) -> list[ContextModel]:
+        return [context for context in self.contexts.values() if isinstance(context, ContextModel)]
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.AdamW(self.contexts.parameters(), self.learning_rate, weight_decay=self.weight_decay)
@@ -73,17 +100,17 @@ class ContextTraining(Training):
     @torch.no_grad()
     def codes(self, x: Tensor) -> Tensor:
         """The bits of images, [T, B, bits, H / stride, W / stride] of -1 and +1."""
-        self.codec.eval()  # training puts all modules into its mode
-        return torch.stack([step.bits.float() for step in self.codec.unroll(x, self.iterations)])
+        codec = self._codec[0].to(x.device)
+        return torch.stack([step.bits.float() for step in codec.unroll(pad_to_blocks(x, self.stride), self.iterations)])
 
     def training_step(self, x: Tensor, batch_idx: int) -> Tensor:
-        planes = self.codes(pad_to_blocks(x, self.codec.config.stride))
+        planes = self.codes(x)
         lengths = {name: code_length(context(planes), planes) for name, context in self.contexts.items()}
         self.log_dict({f"train/{name}": length for name, length in lengths.items()}, prog_bar=True)
         return torch.stack(list(lengths.values())).sum()
 
     def validation_step(self, x: Tensor, batch_idx: int) -> None:
-        planes = self.codes(pad_to_blocks(x, self.codec.config.stride))
+        planes = self.codes(x)
         for name, context in self.contexts.items():
             logits = context(planes)
             for k in RATES:
@@ -115,7 +142,7 @@ class JointTraining(CodecTraining):
     The rate is what a context model, trained along with the codec, estimates for the bits of all iterations.
 
     Args:
-        context: shape of the context model.
+        context: shape of the context model; `bits` is the codec's.
         rate_weight: lambda, L1 for each bit per pixel.
         others: as in `CodecTraining`.
     """
@@ -127,16 +154,22 @@ class JointTraining(CodecTraining):
         **others: Any,
     ) -> None:
         super().__init__(**others)
-        self.context = ContextModel(_config(context))
+        self.context = ContextModel(_config(context, self.network.config.bits))
         self.save_hyperparameters()
-        self.hparams.pop("_instantiator", None)
-        self.hparams["network"] = asdict(self.network.config)
-        self.hparams["context"] = asdict(self.context.config)
+        self.plain_hyperparameters(network=asdict(self.network.config), context=asdict(self.context.config))
         self.rate_weight = rate_weight
 
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        _check_unroll(self, min([self.iterations, *self.growth.values()]), [self.context.config])
+
     def loss(self, x: Tensor, steps: list[Step]) -> Tensor:
-        planes = torch.stack([step.bits for step in steps])
-        config = self.network.config
-        rate = code_length(self.context(planes), planes) * len(steps) * config.bits / config.stride**2
+        rate = self.rate(steps)
         self.log("train/bpp", rate, prog_bar=True)
         return super().loss(x, steps) + self.rate_weight * rate
+
+    def rate(self, steps: list[Step]) -> Tensor:
+        """Estimated bits per pixel of all steps together."""
+        planes = torch.stack([step.bits for step in steps])
+        config = self.network.config
+        return code_length(self.context(planes), planes) * len(steps) * config.bits / config.stride**2

@@ -4,9 +4,9 @@ Every coder works through the iterations of one image in order, as a `Session`: 
 cols] becomes depends on the earlier iterations and on nothing else, so that a file can be cut after any of them.
 """
 
+import heapq
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import ClassVar, Literal
 
 import constriction
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rnncodec.context import SCALE, ContextModel, Memory, probability
-from rnncodec.format import ADAPTIVE, CONTEXT, HUFFMAN, RAW, STATIC, FormatError, pack_bits, unpack_bits
+from rnncodec.format import ADAPTIVE, CONTEXT, HUFFMAN, RAW, STATIC, FormatError, length_size, pack_bits, unpack_bits
 
 EntropyName = Literal["none", "context", "huffman", "static", "adaptive"]
 
@@ -73,18 +73,6 @@ class RangeDecoder:
             raise FormatError("an entropy-coded payload is corrupt")
 
 
-@contextmanager
-def _exact(device: torch.device) -> Iterator[None]:
-    """Keeps products in float32, whatever the caller allows: no autocast, no bfloat16 within matrix products."""
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.inference_mode(), torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(precision)
-
-
 class Session(ABC):
     """Codes the iterations of one image in order.
 
@@ -98,10 +86,11 @@ class Session(ABC):
         self.shape = bits, rows, cols
 
     def encode(self, plane: np.ndarray) -> tuple[int, bytes]:
-        """Coding and payload of the next iteration, bool [bits, rows, cols]: raw if the coder does not shorten it."""
+        """Coding and payload of the next iteration, bool [bits, rows, cols]; raw if that is shorter."""
         raw, coded = pack_bits(plane), self._encode(plane)
         self._advance(plane)
-        return (self.coding, coded) if len(coded) < len(raw) else (RAW, raw)
+        # The header says how long a coded payload is.
+        return (self.coding, coded) if 0 < len(coded) < len(raw) - length_size(len(raw)) else (RAW, raw)
 
     def decode(self, coding: int, payload: bytes) -> np.ndarray:
         """The bits of the next iteration, bool [bits, rows, cols].
@@ -130,49 +119,62 @@ class Session(ABC):
 class ContextSession(Session):
     """The range coder with the probabilities of an exact context model (T17 sec. 4).
 
+    Large planes are coded in bands of rows that know nothing of each other, which bounds the memory.
+
     Args:
         model: from `ContextModel.quantize`, on the device that is to compute.
         bits, rows, cols: shape of the bits of an iteration.
     """
 
     coding = CONTEXT
+    BAND = 2**17  # locations, about 33 megapixels
 
     def __init__(self, model: ContextModel, bits: int, rows: int, cols: int) -> None:
         super().__init__(bits, rows, cols)
         self.model = model
         self.iteration = 0
-        self.state: Memory | None = None
-        weight = model.history.prior.weight
-        self._blank = weight.new_zeros(1, bits, rows, cols)
+        self.last: np.ndarray | None = None  # the iteration before, not yet part of the states
+        height = max(1, self.BAND // cols)
+        self.bands = [slice(top, min(top + height, rows)) for top in range(0, rows, height)]
+        self.states: list[Memory | None] = [None] * len(self.bands)
 
     def chances(self, plane: np.ndarray) -> np.ndarray:
         """P(1) * SCALE of every bit of the next iteration, int [bits, rows, cols]."""
-        with _exact(self._blank.device):
-            prior = self.model.history.look(self.state, self._blank)
-            logits = self.model.predictor(self.iteration)(self._signs(plane), prior)
-            return probability(logits)[0].cpu().numpy()
+        predictor = self.model.predictor(self.iteration)
+        with torch.inference_mode():
+            found = [probability(predictor(self._signs(plane[:, b]), prior))[0] for b, prior in self._priors()]
+        return torch.cat(found, dim=1).cpu().numpy()
 
     def _encode(self, plane: np.ndarray) -> bytes:
-        order = self.model.predictor(self.iteration).order(*self.shape)
+        predictor, chances = self.model.predictor(self.iteration), self.chances(plane)
         coder = RangeEncoder()
-        coder.write(*(a.transpose(1, 2, 0).ravel()[order] for a in (self.chances(plane), plane)))
+        for band in self.bands:
+            order = predictor.order(*plane[:, band].shape)
+            coder.write(*(a[:, band].transpose(1, 2, 0).ravel()[order] for a in (chances, plane)))
         return coder.finish()
 
     def _decode(self, payload: bytes) -> np.ndarray:
-        coder = RangeDecoder(payload)
-        with _exact(self._blank.device):
-            prior = self.model.history.look(self.state, self._blank)
-            plane = self.model.predictor(self.iteration).decode(prior, self.shape[0], coder.read)
+        predictor, coder = self.model.predictor(self.iteration), RangeDecoder(payload)
+        with torch.inference_mode():
+            found = [predictor.decode(prior, self.shape[0], coder.read)[0] > 0 for _, prior in self._priors()]
         coder.finish()
-        return (plane[0] > 0).cpu().numpy()
+        return torch.cat(found, dim=1).cpu().numpy()
 
     def _advance(self, plane: np.ndarray) -> None:
-        with _exact(self._blank.device):
-            self.state = self.model.history(self._signs(plane), self.state)
+        self.last = plane
         self.iteration += 1
 
+    def _priors(self) -> Iterator[tuple[slice, Tensor]]:
+        """The bands, each with what the model knows of the next iteration before its first bit."""
+        last, self.last = self.last, None
+        for i, band in enumerate(self.bands):
+            if last is not None:
+                self.states[i] = self.model.history(self._signs(last[:, band]), self.states[i])
+            blank = self._signs(np.zeros((self.shape[0], band.stop - band.start, self.shape[2]), bool))
+            yield band, self.model.history.look(self.states[i], blank)
+
     def _signs(self, plane: np.ndarray) -> Tensor:
-        return torch.from_numpy(plane).to(self._blank)[None] * 2 - 1
+        return torch.from_numpy(plane).to(self.model.history.prior.weight)[None] * 2 - 1
 
 
 class RawSession(Session):
@@ -188,47 +190,82 @@ class RawSession(Session):
 
 
 class HuffmanSession(Session):
-    """Huffman codes of groups of bits of one location (S07): a code book for each iteration, at its beginning.
-
-    The book says how probable each group is, as a power of two in four bits.
-    """
+    """Canonical Huffman codes of groups of four bits of one location (S07), with a code book for each iteration."""
 
     coding = HUFFMAN
-    GROUP = 4
+    LONGEST = 15  # bits of a code, so that a length takes four
 
     def __init__(self, bits: int, rows: int, cols: int) -> None:
         super().__init__(bits, rows, cols)
-        self.group = next(size for size in (self.GROUP, 2, 1) if bits % size == 0)
+        self.group = next(size for size in (4, 2, 1) if bits % size == 0)
 
     def _encode(self, plane: np.ndarray) -> bytes:
-        groups = plane.transpose(1, 2, 0).reshape(-1, self.group)
-        symbols = groups @ (1 << np.arange(self.group)[::-1])
-        shares = np.bincount(symbols, minlength=1 << self.group) / len(symbols)
-        lengths = np.clip(np.round(-np.log2(np.maximum(shares, 2.0**-15))), 0, 15).astype(np.uint8)
-        book = constriction.symbol.huffman.EncoderHuffmanTree(2.0 ** -lengths.astype(np.float64))
-        coder = constriction.symbol.QueueEncoder()
-        for symbol in symbols.tolist():
-            coder.encode_symbol(symbol, book)
-        words, size = coder.get_compressed()
+        symbols = plane.transpose(1, 2, 0).reshape(-1, self.group) @ (1 << np.arange(self.group)[::-1])
+        lengths = huffman_lengths(np.bincount(symbols, minlength=1 << self.group))
+        codes = np.zeros((len(lengths), self.LONGEST), bool)  # left-aligned
+        for symbol, code in canonical_codes(lengths).items():
+            codes[symbol, : lengths[symbol]] = [char == "1" for char in code]
+        bits = codes[symbols][np.arange(self.LONGEST) < lengths[symbols, None]]
         nibbles = np.unpackbits(lengths[:, None], axis=1)[:, 4:]
-        return np.packbits(nibbles).tobytes() + words.astype("<u4").tobytes()[: -(-size // 8)]
+        return np.packbits(nibbles).tobytes() + np.packbits(bits).tobytes()
 
     def _decode(self, payload: bytes) -> np.ndarray:
         bits, rows, cols = self.shape
-        size = -(-(4 << self.group) // 8)
-        if len(payload) < size:
-            raise FormatError("an entropy-coded payload is cut short")
-        nibbles = np.unpackbits(np.frombuffer(payload[:size], np.uint8))[: 4 << self.group].reshape(-1, 4)
-        lengths = nibbles @ (1 << np.arange(4)[::-1])
-        book = constriction.symbol.huffman.DecoderHuffmanTree(2.0 ** -lengths.astype(np.float64))
-        code = payload[size:] + bytes(-(len(payload) - size) % 4)
-        coder = constriction.symbol.QueueDecoder(np.frombuffer(code, "<u4").astype(np.uint32))
-        try:
-            symbols = np.array([coder.decode_symbol(book) for _ in range(rows * cols * bits // self.group)])
-        except (AssertionError, ValueError) as error:
-            raise FormatError("an entropy-coded payload is corrupt") from error
-        flat = (symbols[:, None] >> np.arange(self.group)[::-1]) & 1
-        return flat.astype(bool).reshape(rows, cols, bits).transpose(2, 0, 1)
+        size = (4 << self.group) // 8
+        flat = np.unpackbits(np.frombuffer(payload, np.uint8))
+        lengths = flat[: 8 * size].reshape(-1, 4) @ (1 << np.arange(4)[::-1])
+        if len(lengths) < 1 << self.group or (2.0 ** -lengths[lengths > 0].astype(float)).sum() > 1:
+            raise FormatError("the code book of an entropy-coded payload is corrupt")
+        # What the next 15 bits begin with, for every value they may have: a symbol and the length of its code.
+        book = np.zeros((1 << self.LONGEST, 2), np.int64)
+        for symbol, code in canonical_codes(lengths).items():
+            start = int(code, 2) << (self.LONGEST - len(code))
+            book[start : start + (1 << (self.LONGEST - len(code)))] = symbol, len(code)
+        code = np.pad(flat[8 * size :], (0, self.LONGEST))
+        weights = 1 << np.arange(self.LONGEST)[::-1]
+        windows = np.lib.stride_tricks.sliding_window_view(code, self.LONGEST) @ weights
+        found, steps = (column.tolist() for column in book[windows].T)
+        symbols, place, end = [], 0, len(code) - self.LONGEST
+        for _ in range(rows * cols * bits // self.group):
+            if place >= end or not steps[place]:
+                raise FormatError("an entropy-coded payload is corrupt")
+            symbols.append(found[place])
+            place += steps[place]
+        if not 0 <= end - place < 8 or code[place:].any():
+            raise FormatError("an entropy-coded payload is corrupt")
+        groups = (np.array(symbols)[:, None] >> np.arange(self.group)[::-1]) & 1
+        return groups.astype(bool).reshape(rows, cols, bits).transpose(2, 0, 1)
+
+
+def huffman_lengths(counts: np.ndarray, longest: int = HuffmanSession.LONGEST) -> np.ndarray:
+    """Lengths of the codes of an optimal prefix code, uint8 [N], 0 for symbols that do not occur.
+
+    If a code would be too long, small counts are raised until none is.
+    """
+    counts = counts.copy()
+    while True:
+        heap = [(int(count), symbol, [symbol]) for symbol, count in enumerate(counts) if count]
+        lengths = np.zeros(len(counts), np.uint8)
+        if len(heap) == 1:
+            lengths[heap[0][1]] = 1
+        heapq.heapify(heap)
+        while len(heap) > 1:
+            (first, tie, below), (second, _, beside) = heapq.heappop(heap), heapq.heappop(heap)
+            lengths[below + beside] += 1
+            heapq.heappush(heap, (first + second, tie, below + beside))
+        if lengths.max() <= longest:
+            return lengths
+        counts = np.where(counts > 0, np.maximum(counts, 2 * counts[counts > 0].min()), 0)
+
+
+def canonical_codes(lengths: np.ndarray) -> dict[int, str]:
+    """Codes in ascending order of length, then of symbol, each the one before plus 1, shifted to its own length."""
+    codes, code, before = {}, 0, 0
+    for length, symbol in sorted((int(length), symbol) for symbol, length in enumerate(lengths) if length):
+        code <<= length - before
+        codes[symbol] = f"{code:0{length}b}"
+        code, before = code + 1, length
+    return codes
 
 
 class StaticSession(Session):
@@ -304,3 +341,4 @@ CLASSICAL: dict[EntropyName, type[Session]] = {
     "static": StaticSession,
     "adaptive": AdaptiveSession,
 }
+NAMES: dict[int, EntropyName] = {CONTEXT: "context", **{session.coding: name for name, session in CLASSICAL.items()}}

@@ -80,10 +80,15 @@ class Header:
             raise FormatError(f"a name of weights is up to 32 letters, digits, '.', '_' and '-', not {self.weights!a}")
         if not 1 <= len(self.iterations) <= 255:
             raise FormatError(f"a file holds 1 to 255 iterations, not {len(self.iterations)}")
+        codings = {it.coding for it in self.iterations} - {RAW}
+        if len(codings) > 1:
+            raise FormatError(f"codings {min(codings)} and {max(codings)} in one file")
+        if self.context != bytes(8) and codings != {CONTEXT}:
+            raise FormatError("a context model is named, but no payload is coded with one")
         for number, it in enumerate(self.iterations, 1):
             if not (0 <= it.coding <= 255 and 0 <= it.checksum < 2**32):
                 raise FormatError(f"iteration {number}: coding {it.coding} or checksum {it.checksum} is out of range")
-            if not (self.raw_length if it.coding == RAW else 0) <= it.length <= self.raw_length:
+            if not (self.raw_length if it.coding == RAW else 1) <= it.length <= self.raw_length:
                 raise FormatError(f"iteration {number} takes {it.length} bytes, where raw bits take {self.raw_length}")
 
     @property
@@ -109,7 +114,7 @@ class Header:
     @property
     def size(self) -> int:
         """Bytes of this header."""
-        entries = sum(5 + (_length_size(self.raw_length) if it.coding != RAW else 0) for it in self.iterations)
+        entries = sum(5 + (length_size(self.raw_length) if it.coding != RAW else 0) for it in self.iterations)
         context = len(self.context) if self.version >= CODED_VERSION else 0
         return len(MAGIC) + 1 + SIZES.size + context + SHAPE.size + len(self.weights) + 1 + entries + 4
 
@@ -117,9 +122,13 @@ class Header:
     def sizes(self) -> tuple[int, ...]:
         """Bytes of the whole file if it ended after iteration 1, 2, ...: what `truncate` to as many would give."""
         payloads = itertools.accumulate(it.length for it in self.iterations)
-        return tuple(
-            replace(self, iterations=self.iterations[:count]).size + length for count, length in enumerate(payloads, 1)
-        )
+        return tuple(self.shortened(count).size + length for count, length in enumerate(payloads, 1))
+
+    def shortened(self, count: int) -> "Header":
+        """The header of a file of the first `count` iterations."""
+        iterations = self.iterations[:count]
+        coded = any(it.coding == CONTEXT for it in iterations)
+        return replace(self, iterations=iterations, context=self.context if coded else bytes(8))
 
     @property
     def bpp(self) -> tuple[float, ...]:
@@ -186,7 +195,7 @@ def write_header(header: Header) -> bytes:
     for it in header.iterations:
         data += bytes([it.coding])
         if it.coding != RAW:  # the geometry gives the length of raw bits
-            data += it.length.to_bytes(_length_size(header.raw_length))
+            data += it.length.to_bytes(length_size(header.raw_length))
         data += it.checksum.to_bytes(4)
     return data + zlib.crc32(data).to_bytes(4)
 
@@ -224,7 +233,7 @@ def read_header(data: bytes) -> Header:
     iterations = []
     for _ in range(take(1)[0]):
         coding = take(1)[0]
-        length = raw_length if coding == RAW else int.from_bytes(take(_length_size(raw_length)))
+        length = raw_length if coding == RAW else int.from_bytes(take(length_size(raw_length)))
         iterations.append(Iteration(coding, length, int.from_bytes(take(4))))
     checksum = zlib.crc32(data[: file.tell()])
     if int.from_bytes(take(4)) != checksum:
@@ -297,7 +306,7 @@ def truncate(data: bytes, *, iterations: int | None = None, max_bytes: int | Non
         if keep < 1:
             raise FormatError(f"one iteration takes {header.sizes[0]} bytes, more than {max_bytes}")
     payloads = _payloads(data, header, keep)
-    return write(Container(replace(header, iterations=header.iterations[:keep]), payloads))
+    return write(Container(header.shortened(keep), payloads))
 
 
 def _payloads(data: bytes, header: Header, count: int | None) -> tuple[bytes, ...]:
@@ -322,7 +331,7 @@ def _raw_length(width: int, height: int, stride: int, bits: int) -> int:
     return _ceil(_ceil(height, stride) * _ceil(width, stride) * bits, 8)
 
 
-def _length_size(raw_length: int) -> int:
+def length_size(raw_length: int) -> int:
     """Bytes that hold the length of any payload, as none is longer than the raw bits."""
     return _ceil(raw_length.bit_length(), 8)
 

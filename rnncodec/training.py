@@ -47,6 +47,12 @@ class Training(L.LightningModule):
         self.max_bad_steps = max_bad_steps
         self.bad_steps = self.bad_steps_in_a_row = 0
 
+    def plain_hyperparameters(self, **values: Any) -> None:
+        """Makes the saved hyperparameters what the constructor takes: plain values, nothing of the command line's."""
+        for key in ("_instantiator", "_class_path"):
+            self.hparams.pop(key, None)
+        self.hparams.update(values)
+
     def configure_model(self) -> None:
         # Constant buffers need no broadcast, which ranks with unequal shares of images would not all take part in.
         constants = [name for name, _ in self.named_buffers()]
@@ -134,8 +140,7 @@ class CodecTraining(Training):
         # A checkpoint holds plain values: a mapping for the network, and possibly text for the steps of growth.
         self.network = RecurrentCodec(network if isinstance(network, NetworkConfig) else NetworkConfig(**network))
         self.save_hyperparameters()
-        self.hparams.pop("_instantiator", None)  # the command line's detour to what `load_from_checkpoint` does alone
-        self.hparams["network"] = asdict(self.network.config)
+        self.plain_hyperparameters(network=asdict(self.network.config))
         self.network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         self.iterations = iterations
         self.growth = {int(step): k for step, k in (growth or {}).items()}

@@ -77,10 +77,7 @@ def save_weights(
     """
     if not NAME_PATTERN.fullmatch(name):
         raise WeightsError(f"the name of weights is up to 32 letters, digits, '.', '_' and '-', not {name!r}")
-    tensors = {
-        key: (tensor.half() if tensor.is_floating_point() else tensor).cpu().contiguous()
-        for key, tensor in network.state_dict().items()
-    }
+    tensors = _half(network)
     _check_values(tensors, name)
     config = _canonical(asdict(network.config))
     metadata = {
@@ -123,7 +120,7 @@ def load_weights(path_or_name: str | os.PathLike[str] = DEFAULT_NAME) -> Weights
                         for key, tensor in network.state_dict().items()
                     }
                     if "context" in metadata:
-                        context_config = _config(ContextConfig, json.loads(metadata["context"]))
+                        context_config = _context_config(json.loads(metadata["context"]), config)
                         expected |= _context_tensors(ContextModel(context_config))
             except (ValueError, TypeError, RecursionError) as error:
                 raise WeightsError(f"{path}: {one_line(error)}") from error
@@ -156,6 +153,22 @@ def load_weights(path_or_name: str | os.PathLike[str] = DEFAULT_NAME) -> Weights
     except ValueError as error:
         raise WeightsError(f"{path}: {error}") from error
     return Weights(network.eval(), metadata["name"], digest, provenance, context, context_digest)
+
+
+def _half(network: RecurrentCodec) -> dict[str, torch.Tensor]:
+    """The tensors of a network as a file holds them."""
+    return {
+        key: (tensor.half() if tensor.is_floating_point() else tensor).cpu().contiguous()
+        for key, tensor in network.state_dict().items()
+    }
+
+
+def _context_config(values: Any, network: NetworkConfig) -> ContextConfig:
+    """A config of unknown origin of a context model for a network."""
+    config = _config(ContextConfig, values)
+    if config.bits != network.bits:
+        raise ValueError(f"a context model for {config.bits} bits, where the codec has {network.bits}")
+    return config
 
 
 def _context_tensors(model: ContextModel) -> dict[str, tuple[torch.Size, str]]:
@@ -200,39 +213,47 @@ def add_context(checkpoint: str | os.PathLike[str], path: str | os.PathLike[str]
 
     Args:
         checkpoint: of `ContextTraining` or `JointTraining`.
-        path: weights of that codec.
+        path: weights of that codec, a file.
         name: of the context model in the checkpoint; `context` in a joint training.
 
     Raises:
         WeightsError: it is no such checkpoint, has no such model, or was trained on another codec.
         OSError: a file cannot be read or written.
     """
-    weights = load_weights(path)
+    if not Path(path).is_file():
+        raise WeightsError(f"{os.fspath(path)}: no such weights file to add a context model to")
+    weights = load_weights(Path(path).absolute())
     try:
         loaded = torch.load(checkpoint, map_location="cpu", weights_only=True)
         settings = json.loads(json.dumps(loaded["hyper_parameters"]))
-        joint = "contexts" not in settings
-        configs = {"context": settings["context"]} if joint else settings["contexts"]
-        if name not in configs:
-            raise WeightsError(f"{os.fspath(checkpoint)}: no context model {name!r}, there are: {', '.join(configs)}")
-        if not joint and settings["fingerprint"] != weights.fingerprint.hex():
-            raise WeightsError(
-                f"{os.fspath(checkpoint)}: trained on the codec {settings['fingerprint']}, not on {path}"
-            )
-        prefix = "context." if joint else f"contexts.{name}."
-        state = {k[len(prefix) :]: v for k, v in loaded["state_dict"].items() if k.startswith(prefix)}
-        model = ContextModel(_config(ContextConfig, configs[name]))
-        model.load_state_dict(state)
-    except WeightsError:
-        raise
+        record = {"model": name, "steps": loaded["global_step"], "seed": loaded["seed"], "settings": settings}
+        if "contexts" in settings:
+            configs, prefix, trained_on = settings["contexts"], f"contexts.{name}.", settings["fingerprint"]
+        else:
+            configs, prefix = {"context": settings["context"]}, "context."
+            network, _ = load_checkpoint(checkpoint)
+            trained_on = fingerprint(_canonical(asdict(network.config)), _half(network)).hex()
+        config = configs.get(name)
+        if config is not None:
+            config = _context_config(config, weights.network.config)
+            state = {k[len(prefix) :]: v for k, v in loaded["state_dict"].items() if k.startswith(prefix)}
+            with torch.device("meta"):  # of shapes that are right, whatever the checkpoint claims
+                model = ContextModel(config)
+            model.load_state_dict(state, assign=True)
     except (pickle.UnpicklingError, EOFError, KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
-        raise WeightsError(f"{os.fspath(checkpoint)}: not such a checkpoint ({type(error).__name__})") from error
-    provenance = weights.provenance | {
-        "context": _canonical(
-            {"model": name, "steps": loaded["global_step"], "seed": loaded["seed"], "settings": settings}
-        )
-    }
-    save_weights(path, weights.network, weights.name, provenance, model.quantize())
+        raise WeightsError(
+            f"{os.fspath(checkpoint)}: no checkpoint with a context model ({one_line(error)})"
+        ) from error
+    if config is None:
+        raise WeightsError(f"{os.fspath(checkpoint)}: no context model {name!r}, there are: {', '.join(configs)}")
+    if trained_on != weights.fingerprint.hex():
+        raise WeightsError(f"{os.fspath(checkpoint)}: trained on the codec {trained_on}, not on {os.fspath(path)}")
+    try:
+        exact = model.quantize()
+    except ValueError as error:
+        raise WeightsError(f"{os.fspath(checkpoint)}: {error}") from error
+    provenance = weights.provenance | {"context": _canonical(record)}
+    save_weights(path, weights.network, weights.name, provenance, exact)
 
 
 def known_weights() -> dict[str, str]:
