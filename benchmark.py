@@ -11,6 +11,7 @@ change of the machine's load meets all; numbers are medians of the turns' ratios
 """
 
 import argparse
+import inspect
 import json
 import logging
 import sys
@@ -34,7 +35,8 @@ from rich.table import Table
 
 from rnncodec.codec import Codec
 from rnncodec.data import PatchDataModule
-from rnncodec.images import atomic_write, save_image
+from rnncodec.format import RAW, read_header
+from rnncodec.images import atomic_write, find_images, load_image, save_image
 from rnncodec.network import NetworkConfig, RecurrentCodec
 from rnncodec.training import CodecTraining
 from rnncodec.weights import load_weights, save_weights
@@ -223,12 +225,11 @@ def compare_costs(
     return {v: {what: Ratio.of(times[1:], base[what][1:]) for what, times in seconds[v].items()} for v in variants}
 
 
-def compare_entropy(scale: Scale, tick: Callable[[], None]) -> dict[str, Ratio]:
-    """Time that the context model and the range coder take over that of the network, with the shipped weights."""
+def compare_entropy(x: np.ndarray, scale: Scale, tick: Callable[[], None]) -> dict[str, Ratio]:
+    """Time of the context model and the range coder over that of the network, with the shipped weights, for an image."""
     codec = Codec(load_weights())
     if codec.context is None:
-        return {}
-    x = generate_image(*scale.size, seed=0)
+        raise ValueError("the shipped weights have no context model")
     height, width = x.shape[:2]
     ratios: dict[str, tuple[list[float], list[float]]] = {"encode": ([], []), "decode": ([], [])}
 
@@ -244,6 +245,8 @@ def compare_entropy(scale: Scale, tick: Callable[[], None]) -> dict[str, Ratio]:
         timed(synthesis, lambda raw=raw: codec.decode(raw))
         bits = codec.read_bits(raw)
         file = timed(coder, lambda bits=bits: codec.write_bits(bits, height, width, "context"))
+        if scale is not QUICK and any(it.coding == RAW for it in read_header(file).iterations):
+            raise ValueError("the bits of this image do not shrink, so that nothing was measured; --root gives others")
         timed(decoder, lambda file=file: codec.read_bits(file))
         tick()
     return {what: Ratio.of(entropy[1:], network[1:]) for what, (entropy, network) in ratios.items()}
@@ -313,7 +316,9 @@ def measure(
     file = args.config or Path(__file__).parent / "configs" / ("debug.yaml" if args.quick else "small.yaml")
     try:
         config = yaml.safe_load(file.read_text())
-        small = dict(config["model"])
+        small = dict(config["model"].get("init_args", config["model"]))
+        if set(small) - set(inspect.signature(CodecTraining).parameters):
+            raise ValueError("not of a codec's training")
     except (yaml.YAMLError, TypeError, KeyError, ValueError) as error:
         raise ValueError(f"{file}: not a config with a model") from error
     # T17's network and training are the defaults.
@@ -339,7 +344,9 @@ def measure(
 
         stream = compare_stream(small, data, scale, args.compile, tick)
         costs = compare_costs(configs, few, scale, args.compile, folder, tick)
-        entropy = compare_entropy(scale, tick)
+        wide, tall = scale.size
+        x = load_image(find_images([args.root])[0])[:tall, :wide] if args.root else generate_image(wide, tall, seed=0)
+        entropy = compare_entropy(x, scale, tick)
     return stream, costs, entropy
 
 

@@ -137,21 +137,23 @@ def interpolate(curve: Sequence[Point], bpp: float) -> tuple[float, float]:
     )
 
 
-def coded_sizes(codecs: dict[str, tuple[Codec, EntropyName]], data: bytes) -> dict[str, list[int]]:
-    """Bytes of the whole file at every iteration, for the bits of a file and each entropy coder.
+def coded_sizes(
+    codecs: dict[str, tuple[Codec, EntropyName]], bits: np.ndarray, height: int, width: int
+) -> dict[str, list[int]]:
+    """Bytes of the whole file at every iteration, for the same bits and each entropy coder.
 
     Args:
         codecs: a codec and the name of its entropy coder, by the name of the coder in the result.
-        data: a file.
+        bits: bool [iterations, bits, rows, columns].
+        height: of the image in pixels.
+        width: of the image in pixels.
 
     Raises:
         RuntimeError: a coder does not give the bits back.
     """
-    header = read_header(data)
     sizes = {}
     for name, (codec, entropy) in codecs.items():
-        bits = codec.read_bits(data)
-        file = codec.write_bits(bits, header.height, header.width, entropy)
+        file = codec.write_bits(bits, height, width, entropy)
         if not np.array_equal(codec.read_bits(file), bits):
             raise RuntimeError(f"the entropy coder {name} does not give the bits back")
         sizes[name] = list(read_header(file).sizes)
@@ -331,8 +333,7 @@ def evaluate(args: argparse.Namespace, console: Console) -> int:
                             pictures.append((coded.x_hat, point))
                     progress.advance(task)
                 checked = True
-                raw = codec.write_bits(codec.read_bits(data), *x.shape[:2], "none") if coders else data
-                image_sizes = coded_sizes(coders, raw)
+                image_sizes = coded_sizes(coders, codec.read_bits(data), *x.shape[:2]) if coders else {}
                 for baseline in args.baselines:
                     for point in rate_points(name, baseline, x, BASELINES[baseline](x), codec.device):
                         measured[baseline].append(point)

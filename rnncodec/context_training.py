@@ -147,6 +147,8 @@ class JointTraining(CodecTraining):
         others: as in `CodecTraining`.
     """
 
+    monitor = "val/loss", "min"
+
     def __init__(
         self,
         context: ContextConfig = ContextConfig(),  # noqa: B008 - frozen
@@ -164,12 +166,15 @@ class JointTraining(CodecTraining):
         _check_unroll(self, min([self.iterations, *self.growth.values()]), [self.context.config])
 
     def loss(self, x: Tensor, steps: list[Step]) -> Tensor:
-        rate = self.rate(steps)
+        rate = self.rate(torch.stack([step.bits for step in steps]))
         self.log("train/bpp", rate, prog_bar=True)
         return super().loss(x, steps) + self.rate_weight * rate
 
-    def rate(self, steps: list[Step]) -> Tensor:
-        """Estimated bits per pixel of all steps together."""
-        planes = torch.stack([step.bits for step in steps])
+    def validate_rate(self, planes: Tensor, l1: Tensor) -> None:
+        rate = self.rate(planes)
+        self.log_dict({"val/bpp": rate, "val/loss": l1 + self.rate_weight * rate}, batch_size=1, sync_dist=True)
+
+    def rate(self, planes: Tensor) -> Tensor:
+        """Estimated bits per pixel of all iterations together, for bits [T, B, bits, rows, cols]."""
         config = self.network.config
-        return code_length(self.context(planes), planes) * len(steps) * config.bits / config.stride**2
+        return code_length(self.context(planes), planes) * len(planes) * config.bits / config.stride**2

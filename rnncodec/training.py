@@ -187,18 +187,24 @@ class CodecTraining(Training):
     def validation_step(self, x: Tensor, batch_idx: int) -> None:
         height, width = x.shape[-2:]
         padded = pad_to_blocks(x, self.network.config.stride)
-        original, pictures = to_uint8(x), []
+        original, pictures, bits, losses = to_uint8(x), [], [], []
         with torch.compiler.set_stance("force_eager"):  # every size of image would be compiled anew
             for k, step in enumerate(self.network.unroll(padded, max(RATES)), start=1):
+                bits.append(step.bits)
+                losses.append((padded - step.x_hat).abs().mean())
                 if k in RATES:
                     x_hat = to_uint8(step.x_hat[..., :height, :width])
                     self.val_metrics[f"psnr_{k}"].update(psnr(original, x_hat))
                     self.val_metrics[f"ms_ssim_{k}"].update(ms_ssim(original, x_hat))
                     pictures.append(x_hat)
+        self.validate_rate(torch.stack(bits), torch.stack(losses).mean())
         if batch_idx == 0:
             strip = torch.cat([original, *pictures], dim=-1)[0].permute(1, 2, 0).cpu().numpy()
             for logger in self.wandb_loggers():
                 logger.log_image("val/reconstructions", [strip], caption=[f"original, then {RATES} iterations"])
+
+    def validate_rate(self, planes: Tensor, l1: Tensor) -> None:
+        """What a training that counts bits adds to the validation of an image, given its bits and its mean L1."""
 
     def on_validation_epoch_end(self) -> None:
         values = self.val_metrics.compute()

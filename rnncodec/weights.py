@@ -237,9 +237,12 @@ def add_context(checkpoint: str | os.PathLike[str], path: str | os.PathLike[str]
         if config is not None:
             config = _context_config(config, weights.network.config)
             state = {k[len(prefix) :]: v for k, v in loaded["state_dict"].items() if k.startswith(prefix)}
-            with torch.device("meta"):  # of shapes that are right, whatever the checkpoint claims
-                model = ContextModel(config)
-            model.load_state_dict(state, assign=True)
+            with torch.device("meta"):  # nothing large is made of a config before the tensors are of its shapes
+                shapes = {key: tensor.shape for key, tensor in ContextModel(config).state_dict().items()}
+            if shapes != {key: tensor.shape for key, tensor in state.items()}:
+                raise ValueError("the tensors do not fit the config")
+            model = ContextModel(config)
+            model.load_state_dict(state)
     except (pickle.UnpicklingError, EOFError, KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
         raise WeightsError(
             f"{os.fspath(checkpoint)}: no checkpoint with a context model ({one_line(error)})"
@@ -252,6 +255,8 @@ def add_context(checkpoint: str | os.PathLike[str], path: str | os.PathLike[str]
         exact = model.quantize()
     except ValueError as error:
         raise WeightsError(f"{os.fspath(checkpoint)}: {error}") from error
+    if fingerprint(_canonical(asdict(weights.network.config)), _half(weights.network)) != weights.fingerprint:
+        raise WeightsError(f"{os.fspath(path)}: made by another version; export it again")
     provenance = weights.provenance | {"context": _canonical(record)}
     save_weights(path, weights.network, weights.name, provenance, exact)
 
