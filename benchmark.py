@@ -226,7 +226,7 @@ def compare_costs(
 
 
 def compare_entropy(x: np.ndarray, scale: Scale, tick: Callable[[], None]) -> dict[str, Ratio]:
-    """Time of the context model and the range coder over that of the network, with the shipped weights, for an image."""
+    """Time of entropy coding over that of the network, for an image and the shipped weights."""
     codec = Codec(load_weights())
     if codec.context is None:
         raise ValueError("the shipped weights have no context model")

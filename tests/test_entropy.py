@@ -1,6 +1,5 @@
 """The entropy coders: every payload decodes, costs what theory says, and damage is an error or the right prefix."""
 
-import heapq
 import math
 import warnings
 import zlib
@@ -13,7 +12,15 @@ import torch
 from rnncodec import format
 from rnncodec.codec import Codec
 from rnncodec.context import ContextConfig, ContextModel
-from rnncodec.entropy import CLASSICAL, AdaptiveSession, ContextSession, HuffmanSession, Session, StaticSession
+from rnncodec.entropy import (
+    CLASSICAL,
+    AdaptiveSession,
+    ContextSession,
+    HuffmanSession,
+    Session,
+    StaticSession,
+    huffman_lengths,
+)
 from rnncodec.format import ADAPTIVE, CONTEXT, HUFFMAN, RAW, STATIC, FormatError
 from rnncodec.network import NetworkConfig, RecurrentCodec
 from rnncodec.weights import WeightsError, load_weights, save_weights
@@ -126,29 +133,54 @@ def test_adaptive_payload_has_the_length_of_the_counts():
     assert ideal - 1 < len(payload) < 1.01 * ideal + 8
 
 
-def test_huffman_payload_has_the_length_of_a_huffman_tree():
-    plane = planes(1, (8, 24, 32))[0]
-    coding, payload = HuffmanSession(8, 24, 32).encode(plane)
-    symbols = [
-        int("".join("01"[plane[c, y, x]] for c in range(g, g + 4)), 2)
-        for y in range(24)
-        for x in range(32)
-        for g in (0, 4)
-    ]
-    counts = np.bincount(symbols, minlength=16)
-    lengths = [min(15, round(-math.log2(n / len(symbols)))) if n else 15 for n in counts]
-    assert [nibble for byte in payload[:8] for nibble in (byte >> 4, byte & 15)] == lengths
-    heap = [(2.0**-length, symbol, [symbol]) for symbol, length in enumerate(lengths)]
-    heapq.heapify(heap)
-    depth = [0] * 16
+def test_huffman_payload_is_the_one_made_by_hand():
+    # Groups 1010 (three times), 0000 (twice) and 1111, 0001 (once): codes 0, 10, 110, 111 by length, then value.
+    groups = ["1010", "0000", "1010", "1111", "1010", "0000", "0001"]
+    plane = np.array([[char == "1" for char in group] for group in groups]).T[:, None]
+    payload = HuffmanSession(4, 1, 7)._encode(plane)
+    lengths = {0b1010: 1, 0b0000: 2, 0b0001: 3, 0b1111: 3}
+    book = "".join(f"{lengths.get(symbol, 0):04b}" for symbol in range(16))
+    code = "0" + "10" + "0" + "111" + "0" + "10" + "110"
+    expected = book + code.ljust(16, "0")
+    assert payload == int(expected, 2).to_bytes(10, "big")
+    np.testing.assert_array_equal(HuffmanSession(4, 1, 7)._decode(payload), plane)
+
+
+@pytest.mark.parametrize("counts", [[1], [5, 0, 3], [1, 1, 2, 3, 5, 8, 13, 21], [7] * 16, [2**n for n in range(16)]])
+def test_huffman_lengths_are_optimal(counts):
+    lengths = huffman_lengths(np.array(counts))
+    used = [n for n in counts if n]
+    assert [bool(n) for n in counts] == [bool(length) for length in lengths]
+    assert sum(2.0 ** -int(length) for length in lengths if length) == (1 if len(used) > 1 else 0.5)
+    # The cost of an optimal code is the sum of all inner nodes of the tree.
+    heap, cost = sorted(used), 0 if len(used) > 1 else used[0]
     while len(heap) > 1:
-        (p, tie, first), (q, _, second) = heapq.heappop(heap), heapq.heappop(heap)
-        for symbol in first + second:
-            depth[symbol] += 1
-        heapq.heappush(heap, (p + q, tie, first + second))
-    bits = sum(int(n) * d for n, d in zip(counts, depth, strict=True))
-    assert coding == HUFFMAN
-    assert abs(len(payload) - 8 - bits / 8) < 0.01 * bits / 8 + 1  # equal probabilities leave a choice of trees
+        cost += heap[0] + heap[1]
+        heap = sorted([heap[0] + heap[1], *heap[2:]])
+    assert sum(int(n) * int(length) for n, length in zip(counts, lengths, strict=True)) == cost
+
+
+def test_huffman_lengths_are_limited():
+    counts = np.array([2**n for n in range(16)] * 2)
+    assert huffman_lengths(counts, longest=16).max() == 16
+    lengths = huffman_lengths(counts, longest=15)
+    assert lengths.max() == 15
+    assert sum(2.0 ** -int(length) for length in lengths) == 1
+
+
+def test_bands_are_planes_of_their_own(monkeypatch):
+    bits = planes(2, (8, 10, 9))
+    model = context_model("sequential")
+    parts = [ContextSession(model, 8, rows, 9) for rows in (4, 4, 2)]
+    monkeypatch.setattr(ContextSession, "BAND", 4 * 9 + 5)
+    encoder, decoder = ContextSession(model, 8, 10, 9), ContextSession(model, 8, 10, 9)
+    for plane in bits:
+        bands = [plane[:, :4], plane[:, 4:8], plane[:, 8:]]
+        expected = np.concatenate([part.chances(band) for part, band in zip(parts, bands, strict=True)], axis=1)
+        for part, band in zip(parts, bands, strict=True):
+            part.encode(band)
+        np.testing.assert_array_equal(encoder.chances(plane), expected)
+        np.testing.assert_array_equal(decoder.decode(*encoder.encode(plane)), plane)
 
 
 @pytest.mark.parametrize("coder", CODERS)
@@ -261,14 +293,6 @@ def test_damaged_context_model_is_refused(weights, tmp_path):
     path.write_bytes(data)
     with pytest.raises(WeightsError, match="damaged"):
         load_weights(path)
-
-
-def test_two_coders_in_one_file_are_refused(codec):
-    container = format.read(codec.encode(picture(), 2, entropy="static"), max_pixels=10**6)
-    first, second = container.header.iterations
-    mixed = replace(container.header, iterations=(first, replace(second, coding=HUFFMAN)))
-    with pytest.raises(FormatError, match="in one file"):
-        codec.decode(format.write(format.Container(mixed, container.payloads)))
 
 
 @pytest.mark.parametrize("entropy", ["context", "huffman", "static", "adaptive"])

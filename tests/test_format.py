@@ -49,6 +49,15 @@ def crc(data: bytes) -> bytes:
     return (register ^ 0xFFFFFFFF).to_bytes(4, "big")
 
 
+# 20x10 pixels, stride 1, 4 bits, all of them 1: the code book of a single symbol, then 200 times its code 0.
+CODED_PAYLOAD = bytes(7) + b"\1" + bytes(25)
+CODED_HEAD = (
+    bytes.fromhex("8F524E43 02 0014 000A 0123456789ABCDEF 0000000000000000 01 04 05 736D616C6C 01 02 21")
+    + crc(CODED_PAYLOAD)
+)  # fmt: skip
+CODED_EXAMPLE = CODED_HEAD + crc(CODED_HEAD) + CODED_PAYLOAD
+
+
 def container(width=20, height=10, stride=16, bits=5, iterations=2, seed=0, weights="small") -> Container:
     """A file of random bits."""
     rng = np.random.default_rng(seed)
@@ -63,10 +72,11 @@ def forge(head: bytes, payloads: bytes = b"") -> bytes:
     return head + crc(head) + payloads
 
 
-def fixed(width=20, height=10, stride=16, bits=5, name=b"small", version=1) -> bytes:
+def fixed(width=20, height=10, stride=16, bits=5, name=b"small", version=1, context=bytes(8)) -> bytes:
     """All fields before the number of iterations."""
     sizes = width.to_bytes(2, "big") + height.to_bytes(2, "big")
-    return b"\x8fRNC" + bytes([version]) + sizes + FINGERPRINT + bytes([stride, bits, len(name)]) + name
+    fingerprints = FINGERPRINT + (context if version == 2 else b"")
+    return b"\x8fRNC" + bytes([version]) + sizes + fingerprints + bytes([stride, bits, len(name)]) + name
 
 
 class TestExample:
@@ -76,10 +86,10 @@ class TestExample:
         assert crc(EXAMPLE[:36]) == EXAMPLE[36:40]
 
     def test_document_shows_these_bytes(self):
-        block = re.search(r"```hex\n(.*?)```", (Path(__file__).parents[1] / "FORMAT.md").read_text("utf-8"), re.S)
-        assert block
-        documented = "".join(re.split(r" {2,}", line)[0] for line in block[1].splitlines())
-        assert bytes.fromhex(documented) == EXAMPLE
+        text = (Path(__file__).parents[1] / "FORMAT.md").read_text("utf-8")
+        blocks = re.findall(r"```hex\n(.*?)```", text, re.S)
+        documented = ["".join(re.split(r" {2,}", line)[0] for line in block.splitlines()) for block in blocks]
+        assert [bytes.fromhex(block) for block in documented] == [EXAMPLE, CODED_EXAMPLE]
 
     def test_write(self):
         payloads = tuple(pack_bits(np.array([bits], bool).transpose(2, 0, 1)) for bits in EXAMPLE_BITS)
@@ -194,19 +204,19 @@ class TestRoundTrip:
 class TestCodedPayloads:
     """Payloads of a coder this version does not have: their length is in the header, and they can be shortened."""
 
-    HEAD = (
-        fixed(bits=255) + bytes.fromhex("03") + b"\0" + crc(bytes(64)) + b"\7\x03" + crc(b"abc") + b"\xff\x00\0\0\0\0"
-    )
-    DATA = forge(HEAD, bytes(64) + b"abc")  # 2 locations of 255 bits: 64 raw bytes, lengths take one byte
+    HEAD = fixed(bits=255, version=2) + b"\3" + b"\0" + crc(bytes(64)) + b"\7\3" + crc(b"abc") + b"\7\1" + crc(b"d")
+    DATA = forge(HEAD, bytes(64) + b"abcd")  # 2 locations of 255 bits: 64 raw bytes, lengths take one byte
 
     def test_read_header(self):
         header = read_header(self.DATA)
-        assert [(it.coding, it.length) for it in header.iterations] == [(0, 64), (7, 3), (255, 0)]
+        assert [(it.coding, it.length) for it in header.iterations] == [(0, 64), (7, 3), (7, 1)]
         assert header.size == len(self.HEAD) + 4
-        assert header.sizes == (30 + 5 + 64, 30 + 5 + 6 + 64 + 3, len(self.DATA))
+        assert header.sizes == (30 + 5 + 64, 38 + 5 + 6 + 64 + 3, len(self.DATA))  # the first is of version 1
 
     def test_wide_lengths(self):
-        head = fixed(255, 255, 1, 255) + b"\x01" + b"\1\x00\x00\x03" + crc(b"abc")  # raw: 2072672 bytes, 3 to write
+        head = (
+            fixed(255, 255, 1, 255, version=2) + b"\x01" + b"\1\x00\x00\x03" + crc(b"abc")
+        )  # raw: 2072672 bytes, 3 to write
         header = read_header(forge(head))
         assert (header.raw_length, header.iterations[0].length) == (2072672, 3)
         assert write(Container(header, (b"abc",))) == forge(head, b"abc")
@@ -217,9 +227,32 @@ class TestCodedPayloads:
         assert read(self.DATA, max_pixels=LIMIT, iterations=1).payloads == (bytes(64),)
 
     def test_truncate(self):
-        head = self.HEAD[:25] + b"\x02" + self.HEAD[26:-6]
+        head = self.HEAD[:33] + b"\x02" + self.HEAD[34:-6]
         assert truncate(self.DATA, iterations=2) == forge(head, bytes(64) + b"abc")
         assert truncate(self.DATA, iterations=3) == self.DATA
+        raw = forge(fixed(bits=255) + b"\1\0" + crc(bytes(64)), bytes(64))
+        assert truncate(self.DATA, iterations=1) == raw  # what needs no second version has none
+
+    def test_context_model_is_named_where_it_is_needed(self):
+        entries = b"\2" + b"\0" + crc(bytes(64)) + b"\1\3" + crc(b"abc")
+        data = forge(fixed(bits=255, version=2, context=b"contexts") + entries, bytes(64) + b"abc")
+        assert read_header(data).context == b"contexts"
+        assert read_header(truncate(data, iterations=1)).context == bytes(8)
+        assert truncate(data, iterations=2) == data
+
+    @pytest.mark.parametrize(
+        ("version", "context", "entries"),
+        [
+            (1, b"", b"\1" + b"\2\3" + crc(b"abc")),  # coded
+            (2, bytes(8), b"\1" + b"\0" + crc(bytes(64))),  # raw
+            (2, b"contexts", b"\1" + b"\2\3" + crc(b"abc")),  # a model that is not used
+            (2, bytes(8), b"\2" + b"\2\3" + crc(b"abc") + b"\3\3" + crc(b"abc")),  # two coders
+            (2, bytes(8), b"\1" + b"\2\0" + crc(b"")),  # nothing
+        ],
+    )
+    def test_contradictions(self, version, context, entries):
+        with pytest.raises(FormatError):
+            read_header(forge(fixed(bits=255, version=version, context=context) + entries))
 
 
 class TestErrors:
@@ -233,7 +266,7 @@ class TestErrors:
         with pytest.raises(FormatError, match="header is cut short"):
             read(EXAMPLE[:length], max_pixels=LIMIT)
 
-    @pytest.mark.parametrize("version", [0, 2, 255])
+    @pytest.mark.parametrize("version", [0, 3, 255])
     def test_other_version(self, version):
         with pytest.raises(FormatError, match=f"version {version} .* newer version"):
             read(b"\x8fRNC" + bytes([version]), max_pixels=LIMIT)
@@ -256,7 +289,7 @@ class TestErrors:
             fixed(name=b"\x1b[2J") + b"\x01" + bytes(5),
             fixed(name="é".encode()) + b"\x01" + bytes(5),
             fixed() + b"\x00",
-            fixed() + b"\x01" + b"\x01\x03" + bytes(4),  # longer than raw
+            fixed(version=2) + b"\x01" + b"\x01\x03" + bytes(4),  # longer than raw
         ],
     )
     def test_right_checksum_of_nonsense(self, head):
@@ -413,7 +446,10 @@ class TestHostile:
     @pytest.mark.parametrize("coding", [b"\x00", b"\x01\xff\xff\xff\xff"])
     def test_huge_claims_allocate_nothing(self, coding):
         stride = 16 if len(coding) == 5 else 1  # 4096 * 4096 * 255 bits need a length of four bytes
-        data = forge(fixed(65535, 65535, stride, 255) + b"\xff" + (coding + bytes(4)) * 255, bytes(1000))
+        version = 2 if coding[0] else 1
+        data = forge(
+            fixed(65535, 65535, stride, 255, version=version) + b"\xff" + (coding + bytes(4)) * 255, bytes(1000)
+        )
         tracemalloc.start()
         try:
             with pytest.raises(FormatError):
