@@ -1,0 +1,205 @@
+"""Training of context models: alone on a frozen codec, and joint; what becomes of their checkpoints."""
+
+import math
+from types import SimpleNamespace
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+
+from rnncodec import format
+from rnncodec.cli import main
+from rnncodec.codec import Codec
+from rnncodec.context import ContextConfig
+from rnncodec.context_training import ContextTraining, JointTraining
+from rnncodec.network import NetworkConfig, RecurrentCodec
+from rnncodec.weights import WeightsError, add_context, load_weights, save_weights
+
+TINY = NetworkConfig(bits=8, encoder_channels=(8, 8, 8, 8), decoder_channels=(8, 8, 8, 8, 8))
+CONTEXTS = {
+    "lines": ContextConfig(kind="sequential", channels=8),
+    "board": ContextConfig(kind="parallel", channels=8, groups=2, iterations=2),
+}
+
+
+def make_weights(path, seed=0):
+    """A random codec whose channels are seldom as often 1 as 0."""
+    torch.manual_seed(seed)
+    network = RecurrentCodec(TINY)
+    with torch.no_grad():
+        network.binarizer.features.bias.copy_(torch.linspace(-1, 1, 8))
+    save_weights(path, network, "tiny")
+    return path
+
+
+@pytest.fixture(scope="module")
+def codec_file(tmp_path_factory):
+    return make_weights(tmp_path_factory.mktemp("codec") / "tiny.safetensors")
+
+
+class Patches(torch.utils.data.Dataset):
+    """Random patches, coarse enough to have structure."""
+
+    def __init__(self, steps, size=64):
+        self.steps, self.size = steps, size
+
+    def __len__(self):
+        return self.steps
+
+    def __getitem__(self, step):
+        x = torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(step)) * 2 - 1
+        return torch.nn.functional.interpolate(x, size=(self.size, self.size))
+
+
+def fit(module, steps, folder, val_size=64, **kwargs):
+    trainer = L.Trainer(
+        max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, default_root_dir=folder, **kwargs,
+    )  # fmt: skip
+    loaders = (
+        torch.utils.data.DataLoader(Patches(n, size), batch_size=None) for n, size in ((steps, 64), (2, val_size))
+    )
+    trainer.fit(module, *loaders)
+    return trainer
+
+
+@pytest.fixture(scope="module")
+def trained(codec_file, tmp_path_factory):
+    """A checkpoint of `ContextTraining`, and the metrics of its last validation."""
+    folder = tmp_path_factory.mktemp("context")
+    torch.manual_seed(0)
+    module = ContextTraining(CONTEXTS, str(codec_file), iterations=4, learning_rate=1e-2, warmup_steps=1)
+    trainer = fit(module, 40, folder, val_size=50)
+    trainer.save_checkpoint(folder / "a.ckpt")
+    return folder / "a.ckpt", {key: value.item() for key, value in trainer.callback_metrics.items()}
+
+
+def test_context_models_learn_the_bits_of_the_codec(trained):
+    _, metrics = trained
+    for name in CONTEXTS:
+        for k in (1, 2, 4):
+            raw = k * 8 / 256
+            assert 0 < metrics[f"val/bpp_{name}_{k}"] < 0.9 * raw
+    assert metrics["val/bpp"] == pytest.approx(sum(metrics[f"val/bpp_{name}_4"] for name in CONTEXTS) / 2)
+
+
+def test_the_frozen_codec_does_not_change_and_is_not_saved(trained, codec_file):
+    checkpoint = torch.load(trained[0], weights_only=True)
+    assert all(key.startswith("contexts.") for key in checkpoint["state_dict"])
+    module = ContextTraining.load_from_checkpoint(trained[0], map_location="cpu", weights_only=True)
+    x = Patches(1)[0]
+    network = load_weights(codec_file).network
+    with torch.inference_mode():
+        expected = torch.stack([step.bits for step in network.unroll(x, 4)])
+    module.train()
+    assert torch.equal(module.codes(x), expected)
+
+
+def test_a_checkpoint_of_another_codec_is_not_resumed(trained, tmp_path):
+    other = make_weights(tmp_path / "other.safetensors", seed=1)
+    module = ContextTraining(CONTEXTS, str(other), iterations=4)
+    with pytest.raises(ValueError, match="trained on the codec"):
+        module.on_load_checkpoint(torch.load(trained[0], weights_only=True))
+
+
+@pytest.mark.parametrize("name", list(CONTEXTS))
+def test_export_adds_a_context_model_that_shrinks_files(trained, codec_file, name, tmp_path, capsys):
+    path = tmp_path / "w.safetensors"
+    path.write_bytes(codec_file.read_bytes())
+    assert main(["export", str(trained[0]), str(path), "--context", name]) == 0
+    weights, before = load_weights(path), load_weights(codec_file)
+    assert weights.fingerprint == before.fingerprint
+    assert weights.context_fingerprint.hex() in capsys.readouterr().err
+    codec = Codec(weights)
+    x = ((Patches(1, 320)[0][0] + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
+    data, raw = codec.encode(x, 4), codec.encode(x, 4, entropy="none")
+    assert {it.coding for it in format.read_header(data).iterations} == {format.CONTEXT}
+    assert len(data) < 0.9 * len(raw)
+    np.testing.assert_array_equal(np.asarray(codec.decode(data)), np.asarray(Codec(before).decode(raw)))
+
+
+def test_export_refuses_what_does_not_belong_together(trained, codec_file, tmp_path, capsys):
+    other = make_weights(tmp_path / "other.safetensors", seed=1)
+    content = other.read_bytes()
+    with pytest.raises(WeightsError, match="trained on the codec"):
+        add_context(trained[0], other, "lines")
+    with pytest.raises(WeightsError, match="no context model 'nope', there are: lines, board"):
+        add_context(trained[0], codec_file, "nope")
+    with pytest.raises(WeightsError, match="no such weights file"):
+        add_context(trained[0], tmp_path / "missing.safetensors", "lines")
+    (tmp_path / "bad.ckpt").write_bytes(b"PK\x03\x04")
+    torch.save({"hyper_parameters": {}, "state_dict": {}}, tmp_path / "empty.ckpt")
+    checkpoint = torch.load(trained[0], weights_only=True)
+    checkpoint["hyper_parameters"]["contexts"]["lines"]["channels"] = 2**14
+    torch.save(checkpoint, tmp_path / "huge.ckpt")
+    for file in ("bad.ckpt", "empty.ckpt", "huge.ckpt"):
+        with pytest.raises(WeightsError) as error:
+            add_context(tmp_path / file, codec_file, "lines")
+        assert "\n" not in str(error.value)
+    assert main(["export", str(tmp_path / "empty.ckpt"), str(other), "--context", "lines"]) == 1
+    assert other.read_bytes() == content
+
+
+def test_bad_arguments_are_refused(codec_file):
+    for contexts, iterations in (({}, 4), (CONTEXTS, 0)):
+        with pytest.raises(ValueError, match="at least one"):
+            ContextTraining(contexts, str(codec_file), iterations=iterations)
+    module = ContextTraining(CONTEXTS, str(codec_file), iterations=2)
+    module._trainer = SimpleNamespace(world_size=2)  # pyright: ignore[reportAttributeAccessIssue]
+    with pytest.raises(ValueError, match="at least 3 iterations"):
+        module.on_fit_start()
+
+
+def joint(**kwargs):
+    torch.manual_seed(0)
+    context = ContextConfig(kind="parallel", channels=8, groups=2)
+    return JointTraining(context=context, network=TINY, iterations=3, warmup_steps=1, **kwargs)
+
+
+def test_joint_loss_is_distortion_and_weighted_rate():
+    module = joint(rate_weight=0.25)
+    module.log = module.log_dict = lambda *args, **kwargs: None
+    module._trainer = SimpleNamespace(global_step=0)  # pyright: ignore[reportAttributeAccessIssue]
+    x = Patches(1)[0]
+    torch.manual_seed(5)
+    loss = module.training_step(x, 0)
+    torch.manual_seed(5)  # the same stochastic bits
+    steps = list(module.network.unroll(x, 3))
+    l1 = sum((x - step.x_hat).abs().double().mean().item() for step in steps) / 3
+    bits = torch.stack([step.bits for step in steps])
+    p = torch.sigmoid(module.context(bits).double())
+    length = -torch.log2(torch.where(bits > 0, p, 1 - p)).sum().item()
+    assert loss.item() == pytest.approx(l1 + 0.25 * length / (2 * 64 * 64), rel=1e-5)
+
+
+def test_the_rate_has_a_gradient_to_the_encoder():
+    module = joint(rate_weight=1.0)
+    bits = torch.stack([step.bits for step in module.network.unroll(Patches(1)[0], 3)])
+    module.rate(bits).backward()
+    gradient = module.network.encoder.stem.weight.grad
+    assert gradient is not None
+    assert gradient.abs().sum() > 0
+
+
+def test_joint_training_lowers_the_rate_and_exports_both_parts(tmp_path):
+    rates = {}
+    for weight in (0.0, 3.0):
+        module = joint(rate_weight=weight, learning_rate=3e-3)
+        trainer = fit(module, 40, tmp_path, val_size=192)
+        rates[weight] = trainer.callback_metrics["val/bpp"].item()
+    assert rates[3.0] < 0.9 * rates[0.0]
+    loss = trainer.callback_metrics["val/loss"].item()
+    assert loss > 3 * rates[3.0]
+    assert not math.isnan(loss)
+    trainer.save_checkpoint(tmp_path / "joint.ckpt")
+    again = JointTraining.load_from_checkpoint(tmp_path / "joint.ckpt", map_location="cpu", weights_only=True)
+    assert again.rate_weight == 3.0
+    assert again.context.config.bits == 8
+    path = str(tmp_path / "j.safetensors")
+    assert main(["export", str(tmp_path / "joint.ckpt"), path, "--name", "joint"]) == 0
+    assert main(["export", str(tmp_path / "joint.ckpt"), path, "--context", "context"]) == 0
+    assert load_weights(path).context is not None
+    other = make_weights(tmp_path / "other.safetensors")
+    with pytest.raises(WeightsError, match="trained on the codec"):
+        add_context(tmp_path / "joint.ckpt", other, "context")
