@@ -17,6 +17,7 @@ from rnncodec.entropy import (
     AdaptiveSession,
     ContextSession,
     HuffmanSession,
+    RangeEncoder,
     Session,
     StaticSession,
     huffman_lengths,
@@ -90,6 +91,35 @@ def test_what_does_not_shrink_is_stored_raw_and_remembered(coder):
     assert [coding for coding, _ in coded] == [RAW, encoder.coding, RAW, encoder.coding]
     for plane, (coding, payload) in zip(order, coded, strict=True):
         np.testing.assert_array_equal(decoder.decode(coding, payload), plane)
+
+
+def range_decode(payload, chances):
+    """The range decoder of FORMAT.md in whole numbers."""
+    words = [int.from_bytes(payload[i : i + 4], "little") for i in range(0, len(payload), 4)]
+    words += [0] * (len(chances) + 2)
+    point, lower, size, place, bits = (words[0] << 32) + words[1], 0, 2**64 - 1, 2, []
+    for k in chances:
+        scale = size >> 24
+        quantile = ((point - lower) % 2**64) // scale
+        zero = (65536 - k) * (2**24 - 2) // 65536 + 1
+        bits.append(quantile >= zero)
+        lower = (lower + scale * (zero if bits[-1] else 0)) % 2**64
+        size = scale * (2**24 - zero if bits[-1] else zero)
+        if size < 2**32:
+            size, lower = size << 32, (lower << 32) % 2**64
+            point, place = (point << 32) % 2**64 + words[place], place + 1
+    return bits
+
+
+def test_range_coder_is_the_documented_one():
+    rng = np.random.default_rng(4)
+    chances = np.concatenate([[1, 65535, 1, 65535, 32768], rng.integers(1, 65536, 3000)])
+    bits = rng.random(len(chances)) < chances / 65536
+    bits[:4] = [False, True, True, False]  # the last two against all odds
+    coder = RangeEncoder()
+    coder.write(chances[:7], bits[:7])
+    coder.write(chances[7:], bits[7:])
+    assert range_decode(coder.finish(), chances.tolist()) == bits.tolist()
 
 
 @pytest.mark.parametrize("kind", ["sequential", "parallel"])
