@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rnncodec import format
 from rnncodec.entropy import CLASSICAL, NAMES, ContextSession, EntropyName, Session
-from rnncodec.format import CONTEXT, RAW, Container, FormatError, Header, Iteration
+from rnncodec.format import CONTEXT, Container, FormatError, Header, Iteration
 from rnncodec.images import MAX_PIXELS, to_rgb
 from rnncodec.network import NetworkConfig, pad_to_blocks, to_uint8
 from rnncodec.weights import Weights, WeightsError
@@ -271,8 +271,7 @@ class Codec:
                 f"the file is cut: decoded {len(payloads)} of {len(header.iterations)} iterations", stacklevel=3
             )
         codings = [it.coding for it in header.iterations[: len(payloads)]]
-        entropy = next((NAMES[coding] for coding in codings if coding != RAW), "none")
-        session = self._session(entropy, header.rows, header.cols)
+        session = self._session(NAMES[max(codings)], header.rows, header.cols)  # raw is 0, of the others there is one
         if CONTEXT in codings and header.context != self.context_fingerprint:
             raise WeightsError(
                 f"the file needs the context model {header.context.hex()} of the weights {header.weights!r}, "

@@ -9,9 +9,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from typing import ClassVar, Literal
 
-import constriction
 import numpy as np
 import torch
+from constriction import stream  # pyright: ignore[reportAttributeAccessIssue]
 from torch import Tensor
 
 from rnncodec.context import SCALE, ContextModel, Memory, probability
@@ -19,7 +19,7 @@ from rnncodec.format import ADAPTIVE, CONTEXT, HUFFMAN, RAW, STATIC, FormatError
 
 EntropyName = Literal["none", "context", "huffman", "static", "adaptive"]
 
-BERNOULLI = constriction.stream.model.Bernoulli(perfect=False)
+BERNOULLI = stream.model.Bernoulli(perfect=False)
 
 Code = Callable[[np.ndarray, tuple[int, int]], np.ndarray]
 """Codes the bits at a location (y, x), given P(1) * SCALE of each: int [bits] to bool [bits]."""
@@ -39,7 +39,7 @@ class RangeEncoder:
 
     def finish(self) -> bytes:
         """The code of all bits."""
-        coder = constriction.stream.queue.RangeEncoder()
+        coder = stream.queue.RangeEncoder()
         coder.encode(np.concatenate(self.bits).astype(np.int32), BERNOULLI, np.concatenate(self.chances) / SCALE)
         return coder.get_compressed().astype("<u4").tobytes()
 
@@ -50,7 +50,7 @@ class RangeDecoder:
     def __init__(self, payload: bytes) -> None:
         if len(payload) % 4:
             raise FormatError("an entropy-coded payload is cut short")
-        self._coder = constriction.stream.queue.RangeDecoder(np.frombuffer(payload, "<u4").astype(np.uint32))
+        self._coder = stream.queue.RangeDecoder(np.frombuffer(payload, "<u4").astype(np.uint32))
 
     def read(self, chances: np.ndarray) -> np.ndarray:
         """The next bits, bool [n], given P(1) * SCALE of each.
@@ -133,7 +133,7 @@ class ContextSession(Session):
         super().__init__(bits, rows, cols)
         self.model = model
         self.iteration = 0
-        self.last: np.ndarray | None = None  # the iteration before, not yet part of the states
+        self.pending: list[np.ndarray] = []  # earlier iterations that are not yet part of the states
         height = max(1, self.BAND // cols)
         self.bands = [slice(top, min(top + height, rows)) for top in range(0, rows, height)]
         self.states: list[Memory | None] = [None] * len(self.bands)
@@ -161,15 +161,15 @@ class ContextSession(Session):
         return torch.cat(found, dim=1).cpu().numpy()
 
     def _advance(self, plane: np.ndarray) -> None:
-        self.last = plane
+        self.pending.append(plane)
         self.iteration += 1
 
     def _priors(self) -> Iterator[tuple[slice, Tensor]]:
         """The bands, each with what the model knows of the next iteration before its first bit."""
-        last, self.last = self.last, None
+        pending, self.pending = self.pending, []
         for i, band in enumerate(self.bands):
-            if last is not None:
-                self.states[i] = self.model.history(self._signs(last[:, band]), self.states[i])
+            for plane in pending:
+                self.states[i] = self.model.history(self._signs(plane[:, band]), self.states[i])
             blank = self._signs(np.zeros((self.shape[0], band.stop - band.start, self.shape[2]), bool))
             yield band, self.model.history.look(self.states[i], blank)
 

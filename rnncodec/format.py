@@ -217,10 +217,8 @@ def read_header(data: bytes) -> Header:
         return taken
 
     version = take(len(MAGIC) + 1)[-1]
-    if version not in (
-        RAW_VERSION,
-        CODED_VERSION,
-    ):  # before anything else: only the first five bytes are the same in every version
+    # Before anything else: only the first five bytes are the same in every version.
+    if version not in (RAW_VERSION, CODED_VERSION):
         raise FormatError(f"version {version} of the format needs a newer version of this program")
     width, height, fingerprint = SIZES.unpack(take(SIZES.size))
     context = take(8) if version >= CODED_VERSION else bytes(8)

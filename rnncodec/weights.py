@@ -233,28 +233,23 @@ def add_context(checkpoint: str | os.PathLike[str], path: str | os.PathLike[str]
             configs, prefix = {"context": settings["context"]}, "context."
             network, _ = load_checkpoint(checkpoint)
             trained_on = fingerprint(_canonical(asdict(network.config)), _half(network)).hex()
-        config = configs.get(name)
-        if config is not None:
-            config = _context_config(config, weights.network.config)
-            state = {k[len(prefix) :]: v for k, v in loaded["state_dict"].items() if k.startswith(prefix)}
-            with torch.device("meta"):  # nothing large is made of a config before the tensors are of its shapes
-                shapes = {key: tensor.shape for key, tensor in ContextModel(config).state_dict().items()}
-            if shapes != {key: tensor.shape for key, tensor in state.items()}:
-                raise ValueError("the tensors do not fit the config")
-            model = ContextModel(config)
-            model.load_state_dict(state)
+        if name not in configs:
+            raise ValueError(f"no context model {name!r}, there are: {', '.join(configs)}")
+        if trained_on != weights.fingerprint.hex():
+            raise ValueError(f"trained on the codec {trained_on}, not on {os.fspath(path)}")
+        config = _context_config(configs[name], weights.network.config)
+        state = {k[len(prefix) :]: v for k, v in loaded["state_dict"].items() if k.startswith(prefix)}
+        with torch.device("meta"):  # nothing large is made of a config before the tensors are of its shapes
+            shapes = {key: tensor.shape for key, tensor in ContextModel(config).state_dict().items()}
+        if shapes != {key: tensor.shape for key, tensor in state.items()}:
+            raise ValueError("the tensors do not fit the config")
+        model = ContextModel(config)
+        model.load_state_dict(state)
+        exact = model.quantize()
     except (pickle.UnpicklingError, EOFError, KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
         raise WeightsError(
-            f"{os.fspath(checkpoint)}: no checkpoint with a context model ({one_line(error)})"
+            f"{os.fspath(checkpoint)}: no context model can be taken from it ({one_line(error)})"
         ) from error
-    if config is None:
-        raise WeightsError(f"{os.fspath(checkpoint)}: no context model {name!r}, there are: {', '.join(configs)}")
-    if trained_on != weights.fingerprint.hex():
-        raise WeightsError(f"{os.fspath(checkpoint)}: trained on the codec {trained_on}, not on {os.fspath(path)}")
-    try:
-        exact = model.quantize()
-    except ValueError as error:
-        raise WeightsError(f"{os.fspath(checkpoint)}: {error}") from error
     if fingerprint(_canonical(asdict(weights.network.config)), _half(weights.network)) != weights.fingerprint:
         raise WeightsError(f"{os.fspath(path)}: made by another version; export it again")
     provenance = weights.provenance | {"context": _canonical(record)}

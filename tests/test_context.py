@@ -1,5 +1,6 @@
 """The context models: causality, gradients, and the exact network against slow integer arithmetic in NumPy."""
 
+import copy
 import math
 from fractions import Fraction
 
@@ -8,22 +9,23 @@ import pytest
 import torch
 
 from rnncodec.context import PROBABILITY, SIGMOID, TANH, ContextConfig, ContextModel, code_length, probability
+from rnncodec.entropy import ContextSession
 
 KINDS = ["sequential", "parallel"]
 
 
-def planes(iterations=3, batch=1, bits=8, height=5, width=7, seed=0):
+def planes(iterations=3, batch=1, bits=8, height=5, width=7, seed=0, dtype=torch.float32):
     """Random bits, each of which repeats the one above it with a probability of 0.9."""
     rng = np.random.default_rng(seed)
     flips = rng.random((iterations, batch, bits, height, width)) < 0.1
     flips[..., 0, :] = rng.random((iterations, batch, bits, width)) < 0.5
-    return torch.from_numpy(np.where(np.cumsum(flips, -2) % 2, 1.0, -1.0)).float()
+    return torch.from_numpy(np.where(np.cumsum(flips, -2) % 2, 1.0, -1.0)).to(dtype)
 
 
 def model(kind, seed=0, **config):
     """Random weights, large enough to use the tables' whole range."""
     torch.manual_seed(seed)
-    made = ContextModel(ContextConfig(kind=kind, bits=8, channels=6, groups=2, **config))
+    made = ContextModel(ContextConfig(**{"kind": kind, "bits": 8, "channels": 6, "groups": 2, **config}))
     with torch.no_grad():
         for parameter in made.parameters():
             parameter.mul_(3)
@@ -148,31 +150,38 @@ class Reference:
 @pytest.mark.parametrize("iterations", [0, 2])
 def test_exact_model_is_the_integer_reference(kind, iterations):
     exact = model(kind, iterations=iterations).quantize()
-    x = planes()
+    x = planes(dtype=torch.float64)
     with torch.inference_mode():
         logits = exact(x)[:, 0]
-    assert torch.equal(logits * 256, torch.from_numpy(Reference(exact).logits(x[:, 0].numpy())).float())
+    assert torch.equal(logits * 256, torch.from_numpy(Reference(exact).logits(x[:, 0].numpy())).double())
     assert logits.unique().numel() > 50
+
+
+WIDE = {"bits": 32, "channels": 64, "groups": 4}  # as shipped
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_exact_model_gives_the_same_everywhere(kind):
-    exact = model(kind).quantize()
-    x = planes(batch=4, height=9, width=11)
+    exact = model(kind, **WIDE).quantize()
+    single = copy.deepcopy(exact).float()
+    x = planes(batch=4, bits=32, height=9, width=11, dtype=torch.float64)
     threads = torch.get_num_threads()
     try:
         with torch.inference_mode():
             torch.set_num_threads(1)
             expected = exact(x)
+            assert expected.unique().numel() > 50
             for count in (1, 2):
                 torch.set_num_threads(count)
+                for carrier in (exact, single):
+                    bits = x.to(carrier.history.prior.weight)
+                    assert torch.equal(carrier(bits).double(), expected)
+                    each = [carrier(bits[:, i : i + 1]) for i in range(4)]
+                    assert torch.equal(torch.cat(each, 1).double(), expected)
+                    last = bits.flatten(0, 1).contiguous(memory_format=torch.channels_last).view_as(bits)
+                    assert torch.equal(carrier(last).double(), expected)
+            with torch.autocast("cpu", torch.bfloat16):
                 assert torch.equal(exact(x), expected)
-                assert torch.equal(torch.cat([exact(x[:, i : i + 1]) for i in range(4)], 1), expected)
-                assert torch.equal(
-                    exact(x.flatten(0, 1).contiguous(memory_format=torch.channels_last).view(x.shape)), expected
-                )
-                assert torch.equal(exact.double()(x.double()).float(), expected)
-                exact.float()
     finally:
         torch.set_num_threads(threads)
 
@@ -180,16 +189,41 @@ def test_exact_model_gives_the_same_everywhere(kind):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_compiled_exact_model_gives_the_same(kind):
-    exact = model(kind).quantize()
-    x = planes()
+    exact = model(kind, **WIDE).quantize()
+    x = planes(bits=32, dtype=torch.float64)
     with torch.inference_mode():
-        assert torch.equal(torch.compile(exact)(x), exact(x))
+        expected = exact(x)
+        for carrier in (exact, copy.deepcopy(exact).float()):
+            assert torch.equal(torch.compile(carrier)(x.to(carrier.history.prior.weight)).double(), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("tf32", [False, True])
+def test_gpu_gives_what_the_cpu_gives(kind, tf32, monkeypatch):
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", tf32)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", tf32)
+    exact = model(kind, **WIDE).quantize()
+    x = planes(batch=2, bits=32, height=9, width=11, dtype=torch.float64)
+    with torch.inference_mode():
+        expected = exact(x)
+        assert torch.equal(copy.deepcopy(exact).cuda()(x.cuda()).cpu(), expected)
+    shape = (32, 9, 11)
+    on_cpu, on_gpu = ContextSession(exact, *shape), ContextSession(copy.deepcopy(exact).cuda(), *shape)
+    back_on_cpu, back_on_gpu = ContextSession(exact, *shape), ContextSession(copy.deepcopy(exact).cuda(), *shape)
+    for plane in x[:, 0].numpy() > 0:
+        coded = on_cpu.encode(plane)
+        assert on_gpu.encode(plane) == coded
+        for decoder in (back_on_cpu, back_on_gpu):
+            np.testing.assert_array_equal(decoder.decode(*coded), plane)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_decoding_sees_the_probabilities_of_encoding(kind):
-    exact = model(kind).quantize()
-    x = planes(height=6, width=9)
+@pytest.mark.parametrize("width", [{}, WIDE])
+@pytest.mark.parametrize("carrier", [torch.float32, torch.float64])
+def test_decoding_sees_the_probabilities_of_encoding(kind, width, carrier):
+    exact = model(kind, **width).quantize().to(carrier)
+    x = planes(bits=exact.config.bits, height=6, width=9, dtype=carrier)
     with torch.inference_mode():
         chances = probability(exact(x))
         state = None
@@ -248,14 +282,14 @@ def test_quantization_costs_little(kind):
     context, x = model(kind).eval(), planes(batch=4, height=16, width=16)
     with torch.no_grad():
         logits = context(x)
-        assert (context.quantize()(x) - logits).abs().mean() < 0.02 * logits.abs().mean()
+        assert (context.quantize()(x.double()) - logits).abs().mean() < 0.02 * logits.abs().mean()
 
 
 def test_integers_restore_the_model_and_are_checked():
     exact = model("parallel").quantize()
     integers = exact.integers()
     again = ContextModel.from_integers(exact.config, integers)
-    x = planes()
+    x = planes(dtype=torch.float64)
     with torch.inference_mode():
         assert torch.equal(exact(x), again(x))
     integers["history.input.bias"] = torch.full_like(integers["history.input.bias"], 2**30)
@@ -289,6 +323,11 @@ def test_training_learns_structure(kind, bound):
 
 
 def test_bad_configs_are_refused():
-    for values in ({"kind": "other"}, {"bits": 0}, {"iterations": -1}, {"bits": 8, "groups": 3}):
-        with pytest.raises(ValueError, match=r"kind|at least|equal groups"):
-            ContextConfig(**values)
+    with pytest.raises(ValueError, match="kind is one of"):
+        ContextConfig(kind="other")  # pyright: ignore[reportArgumentType]
+    for bits, iterations in ((0, 0), (8, -1), (8, 256)):
+        with pytest.raises(ValueError, match="at least 1"):
+            ContextConfig(bits=bits, iterations=iterations)
+    with pytest.raises(ValueError, match="equal groups"):
+        ContextConfig(kind="parallel", bits=8, groups=3)
+    ContextConfig(kind="sequential", bits=8, groups=3)
