@@ -12,6 +12,13 @@ On one machine with 8 GPUs, and in a SLURM job (4 nodes, one task per GPU):
     srun python train.py fit --config configs/toderici2017_lstm_additive.yaml --data.root CLIC \
         --trainer.num_nodes 4 --trainer.devices 8 --trainer.strategy ddp
 
+The context models of the entropy coder learn from the bits of a codec that stays as it is, a name of shipped weights or
+a file; one of them becomes part of that file. Or codec and context model are trained together:
+
+    python train.py fit --config configs/context.yaml --data.root PHOTOS --model.codec codec.safetensors
+    rnncodec export runs/context/best.ckpt codec.safetensors --context parallel
+    python train.py fit --config configs/small_joint.yaml --data.root PHOTOS
+
 A config says only what differs from DEFAULTS below; the command line overrides both. Checkpoints, metrics and
 the complete config.yaml go to runs/NAME (--name, else the config's). W&B runs offline unless you are logged in or
 set WANDB_MODE. The weights that `rnncodec --weights` takes are made from a checkpoint by `rnncodec export`.

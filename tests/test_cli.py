@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 import rnncodec
-from rnncodec import cli, weights
+from rnncodec import cli, format, weights
 from rnncodec.cli import main
 from rnncodec.codec import Codec
 from rnncodec.network import NetworkConfig, RecurrentCodec
@@ -158,6 +158,48 @@ def test_info(codec, capsys):
             {"iteration": t, "bytes": size, "bpp": 8 * size / 1200, "coding": 0} for t, size in enumerate(sizes, 1)
         ],
     }
+
+
+def test_entropy_coders(codec, capsys):
+    """Each option gives what the codec gives, decodes by itself, and is told by `info`."""
+    y, x = np.mgrid[:320, :320] // 2
+    ramp = np.stack([y, x, y], -1).astype(np.uint8)
+    Image.fromarray(ramp).save("ramp.png")
+    sizes = {}
+    for option, entropy in (
+        ("--no-entropy", "none"),
+        ("--entropy=huffman", "huffman"),
+        ("--entropy=static", "static"),
+        ("--entropy=adaptive", "adaptive"),
+    ):
+        assert main(["encode", "ramp.png", "x.rnc", "--iterations", "3", option]) == 0
+        data = Path("x.rnc").read_bytes()
+        assert data == codec.encode(ramp, 3, entropy=entropy)
+        sizes[entropy] = len(data)
+        assert main(["decode", "x.rnc", "x.png", "--iterations", "2"]) == 0
+        assert np.array_equal(np.asarray(Image.open("x.png")), np.asarray(codec.decode(data, 2)))
+    assert max(sizes, key=lambda entropy: sizes[entropy]) == "none"
+    assert main(["encode", "ramp.png", "raw.rnc", "--iterations", "3"]) == 0  # these weights have no context model
+    assert Path("raw.rnc").read_bytes() == codec.encode(ramp, 3, entropy="none")
+
+    capsys.readouterr()
+    assert main(["info", "x.rnc"]) == 0
+    rows = [line.strip("│ ").split() for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
+    raw = 20 * 20 * 4 / 8
+    expected = [
+        f"{it.length / raw:.1%}" if it.coding else "raw"
+        for it in format.read_header(Path("x.rnc").read_bytes()).iterations
+    ]
+    assert [row[6] for row in rows] == expected
+    assert main(["info", "x.rnc", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["version"] == 2
+    assert 4 in {iteration["coding"] for iteration in document["iterations"]} <= {0, 4}
+
+    assert main(["encode", "ramp.png", "no.rnc", "--entropy", "context"]) == 1
+    (line,) = complaints(capsys)
+    assert "'small' have no context model" in line
+    assert not Path("no.rnc").exists()
 
 
 def test_many_inputs_and_folders(codec, capsys):

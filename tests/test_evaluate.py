@@ -17,6 +17,7 @@ sys.path.append(str(Path(__file__).parent.parent))  # the script lies beside the
 import evaluate
 from evaluate import Coded, Point
 from rnncodec.codec import Codec
+from rnncodec.context import ContextConfig, ContextModel
 from rnncodec.format import truncate
 from rnncodec.network import NetworkConfig, RecurrentCodec
 from rnncodec.weights import load_weights, save_weights
@@ -166,6 +167,32 @@ def test_a_folder_with_an_unreadable_image(weights, tmp_path, capsys):
         first = [row for row in rows if row["codec"] == codec and row["setting"] == setting]
         assert results["psnr-rgb"][0] == pytest.approx(np.mean([float(row["psnr"]) for row in first]))
         assert results["bpp"][0] == pytest.approx(np.mean([float(row["bpp"]) for row in first]))
+
+
+def test_coders_are_compared_on_the_same_bits(weights, tmp_path, capsys):
+    torch.manual_seed(1)
+    context = ContextModel(ContextConfig(kind="parallel", bits=4, channels=4, groups=2)).quantize()
+    own, folder, output = load_weights(weights), tmp_path / "photos", tmp_path / "results"
+    save_weights(tmp_path / "context.safetensors", own.network, "tiny", {}, context)
+    folder.mkdir()
+    pictures = [data.astronaut()[:160, :192], data.coffee()[:176, :320]]
+    for i, x in enumerate(pictures):
+        Image.fromarray(x).save(folder / f"{i}.png")
+    command = [str(folder), "--weights", str(weights), "--iterations", "2", "--output", str(output), "--baselines"]
+    assert evaluate.main([*command, "--coders", str(tmp_path / "context.safetensors")]) == 0
+    rows = list(csv.DictReader((output / "coders.csv").read_text().splitlines()))
+    plain, coded = Codec(own), Codec(load_weights(tmp_path / "context.safetensors"))
+    for coder in ("none", "huffman", "static", "adaptive", "parallel"):
+        codec, entropy = (coded, "context") if coder == "parallel" else (plain, coder)
+        found = [float(row["bytes"]) for row in rows if row["coder"] == coder]
+        assert found == [np.mean([len(codec.encode(x, k, entropy=entropy)) for x in pictures]) for k in (1, 2)]
+    assert len(rows) == 5 * 2
+    assert "parallel" in capsys.readouterr().out
+
+    torch.manual_seed(2)
+    save_weights(tmp_path / "other.safetensors", RecurrentCodec(own.network.config), "other")
+    assert evaluate.main([*command, "--coders", str(tmp_path / "other.safetensors")]) == 1
+    assert "are not those of tiny" in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.parametrize(

@@ -22,11 +22,13 @@ import torch._dynamo.utils
 import yaml
 from skimage.metrics import peak_signal_noise_ratio
 
+from rnncodec.context import ContextConfig
 from rnncodec.data import PatchDataModule
 from rnncodec.images import load_image, save_image
 from rnncodec.metrics import ms_ssim
-from rnncodec.network import NetworkConfig, to_uint8
+from rnncodec.network import NetworkConfig, RecurrentCodec, to_uint8
 from rnncodec.training import CodecTraining
+from rnncodec.weights import add_context, load_weights, save_weights
 
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT))  # train.py is a script, not part of the package
@@ -243,6 +245,29 @@ def test_a_run_leaves_metrics_config_checkpoint_and_wandb_files(crops, tmp_path)
     refuses(command(crops, tmp_path), tmp_path, "--ckpt_path")  # to start over where a run has been
 
 
+def test_context_models_are_trained_resumed_and_exported(crops, tmp_path):
+    torch.manual_seed(0)
+    path = tmp_path / "codec.safetensors"
+    save_weights(path, RecurrentCodec(TINY), "tiny")
+    small = [
+        "--config", str(ROOT / "configs" / "context.yaml"), "--model.codec", str(path), "--model.iterations", "4",
+        "--model.contexts.parallel.channels", "8", "--model.contexts.sequential.channels", "8",
+        "--data.patch_size", "64", "--data.tile_size", "64", "--trainer.val_check_interval", "4",
+    ]  # fmt: skip
+    run(crops, tmp_path, *small, "--trainer.max_steps", "4")
+    last = tmp_path / "context" / "last.ckpt"
+    run(crops, tmp_path, *small, "--trainer.max_steps", "8", "--ckpt_path", str(last))
+    assert torch.load(last, weights_only=True)["global_step"] == 8
+    lines = (tmp_path / "context" / "metrics" / "version_1" / "metrics.csv").read_text().splitlines()
+    (row,) = [row for row in csv.DictReader(lines) if row.get("val/bpp")]
+    for name in ("parallel", "sequential"):
+        assert 0 < float(row[f"val/bpp_{name}_1"]) < float(row[f"val/bpp_{name}_4"]) < 4 * 0.125 * 1.1
+    add_context(last, path, "sequential")
+    context = load_weights(path).context
+    assert context is not None
+    assert context.config == ContextConfig(kind="sequential", channels=8)
+
+
 def refuses(arguments, folder, message):
     """Checks that a command fails with one line that holds the message."""
     done = subprocess.run(arguments, env=environment(), cwd=folder, capture_output=True, text=True, timeout=300)
@@ -269,7 +294,8 @@ def test_every_config_opens_with_its_purpose_and_builds(config, capsys, monkeypa
     assert lines[0].endswith(".")
     values = yaml.safe_load(config.read_text())
     assert values["name"] == config.stem
-    network = values.get("model", {}).get("network", {})
+    model = values.get("model", {})
+    network = model.get("init_args", model).get("network", {})
     assert set(network) <= {field.name for field in fields(NetworkConfig)}
     monkeypatch.setattr(
         sys, "argv", ["train.py", "fit", "--config", str(config), "--data.root", "photos", "--print_config"]
