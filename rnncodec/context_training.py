@@ -55,7 +55,7 @@ class ContextTraining(Training):
         contexts: dict[str, ContextConfig],
         codec: str = "small",
         iterations: int = 16,
-        learning_rate: float = 2e-3,
+        learning_rate: float = 5e-4,
         weight_decay: float = 0.0,
         warmup_steps: int = 100,
         decay_steps: int = 0,
