@@ -319,7 +319,11 @@ def test_training_learns_structure(kind, bound):
         optimizer.step()
     x = planes(iterations=2, batch=4, height=8, width=8, seed=1000)
     with torch.no_grad():
-        assert 0.5 < code_length(context(x), x).item() < bound
+        length = code_length(context(x), x).item()
+        assert 0.5 < length < bound
+        p = probability(context.quantize()(x.double())) / 65536
+    exact = -torch.where(x > 0, p, 1 - p).log2().mean().item()
+    assert exact == pytest.approx(length, rel=0.005)
 
 
 def test_bad_configs_are_refused():

@@ -1,6 +1,7 @@
 """Training: schedules, the guard against divergence, and whole runs of train.py that are killed, resumed and shared."""
 
 import csv
+import inspect
 import json
 import math
 import os
@@ -10,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import fields, replace
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,6 +23,7 @@ import torch._dynamo.utils
 import yaml
 from skimage.metrics import peak_signal_noise_ratio
 
+from rnncodec import context_training
 from rnncodec.context import ContextConfig
 from rnncodec.data import PatchDataModule
 from rnncodec.images import load_image, save_image
@@ -303,7 +305,14 @@ def test_every_config_opens_with_its_purpose_and_builds(config, capsys, monkeypa
     with pytest.raises(SystemExit) as stopped:  # every key and type is known to the command line
         train.main()
     assert stopped.value.code == 0
-    assert f"name: {config.stem}" in capsys.readouterr().out
+    parsed = yaml.safe_load(capsys.readouterr().out)
+    assert parsed["name"] == config.stem
+    # What a config does not say is as if the class were called from Python.
+    kind = getattr(context_training, parsed["model"]["class_path"].split(".")[-1])
+    parameters = inspect.signature(CodecTraining).parameters | inspect.signature(kind).parameters
+    for name, value in parsed["model"]["init_args"].items():
+        if name not in model.get("init_args", model) and not is_dataclass(parameters[name].default):
+            assert value == parameters[name].default, name
     with torch.device("meta"):
         module = CodecTraining(NetworkConfig(**network))
         x = torch.zeros(1, 3, 32, 32)
