@@ -293,7 +293,10 @@ def evaluate(args: argparse.Namespace, console: Console) -> int:
             if other.fingerprint != codec.fingerprint:
                 raise ValueError(f"the weights {other.name} ({other.fingerprint.hex()}) are not those of {codec.name}")
             if other.context is not None:
-                coders[other.context.config.kind] = (other, "context")
+                name = other.context.config.kind
+                if name in coders and coders[name][0].context_fingerprint != other.context_fingerprint:
+                    name += f" {other.context_fingerprint.hex()}"
+                coders[name] = (other, "context")
     sizes: dict[str, list[list[int]]] = {name: [] for name in coders}
     failures = 0
 

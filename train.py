@@ -103,7 +103,7 @@ class CodecCLI(LightningCLI):
         parser.add_argument("--name", type=str, default="codec", help="name of the run and of its folder in runs/")
         parser.add_argument("--checkpoint_minutes", type=float, default=5.0, help="time between checkpoints")
         parser.add_lightning_class_args(EMAWeightAveraging, "ema")
-        # The only buffers are permutations, of which there is no average.
+        # The only buffers are constants.
         parser.set_defaults({"ema.decay": 0.999, "ema.use_buffers": False, "seed_everything": 0})
         # What a config names by class_path, if it is another training.
         parser.set_defaults({"model": {"class_path": "rnncodec.training.CodecTraining"}})

@@ -271,12 +271,12 @@ class Codec:
                 f"the file is cut: decoded {len(payloads)} of {len(header.iterations)} iterations", stacklevel=3
             )
         codings = [it.coding for it in header.iterations[: len(payloads)]]
-        session = self._session(NAMES[max(codings)], header.rows, header.cols)  # raw is 0, of the others there is one
         if CONTEXT in codings and header.context != self.context_fingerprint:
+            loaded = f"those that are loaded have {self.context_fingerprint.hex() if self.context else 'none'}"
             raise WeightsError(
-                f"the file needs the context model {header.context.hex()} of the weights {header.weights!r}, "
-                f"loaded is {self.context_fingerprint.hex()}"
+                f"the file needs the weights {header.weights!r} with the context model {header.context.hex()}; {loaded}"
             )
+        session = self._session(NAMES[max(codings)], header.rows, header.cols)  # raw is 0, of the others there is one
         planes = [session.decode(coding, payload) for coding, payload in zip(codings, payloads, strict=True)]
         return header, np.stack(planes)[:, None]
 

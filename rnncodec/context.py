@@ -193,11 +193,10 @@ class Conv(Layer):
         room = math.log2(2.0**MANTISSA * STEP / max(total.max().item(), STEP)) - 1
         largest = max(self.weight.abs().max().item(), STEP)
         self.exponent = math.floor(min(room, math.log2(WEIGHT / largest), 16))
-        if self.exponent < 0:
-            raise ValueError("the weights of a layer are too large")
         self.weight.copy_(snap(self.weight, 2.0**-self.exponent))
         if self.bias is not None:
             self.bias.copy_(snap(self.bias, 2.0**-self.exponent))
+        self._check()
 
     @torch.no_grad()
     def integers(self) -> dict[str, Tensor]:
@@ -214,15 +213,19 @@ class Conv(Layer):
             ValueError: sums would not be exact.
         """
         self.exponent = int(integers["exponent"])
-        weight = integers["weight"].double() * self.mask
-        total = weight.flatten(1).abs().sum(1)
         scale = 2.0**-self.exponent
+        self.weight.copy_(integers["weight"] * self.mask * scale)
         if self.bias is not None:
-            total = total + integers["bias"].double().abs()
             self.bias.copy_(integers["bias"] * scale)
-        if weight.abs().max() > WEIGHT or total.max() / STEP > 2.0**MANTISSA or not 0 <= self.exponent <= 16:
+        self._check()
+
+    def _check(self) -> None:
+        """Raises ValueError if sums would not be exact."""
+        total = self.weight.flatten(1).abs().sum(1) + (0 if self.bias is None else self.bias.abs())
+        grid = 2.0**-self.exponent
+        exact = self.weight.abs().max() <= WEIGHT * grid and total.max() <= 2.0**MANTISSA * STEP * grid
+        if not (exact and 0 <= self.exponent <= 16):
             raise ValueError("sums of a layer would need more bits than a float32 has")
-        self.weight.copy_(weight * scale)
 
 
 class History(Layer):
@@ -431,7 +434,7 @@ class ContextModel(nn.Module):
         nor the bfloat16 and TF32 that libraries may use within products.
 
         Raises:
-            ValueError: a weight is not finite or too large.
+            ValueError: a weight is not finite, or so many are so large that sums would not be exact.
         """
         model = copy.deepcopy(self).double().eval().requires_grad_(False)
         if not all(parameter.isfinite().all() for parameter in model.parameters()):

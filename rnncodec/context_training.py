@@ -35,7 +35,9 @@ def _check_unroll(module: Training, iterations: int, configs: Sequence[ContextCo
 class ContextTraining(Training):
     """Trains context models for the code length of a frozen codec's bits (T17 sec. 4).
 
-    All models see the same codes and share no weights: a fair comparison, at the cost of one pass of the codec.
+    All models see the same codes and share no weights: a fair comparison, at the cost of one pass of the codec. The
+    best checkpoint is that of the lowest mean of their rates. In mixed precision the codec's bits differ here and there
+    from those of files; validation computes them as files do.
 
     Args:
         contexts: shapes of the models, by name; `bits` is the codec's.
@@ -76,8 +78,9 @@ class ContextTraining(Training):
         self.iterations = iterations
         self.stride = network.config.stride
         self.bpp = network.config.bits / self.stride**2  # of raw bits, for each iteration
+        self.counts = sorted({k for k in RATES if k < iterations} | {iterations})  # of iterations to be validated
         means: dict[str, Metric | MetricCollection] = {
-            f"{name}_{k}": MeanMetric() for name in configs for k in RATES if k <= iterations
+            f"{name}_{k}": MeanMetric() for name in configs for k in self.counts
         }
         self.val_metrics = MetricCollection(means, compute_groups=False)
 
@@ -110,24 +113,23 @@ class ContextTraining(Training):
         return torch.stack(list(lengths.values())).sum()
 
     def validation_step(self, x: Tensor, batch_idx: int) -> None:
-        planes = self.codes(x)
+        with torch.autocast(x.device.type, enabled=False):
+            planes = self.codes(x)
         for name, context in self.contexts.items():
             logits = context(planes)
-            for k in RATES:
-                if k <= self.iterations:  # bits per pixel of the first k iterations
-                    self.val_metrics[f"{name}_{k}"].update(code_length(logits[:k], planes[:k]) * k * self.bpp)
+            for k in self.counts:  # bits per pixel of the first k iterations
+                self.val_metrics[f"{name}_{k}"].update(code_length(logits[:k], planes[:k]) * k * self.bpp)
 
     def on_validation_epoch_end(self) -> None:
         values = self.val_metrics.compute()
         self.val_metrics.reset()
         self.log_dict({f"val/bpp_{name}": value for name, value in values.items()})
-        rates = [k for k in RATES if k <= self.iterations]
-        totals = torch.stack([values[f"{name}_{rates[-1]}"] for name in self.contexts])
+        totals = torch.stack([values[f"{name}_{self.iterations}"] for name in self.contexts])
         self.log("val/bpp", totals.mean(), prog_bar=True)
         curve = [
             [name, k * self.bpp, 1 - values[f"{name}_{k}"].item() / (k * self.bpp)]
             for name in self.contexts
-            for k in rates
+            for k in self.counts
         ]
         for logger in self.wandb_loggers():
             table = wandb.Table(["model", "raw bpp", "saved"], curve)
@@ -170,8 +172,8 @@ class JointTraining(CodecTraining):
         self.log("train/bpp", rate, prog_bar=True)
         return super().loss(x, steps) + self.rate_weight * rate
 
-    def validate_rate(self, planes: Tensor, l1: Tensor) -> None:
-        rate = self.rate(planes)
+    def validate_rate(self, bits: list[Tensor], l1: Tensor) -> None:
+        rate = self.rate(torch.stack(bits))
         self.log_dict({"val/bpp": rate, "val/loss": l1 + self.rate_weight * rate}, batch_size=1, sync_dist=True)
 
     def rate(self, planes: Tensor) -> Tensor:

@@ -119,7 +119,8 @@ class Session(ABC):
 class ContextSession(Session):
     """The range coder with the probabilities of an exact context model (T17 sec. 4).
 
-    Large planes are coded in bands of rows that know nothing of each other, which bounds the memory.
+    Large planes are coded in bands of rows that know nothing of each other, which bounds the working memory. There
+    remain the states, 16 bytes for each channel and location.
 
     Args:
         model: from `ContextModel.quantize`, on the device that is to compute.
@@ -193,7 +194,7 @@ class HuffmanSession(Session):
     """Canonical Huffman codes of groups of four bits of one location (S07), with a code book for each iteration."""
 
     coding = HUFFMAN
-    LONGEST = 15  # bits of a code, so that a length takes four
+    LONGEST = 15  # bits of a code of 16 symbols, so that a length takes four
 
     def __init__(self, bits: int, rows: int, cols: int) -> None:
         super().__init__(bits, rows, cols)
@@ -217,45 +218,41 @@ class HuffmanSession(Session):
         if len(lengths) < 1 << self.group or (2.0 ** -lengths[lengths > 0].astype(float)).sum() > 1:
             raise FormatError("the code book of an entropy-coded payload is corrupt")
         # What the next 15 bits begin with, for every value they may have: a symbol and the length of its code.
-        book = np.zeros((1 << self.LONGEST, 2), np.int64)
+        book = [(0, 0)] * (1 << self.LONGEST)
         for symbol, code in canonical_codes(lengths).items():
-            start = int(code, 2) << (self.LONGEST - len(code))
-            book[start : start + (1 << (self.LONGEST - len(code)))] = symbol, len(code)
+            count = 1 << (self.LONGEST - len(code))
+            start = int(code, 2) * count
+            book[start : start + count] = [(symbol, len(code))] * count
         code = np.pad(flat[8 * size :], (0, self.LONGEST))
-        weights = 1 << np.arange(self.LONGEST)[::-1]
-        windows = np.lib.stride_tricks.sliding_window_view(code, self.LONGEST) @ weights
-        found, steps = (column.tolist() for column in book[windows].T)
-        symbols, place, end = [], 0, len(code) - self.LONGEST
-        for _ in range(rows * cols * bits // self.group):
-            if place >= end or not steps[place]:
+        end = len(code) - self.LONGEST
+        windows = np.zeros(end, np.uint16)
+        for i in range(self.LONGEST):
+            windows = windows << 1 | code[i : i + end]
+        next_bits, place = windows.data, 0
+        symbols = bytearray(rows * cols * bits // self.group)
+        for i in range(len(symbols)):
+            symbols[i], length = book[next_bits[place]] if place < end else (0, 0)
+            if not length:
                 raise FormatError("an entropy-coded payload is corrupt")
-            symbols.append(found[place])
-            place += steps[place]
+            place += length
         if not 0 <= end - place < 8 or code[place:].any():
             raise FormatError("an entropy-coded payload is corrupt")
-        groups = (np.array(symbols)[:, None] >> np.arange(self.group)[::-1]) & 1
+        groups = (np.frombuffer(symbols, np.uint8)[:, None] >> np.arange(self.group)[::-1]) & 1
         return groups.astype(bool).reshape(rows, cols, bits).transpose(2, 0, 1)
 
 
-def huffman_lengths(counts: np.ndarray, longest: int = HuffmanSession.LONGEST) -> np.ndarray:
-    """Lengths of the codes of an optimal prefix code, uint8 [N], 0 for symbols that do not occur.
-
-    If a code would be too long, small counts are raised until none is.
-    """
-    counts = counts.copy()
-    while True:
-        heap = [(int(count), symbol, [symbol]) for symbol, count in enumerate(counts) if count]
-        lengths = np.zeros(len(counts), np.uint8)
-        if len(heap) == 1:
-            lengths[heap[0][1]] = 1
-        heapq.heapify(heap)
-        while len(heap) > 1:
-            (first, tie, below), (second, _, beside) = heapq.heappop(heap), heapq.heappop(heap)
-            lengths[below + beside] += 1
-            heapq.heappush(heap, (first + second, tie, below + beside))
-        if lengths.max() <= longest:
-            return lengths
-        counts = np.where(counts > 0, np.maximum(counts, 2 * counts[counts > 0].min()), 0)
+def huffman_lengths(counts: np.ndarray) -> np.ndarray:
+    """Lengths of the codes of an optimal prefix code, uint8 [N], 0 for symbols that do not occur."""
+    heap = [(int(count), symbol, [symbol]) for symbol, count in enumerate(counts) if count]
+    lengths = np.zeros(len(counts), np.uint8)
+    if len(heap) == 1:
+        lengths[heap[0][1]] = 1
+    heapq.heapify(heap)
+    while len(heap) > 1:
+        (first, tie, below), (second, _, beside) = heapq.heappop(heap), heapq.heappop(heap)
+        lengths[below + beside] += 1
+        heapq.heappush(heap, (first + second, tie, below + beside))
+    return lengths
 
 
 def canonical_codes(lengths: np.ndarray) -> dict[int, str]:

@@ -83,8 +83,8 @@ class Header:
         codings = {it.coding for it in self.iterations} - {RAW}
         if len(codings) > 1:
             raise FormatError(f"codings {min(codings)} and {max(codings)} in one file")
-        if self.context != bytes(8) and codings != {CONTEXT}:
-            raise FormatError("a context model is named, but no payload is coded with one")
+        if (self.context != bytes(8)) != (codings == {CONTEXT}):
+            raise FormatError("a context model must be named if, and only if, a payload is coded with one")
         for number, it in enumerate(self.iterations, 1):
             if not (0 <= it.coding <= 255 and 0 <= it.checksum < 2**32):
                 raise FormatError(f"iteration {number}: coding {it.coding} or checksum {it.checksum} is out of range")

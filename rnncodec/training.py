@@ -197,13 +197,15 @@ class CodecTraining(Training):
                     self.val_metrics[f"psnr_{k}"].update(psnr(original, x_hat))
                     self.val_metrics[f"ms_ssim_{k}"].update(ms_ssim(original, x_hat))
                     pictures.append(x_hat)
-        self.validate_rate(torch.stack(bits), torch.stack(losses).mean())
+        l1 = torch.stack(losses).mean()
+        self.log("val/l1", l1, batch_size=1, sync_dist=True)
+        self.validate_rate(bits, l1)
         if batch_idx == 0:
             strip = torch.cat([original, *pictures], dim=-1)[0].permute(1, 2, 0).cpu().numpy()
             for logger in self.wandb_loggers():
                 logger.log_image("val/reconstructions", [strip], caption=[f"original, then {RATES} iterations"])
 
-    def validate_rate(self, planes: Tensor, l1: Tensor) -> None:
+    def validate_rate(self, bits: list[Tensor], l1: Tensor) -> None:
         """What a training that counts bits adds to the validation of an image, given its bits and its mean L1."""
 
     def on_validation_epoch_end(self) -> None:

@@ -72,7 +72,8 @@ def save_weights(
         context: from `ContextModel.quantize`.
 
     Raises:
-        WeightsError: the name is not allowed, or a value is NaN, infinite or beyond the range of float16.
+        WeightsError: the name is not allowed, a value is NaN, infinite or beyond the range of float16, or the context
+            model is for another number of bits.
         OSError: the file cannot be written.
     """
     if not NAME_PATTERN.fullmatch(name):
@@ -87,6 +88,8 @@ def save_weights(
         "fingerprint": fingerprint(config, tensors).hex(),
     }
     if context is not None:
+        if context.config.bits != network.config.bits:
+            raise WeightsError(f"{context.config.bits} bits of the context model, {network.config.bits} of the codec")
         integers = {key: tensor.cpu().contiguous() for key, tensor in context.integers().items()}
         metadata["context"] = _canonical(asdict(context.config))
         metadata["context_fingerprint"] = fingerprint(metadata["context"], integers).hex()

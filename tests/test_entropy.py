@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from reference import Reference, chance, order, range_decode
 
 from rnncodec import format
 from rnncodec.codec import Codec
@@ -87,29 +88,11 @@ def test_what_does_not_shrink_is_stored_raw_and_remembered(coder):
     assert encoder.encode(noise) == (RAW, format.pack_bits(noise))
     big = (8, 40, 40)
     encoder, decoder = session(coder, big), session(coder, big)
-    order = [rng.random(big) < 0.5, easy, rng.random(big) < 0.5, easy]
-    coded = [encoder.encode(plane) for plane in order]
+    sequence = [rng.random(big) < 0.5, easy, rng.random(big) < 0.5, easy]
+    coded = [encoder.encode(plane) for plane in sequence]
     assert [coding for coding, _ in coded] == [RAW, encoder.coding, RAW, encoder.coding]
-    for plane, (coding, payload) in zip(order, coded, strict=True):
+    for plane, (coding, payload) in zip(sequence, coded, strict=True):
         np.testing.assert_array_equal(decoder.decode(coding, payload), plane)
-
-
-def range_decode(payload, chances):
-    """The range decoder of FORMAT.md in whole numbers."""
-    words = [int.from_bytes(payload[i : i + 4], "little") for i in range(0, len(payload), 4)]
-    words += [0] * (len(chances) + 2)
-    point, lower, size, place, bits = (words[0] << 32) + words[1], 0, 2**64 - 1, 2, []
-    for k in chances:
-        scale = size >> 24
-        quantile = ((point - lower) % 2**64) // scale
-        zero = (65536 - k) * (2**24 - 2) // 65536 + 1
-        bits.append(quantile >= zero)
-        lower = (lower + scale * (zero if bits[-1] else 0)) % 2**64
-        size = scale * (2**24 - zero if bits[-1] else zero)
-        if size < 2**32:
-            size, lower = size << 32, (lower << 32) % 2**64
-            point, place = (point << 32) % 2**64 + words[place], place + 1
-    return bits
 
 
 def test_range_coder_is_the_documented_one():
@@ -121,6 +104,51 @@ def test_range_coder_is_the_documented_one():
     coder.write(chances[:7], bits[:7])
     coder.write(chances[7:], bits[7:])
     assert range_decode(coder.finish(), chances.tolist()) == bits.tolist()
+
+
+@pytest.mark.parametrize("kind", ["sequential", "parallel"])
+@pytest.mark.parametrize("iterations", [0, 2])
+def test_context_payloads_are_the_documented_ones(kind, iterations, monkeypatch):
+    """Three iterations in bands, the second of which is raw, decoded by the reference."""
+    torch.manual_seed(0)
+    config = ContextConfig(kind=kind, bits=8, channels=6, groups=2, iterations=iterations)
+    exact = ContextModel(config).quantize()
+    bits, shape = planes(), (8, 7, 9)
+    bands = [slice(0, 3), slice(3, 6), slice(6, 7)]
+    monkeypatch.setattr(ContextSession, "BAND", 3 * 9 + 4)
+    encoder, decoder = ContextSession(exact, *shape), ContextSession(exact, *shape)
+    logits = [Reference(exact).logits(np.where(bits[:, :, band], 1, -1)) for band in bands]
+    for t, plane in enumerate(bits):
+        if t == 1:
+            for coder in encoder, decoder:
+                coder.decode(RAW, format.pack_bits(plane))
+            continue
+        _, payload = encoder._encode(plane), encoder._encode(plane)  # nothing changes before the iteration is over
+        encoder._advance(plane)
+        np.testing.assert_array_equal(decoder.decode(CONTEXT, payload), plane)
+        chances, expected = [], []
+        for band, found in zip(bands, logits, strict=True):
+            part = plane[:, band]
+            for place in order(kind, 2, part.shape):
+                chances.append(chance(found[t][place]))
+                expected.append(bool(part[place]))
+        assert range_decode(payload, chances) == expected
+
+
+def test_static_and_adaptive_payloads_are_the_documented_ones():
+    for plane in planes():
+        expected = [bool(plane[c, y, x]) for y, x in np.ndindex(7, 9) for c in range(8)]
+        payload = StaticSession(*SHAPE)._encode(plane)
+        assert range_decode(payload[8:], [256 * share for share in payload[:8]] * 63) == expected
+        counts: dict[tuple[int, bool, bool], list[int]] = {}
+        chances = []
+        for y, x in np.ndindex(7, 9):
+            for c in range(8):
+                above, left = bool(y and plane[c, y - 1, x]), bool(x and plane[c, y, x - 1])
+                n = counts.setdefault((c, above, left), [0, 0])
+                chances.append(min(65535, max(1, 65536 * (2 * n[1] + 1) // (2 * sum(n) + 2))))
+                n[int(plane[c, y, x])] += 1
+        assert range_decode(AdaptiveSession(*SHAPE)._encode(plane), chances) == expected
 
 
 @pytest.mark.parametrize("kind", ["sequential", "parallel"])
@@ -189,14 +217,6 @@ def test_huffman_lengths_are_optimal(counts):
         cost += heap[0] + heap[1]
         heap = sorted([heap[0] + heap[1], *heap[2:]])
     assert sum(int(n) * int(length) for n, length in zip(counts, lengths, strict=True)) == cost
-
-
-def test_huffman_lengths_are_limited():
-    counts = np.array([2**n for n in range(16)] * 2)
-    assert huffman_lengths(counts, longest=16).max() == 16
-    lengths = huffman_lengths(counts, longest=15)
-    assert lengths.max() == 15
-    assert sum(2.0 ** -int(length) for length in lengths) == 1
 
 
 def test_bands_are_planes_of_their_own(monkeypatch):
@@ -312,7 +332,7 @@ def test_another_context_model_is_refused(codec, weights, tmp_path):
     save_weights(other, load_weights(weights).network, "w", {}, context_model("parallel", seed=1))
     without = tmp_path / "without.safetensors"
     save_weights(without, load_weights(weights).network, "w")
-    for path, message in ((other, "needs the context model"), (without, "context model")):
+    for path, message in ((other, "needs the weights 'w' with the context model"), (without, "have none")):
         loaded = Codec(load_weights(path))
         assert loaded.fingerprint == codec.fingerprint
         with pytest.raises(WeightsError, match=message):
