@@ -214,9 +214,8 @@ class TestCodedPayloads:
         assert header.sizes == (30 + 5 + 64, 38 + 5 + 6 + 64 + 3, len(self.DATA))  # the first is of version 1
 
     def test_wide_lengths(self):
-        head = (
-            fixed(255, 255, 1, 255, version=2) + b"\x01" + b"\1\x00\x00\x03" + crc(b"abc")
-        )  # raw: 2072672 bytes, 3 to write
+        head = fixed(255, 255, 1, 255, version=2)
+        head += b"\x01" + b"\2\x00\x00\x03" + crc(b"abc")  # raw: 2072672 bytes, 3 to write
         header = read_header(forge(head))
         assert (header.raw_length, header.iterations[0].length) == (2072672, 3)
         assert write(Container(header, (b"abc",))) == forge(head, b"abc")
@@ -246,6 +245,7 @@ class TestCodedPayloads:
             (1, b"", b"\1" + b"\2\3" + crc(b"abc")),  # coded
             (2, bytes(8), b"\1" + b"\0" + crc(bytes(64))),  # raw
             (2, b"contexts", b"\1" + b"\2\3" + crc(b"abc")),  # a model that is not used
+            (2, bytes(8), b"\1" + b"\1\3" + crc(b"abc")),  # a model that is not named
             (2, bytes(8), b"\2" + b"\2\3" + crc(b"abc") + b"\3\3" + crc(b"abc")),  # two coders
             (2, bytes(8), b"\1" + b"\2\0" + crc(b"")),  # nothing
         ],
