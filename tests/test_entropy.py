@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from reference import Reference, chance, order, range_decode
+from skimage import data
 
 from rnncodec import format
 from rnncodec.codec import Codec
@@ -389,3 +390,21 @@ def test_hostile_payloads_with_right_checksums_are_an_error_or_some_image(codec,
         data = format.write_header(header) + payload
         found = outcome(lambda data=data: codec.decode(data))
         assert "\n" not in found if isinstance(found, str) else found.size == (128, 96)
+
+
+def test_the_shipped_context_model_shrinks_photographs():
+    codec = Codec(load_weights())
+    x = data.coffee()[:256, 100:484]
+    raw = format.read(codec.encode(x, 4, entropy="none"), max_pixels=10**6)
+    file = codec.encode(x, 4)
+    coded = format.read(file, max_pixels=10**6)
+    assert {it.coding for it in coded.header.iterations} == {CONTEXT}
+    np.testing.assert_array_equal(np.asarray(codec.decode(file)), np.asarray(codec.decode(format.write(raw))))
+    assert codec.context is not None
+    counter = ContextSession(codec.context, codec.config.bits, raw.header.rows, raw.header.cols)
+    for plane, payload in zip(codec.read_bits(file), coded.payloads, strict=True):
+        p = counter.chances(plane) / 65536
+        ideal = -np.log2(np.where(plane, p, 1 - p)).sum() / 8
+        assert ideal - 1 < len(payload) < 1.01 * ideal + 64
+        counter._advance(plane)
+    assert sum(map(len, coded.payloads[:2])) < 0.8 * sum(map(len, raw.payloads[:2]))
