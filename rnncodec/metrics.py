@@ -1,13 +1,35 @@
-"""How close a reconstruction is to the original: PSNR and MS-SSIM of 8-bit RGB images, one value per image."""
+"""How close a reconstruction is to the original: metrics of 8-bit RGB images, one value per image.
+
+L1, PSNR and MS-SSIM of RGB; PSNR-HVS and PSNR-HVS-M of luma, which count an error in the frequencies of 8x8 blocks as
+much as the eye sees it.
+"""
+
+from typing import Any
 
 import torch
 from torch import Tensor
+from torchmetrics import Metric
 from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
 
 RATES = (1, 2, 4, 8, 16)  # iterations at which pictures are judged and shown
 
 # Five scales halve a side four times, and the last one must still hold the 11-tap window.
 MS_SSIM_MIN_SIDE = 11 * 2**4
+
+LUMA = (0.299, 0.587, 0.114)  # of R, G, B (ITU-R BT.601)
+
+# The luminance table of JPEG (ITU-T T.81, table K.1), from which PSNR-HVS derives how well each frequency is seen.
+VISIBILITY = (
+    (16, 11, 10, 16, 24, 40, 51, 61),
+    (12, 12, 14, 19, 26, 58, 60, 55),
+    (14, 13, 16, 24, 40, 57, 69, 56),
+    (14, 17, 22, 29, 51, 87, 80, 62),
+    (18, 22, 37, 56, 68, 109, 103, 77),
+    (24, 35, 55, 64, 81, 104, 113, 92),
+    (49, 64, 78, 87, 103, 121, 120, 101),
+    (72, 92, 95, 98, 112, 100, 103, 99),
+)
+CONTRAST = 25.73509  # scales its inverse to contrast sensitivity (Egiazarian et al. 2006)
 
 
 def psnr(x: Tensor, x_hat: Tensor) -> Tensor:
@@ -27,6 +49,114 @@ def psnr(x: Tensor, x_hat: Tensor) -> Tensor:
     squared_error = (x.to(torch.int32) - x_hat.to(torch.int32)).square().sum((1, 2, 3))  # int64, exact
     mse = squared_error.double() / x[0].numel()
     return (10 * torch.log10(255**2 / mse)).float()
+
+
+def l1(x: Tensor, x_hat: Tensor) -> Tensor:
+    """Mean absolute error of each image over channels and pixels.
+
+    Args:
+        x: originals, uint8 [B, 3, H, W].
+        x_hat: reconstructions, uint8 [B, 3, H, W].
+
+    Returns:
+        Float32 [B], 0 to 255.
+
+    Raises:
+        ValueError: if the tensors are not of this kind or differ in shape.
+    """
+    _check(x, x_hat)
+    return ((x.to(torch.int32) - x_hat.to(torch.int32)).abs().sum((1, 2, 3)).double() / x[0].numel()).float()
+
+
+def psnr_hvs(x: Tensor, x_hat: Tensor, masking: bool = False) -> Tensor:
+    """PSNR of luma in the DCT of 8x8 blocks, weighted by the eye's contrast sensitivity (Egiazarian et al. 2006).
+
+    Args:
+        x: originals, uint8 [B, 3, H, W]; rows and columns beyond the last whole block do not count.
+        x_hat: reconstructions, uint8 [B, 3, H, W].
+        masking: PSNR-HVS-M (Ponomarenko et al. 2007): errors that a block's own texture hides do not count.
+
+    Returns:
+        Float32 [B] in dB; infinite where no difference can be seen; nan if a side is below 8 pixels.
+
+    Raises:
+        ValueError: if the tensors are not of this kind or differ in shape.
+    """
+    _check(x, x_hat)
+    if min(x.shape[-2:]) < 8:
+        return torch.full((x.shape[0],), torch.nan, device=x.device)
+    table = torch.tensor(VISIBILITY, dtype=torch.float64, device=x.device)
+    # One image at a time, as the blocks take eight bytes a pixel several times over.
+    errors = torch.stack(
+        [_visible_error(image, image_hat, table, masking) for image, image_hat in zip(x, x_hat, strict=True)]
+    )
+    return (10 * torch.log10(255**2 / errors)).float()
+
+
+class PeakSignalNoiseRatioHVS(Metric):
+    """PSNR-HVS, or PSNR-HVS-M with masking, as the mean over images; see `psnr_hvs`.
+
+    Args:
+        masking: whether texture hides errors.
+        kwargs: of `torchmetrics.Metric`.
+    """
+
+    is_differentiable = False
+    higher_is_better = True
+    full_state_update = False
+    total: Tensor
+    count: Tensor
+
+    def __init__(self, masking: bool = False, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.masking = masking
+        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, x: Tensor, x_hat: Tensor) -> None:
+        """Takes a batch of originals and reconstructions, uint8 [B, 3, H, W]."""
+        values = psnr_hvs(x, x_hat, self.masking)
+        self.total += values.double().sum()
+        self.count += len(values)
+
+    def compute(self) -> Tensor:
+        """The mean in dB."""
+        return (self.total / self.count).float()
+
+
+def _visible_error(x: Tensor, x_hat: Tensor, table: Tensor, masking: bool) -> Tensor:
+    """Mean squared weighted error over the DCT coefficients of an image [3, H, W]."""
+    k = torch.arange(8, dtype=torch.float64, device=x.device)
+    dct = torch.cos(torch.pi / 8 * k[:, None] * (k + 0.5)) / 2
+    dct[0] /= 2**0.5
+
+    def blocks(image: Tensor) -> Tensor:  # [rows, columns, 8, 8]
+        luma = torch.tensordot(image.new_tensor(LUMA, dtype=torch.float64), image.double(), dims=1)
+        return luma.unfold(0, 8, 8).unfold(1, 8, 8)
+
+    block, block_hat = blocks(x), blocks(x_hat)
+    frequencies, frequencies_hat = dct @ block @ dct.T, dct @ block_hat @ dct.T
+    error = (frequencies - frequencies_hat).abs()
+    if masking:
+        weight = (10 / table) ** 2
+        strength = torch.maximum(_masking(block, frequencies, weight), _masking(block_hat, frequencies_hat, weight))
+        hidden = strength[..., None, None] / weight
+        hidden[..., 0, 0] = 0  # nothing hides a difference of means
+        error = (error - hidden).clamp(min=0)
+    return (error * CONTRAST / table).square().mean()
+
+
+def _masking(block: Tensor, frequencies: Tensor, weight: Tensor) -> Tensor:
+    """How much blocks [..., 8, 8] hide: the energy of their texture, less if it is an edge between even quarters."""
+
+    def spread(values: Tensor) -> Tensor:  # the unbiased variance times the number of values
+        return values.flatten(-2).var(-1) * values[0, 0].numel()
+
+    quarters = sum(spread(block[..., i : i + 4, j : j + 4]) for i in (0, 4) for j in (0, 4))
+    whole = spread(block)
+    energy = (frequencies.square() * weight).sum((-2, -1)) - frequencies[..., 0, 0].square() * weight[0, 0]
+    ratio = torch.where(whole > 0, quarters / whole, 0)
+    return (energy.clamp(min=0) * ratio).sqrt() / 32
 
 
 def ms_ssim(x: Tensor, x_hat: Tensor) -> Tensor:

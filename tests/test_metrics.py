@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from psnr_hvsm import psnr_hvs_hvsm
 from scipy.ndimage import correlate1d
 from skimage import data
 from skimage.metrics import peak_signal_noise_ratio
 
-from rnncodec.metrics import ms_ssim, psnr
+from rnncodec.metrics import LUMA, PeakSignalNoiseRatioHVS, l1, ms_ssim, psnr, psnr_hvs
 
 
 def to_tensor(*images):
@@ -95,7 +96,63 @@ def test_ms_ssim_needs_five_scales(height, width, defined):
     assert torch.isfinite(values).all() if defined else torch.isnan(values).all()
 
 
-@pytest.mark.parametrize("metric", [psnr, ms_ssim])
+def distorted(count=25):
+    """Natural pictures and noise, each with a distortion: as many pairs of each."""
+    rng = np.random.default_rng(0)
+    photographs = [data.astronaut(), data.coffee(), data.chelsea()]
+    for i in range(count):
+        photograph = photographs[i % 3]
+        y, x = rng.integers(0, 150, 2)
+        crop = photograph[y : y + rng.integers(16, 140), x : x + rng.integers(16, 140)]
+        yield crop, jpeg(crop, int(rng.integers(5, 96)))
+        noise = rng.integers(0, 256, (rng.integers(8, 60), rng.integers(8, 60), 3), np.uint8)
+        yield noise, np.clip(noise + rng.integers(-40, 41, noise.shape), 0, 255).astype(np.uint8)
+
+
+def test_psnr_hvs_agrees_with_the_reference_package():
+    pairs = list(distorted())
+    assert len(pairs) == 50
+    for x, x_hat in pairs:
+        tensors = to_tensor(x), to_tensor(x_hat)
+        found = [psnr_hvs(*tensors, masking=masking).item() for masking in (False, True)]
+        height, width = (side // 8 * 8 for side in x.shape[:2])
+        luma = (a[:height, :width] @ np.array(LUMA) / 255 for a in (x, x_hat))
+        with np.errstate(invalid="ignore"):  # of blocks without any variance
+            expected = [float(value) for value in psnr_hvs_hvsm(*luma)]
+        assert found == pytest.approx(expected, abs=1e-3)
+
+
+def test_psnr_hvs_at_its_ends():
+    x = torch.full((1, 3, 16, 24), 100, dtype=torch.uint8)
+    assert psnr_hvs(x, x, masking=True).item() == np.inf
+    # A difference of 10 in all pixels is 80 in the DC coefficient; its weight is 25.735 / 16; nothing masks it.
+    expected = 10 * np.log10(255**2 / ((80 * 25.73509 / 16) ** 2 / 64))
+    for masking in (False, True):
+        assert psnr_hvs(x, x + 10, masking).item() == pytest.approx(expected, abs=1e-4)
+    assert psnr_hvs(x[..., :7, :], x[..., :7, :]).isnan().all()
+
+
+@pytest.mark.parametrize("masking", [False, True])
+def test_the_metric_is_the_mean_of_images_whatever_the_batches(masking):
+    x = to_tensor(*(data.astronaut()[i : i + 40, i : i + 48] for i in (0, 50, 100, 150, 200)))
+    x_hat = x // 8 * 8
+    metric = PeakSignalNoiseRatioHVS(masking)
+    for batch in (slice(0, 2), slice(2, 5)):
+        metric.update(x[batch], x_hat[batch])
+    each = [psnr_hvs(x[i : i + 1], x_hat[i : i + 1], masking).item() for i in range(5)]
+    assert metric.compute().item() == pytest.approx(np.mean(each), rel=1e-6)
+    metric.reset()
+    metric.update(x[:1], x_hat[:1])
+    assert metric.compute().item() == pytest.approx(each[0], rel=1e-6)
+
+
+def test_l1_is_the_mean_of_absolute_differences():
+    x, x_hat = (torch.randint(0, 256, (3, 3, 5, 7), dtype=torch.uint8) for _ in range(2))
+    expected = np.abs(x.numpy().astype(int) - x_hat.numpy()).mean((1, 2, 3))
+    assert l1(x, x_hat).tolist() == pytest.approx(expected.tolist())
+
+
+@pytest.mark.parametrize("metric", [l1, psnr, ms_ssim, psnr_hvs])
 @pytest.mark.parametrize(
     ("x", "x_hat"),
     [
