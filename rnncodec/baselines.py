@@ -1,0 +1,148 @@
+"""Image codecs to compare with, written by Pillow: whole files at the settings of a grid."""
+
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+import PIL
+from PIL import Image, features
+
+QUALITIES = (5, 10, 15, 20, 30, 40, 50, 60, 70, 80, 85, 90, 95)
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """A codec and the settings at which it is measured.
+
+    Attributes:
+        name: in tables and files.
+        title: in plots.
+        format: Pillow's name of the file format.
+        suffix: of its files, with the dot.
+        options: a setting to Pillow's options for saving.
+        settings: in order of rising quality.
+        description: what a reader must know to repeat it, without versions.
+        plugin: module that teaches Pillow the format, if it needs one.
+        library: Pillow's name of the library that does the work, whose version is told.
+    """
+
+    name: str
+    title: str
+    format: str
+    suffix: str
+    options: Callable[[float], dict[str, Any]]
+    settings: tuple[float, ...]
+    description: str
+    plugin: str = ""
+    library: str = ""
+
+    @property
+    def available(self) -> bool:
+        """Whether this installation can write such files."""
+        if self.plugin:
+            return find_spec(self.plugin) is not None
+        return not self.library or bool(features.check(self.library))
+
+    @property
+    def version(self) -> str:
+        """The versions of what does the work."""
+        if self.plugin:
+            return f"{self.plugin} {getattr(import_module(self.plugin), '__version__', '')}, Pillow {PIL.__version__}"
+        version = features.version(self.library) if self.library else ""
+        if self.library == "jpg" and features.check("libjpeg_turbo"):
+            version = f"turbo {features.version('libjpeg_turbo')}"
+        return f"{self.library} {version}, Pillow {PIL.__version__}"
+
+    def encode(self, x: np.ndarray, setting: float) -> bytes:
+        """An image, uint8 [H, W, 3], to the bytes of a file."""
+        if self.plugin:
+            import_module(self.plugin)
+        file = io.BytesIO()
+        Image.fromarray(x).save(file, self.format, **self.options(setting))
+        return file.getvalue()
+
+    def decode(self, data: bytes) -> np.ndarray:
+        """The bytes of a file to an image, uint8 [H, W, 3]."""
+        with Image.open(io.BytesIO(data)) as image:
+            return np.asarray(image.convert("RGB"))
+
+
+BASELINES = {
+    baseline.name: baseline
+    for baseline in (
+        Baseline(
+            "jpeg",
+            "JPEG 4:2:0",
+            "JPEG",
+            ".jpg",
+            lambda quality: {"quality": int(quality), "optimize": True, "subsampling": "4:2:0"},
+            QUALITIES,
+            "JPEG 4:2:0, optimized Huffman tables",
+            library="jpg",
+        ),
+        Baseline(
+            "jpeg444",
+            "JPEG 4:4:4",
+            "JPEG",
+            ".jpg",
+            lambda quality: {"quality": int(quality), "optimize": True, "subsampling": "4:4:4"},
+            QUALITIES,
+            "JPEG 4:4:4, optimized Huffman tables",
+            library="jpg",
+        ),
+        Baseline(
+            "jpeg2000",
+            "JPEG 2000",
+            "JPEG2000",
+            ".jp2",
+            lambda bpp: {"irreversible": True, "quality_mode": "rates", "quality_layers": [24 / bpp]},
+            (0.0625, 0.125, 0.1875, 0.25, 0.375, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0),
+            "JPEG 2000, 9/7 wavelet, settings are target bits per pixel",
+            library="jpg_2000",
+        ),
+        Baseline(
+            "webp",
+            "WebP",
+            "WEBP",
+            ".webp",
+            lambda quality: {"quality": int(quality), "method": 6},
+            (0, *QUALITIES, 98),
+            "WebP, lossy, method 6",
+            library="webp",
+        ),
+        Baseline(
+            "avif",
+            "AVIF 4:4:4",
+            "AVIF",
+            ".avif",
+            lambda quality: {"quality": int(quality), "speed": 6, "subsampling": "4:4:4"},
+            (5, *range(10, 96, 5)),
+            "AVIF 4:4:4, speed 6",
+            library="avif",
+        ),
+        Baseline(
+            "jxl",
+            "JPEG XL",
+            "JXL",
+            ".jxl",
+            lambda quality: {"quality": int(quality), "effort": 7},
+            (5, *range(10, 96, 5)),
+            "JPEG XL, effort 7",
+            plugin="pillow_jxl",
+        ),
+        Baseline(
+            "png",
+            "PNG",
+            "PNG",
+            ".png",
+            lambda _: {"optimize": True},
+            (0,),
+            "PNG, optimized, lossless",
+            library="zlib",
+        ),
+    )
+}

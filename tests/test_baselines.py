@@ -1,0 +1,52 @@
+"""The baselines: what Pillow writes with the documented options, and what comes back."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image, JpegImagePlugin
+from skimage import data
+from skimage.metrics import peak_signal_noise_ratio
+
+from rnncodec.baselines import BASELINES
+
+X = data.astronaut()[60:204, 100:260]
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_files_grow_with_the_setting_and_so_does_the_quality(name):
+    baseline = BASELINES[name]
+    if not baseline.available:
+        pytest.skip(f"Pillow cannot write {baseline.title} here")
+    settings = [baseline.settings[0], baseline.settings[len(baseline.settings) // 2], baseline.settings[-1]]
+    files = [baseline.encode(X, setting) for setting in settings]
+    decoded = [baseline.decode(file) for file in files]
+    assert all(x_hat.shape == X.shape and x_hat.dtype == np.uint8 for x_hat in decoded)
+    if name == "png":
+        np.testing.assert_array_equal(decoded[0], X)
+        return
+    assert len(files[0]) < len(files[1]) < len(files[2])
+    psnrs = [peak_signal_noise_ratio(X, x_hat) for x_hat in decoded]
+    assert psnrs[0] < psnrs[1] < psnrs[2]
+    assert any(character.isdigit() for character in baseline.version)
+
+
+def test_options_reach_the_encoders():
+    for name, sampling in (("jpeg", 2), ("jpeg444", 0)):
+        image = Image.open(io.BytesIO(BASELINES[name].encode(X, 50)))
+        assert isinstance(image, JpegImagePlugin.JpegImageFile)
+        assert JpegImagePlugin.get_sampling(image) == sampling
+        plain = io.BytesIO()
+        Image.fromarray(X).save(plain, "JPEG", quality=50, subsampling=sampling)
+        assert len(BASELINES[name].encode(X, 50)) < plain.tell()
+        np.testing.assert_array_equal(BASELINES[name].decode(plain.getvalue()), BASELINES[name].decode(plain.getvalue()))
+    # The 9/7 wavelet at a given rate: the file has at most that many bits, and nearly as many.
+    size = 8 * len(BASELINES["jpeg2000"].encode(X, 1.0)) / X[..., 0].size
+    assert 0.9 < size < 1.1
+
+
+def test_grayscale_files_come_back_as_rgb():
+    gray = np.repeat(X[..., :1], 3, axis=2)
+    for baseline in BASELINES.values():
+        if baseline.available:
+            assert baseline.decode(baseline.encode(gray, baseline.settings[-1])).shape == gray.shape
