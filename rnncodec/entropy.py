@@ -146,6 +146,12 @@ class ContextSession(Session):
             found = [probability(predictor(self._signs(plane[:, b]), prior))[0] for b, prior in self._priors()]
         return torch.cat(found, dim=1).cpu().numpy()
 
+    def ideal_bits(self, plane: np.ndarray) -> float:
+        """The code length of the next iteration by the model's probabilities alone, which no coder can beat."""
+        p = self.chances(plane) / SCALE
+        self._advance(plane)
+        return float(-np.log2(np.where(plane, p, 1 - p)).sum())
+
     def _encode(self, plane: np.ndarray) -> bytes:
         predictor, chances = self.model.predictor(self.iteration), self.chances(plane)
         coder = RangeEncoder()

@@ -39,7 +39,9 @@ def test_options_reach_the_encoders():
         plain = io.BytesIO()
         Image.fromarray(X).save(plain, "JPEG", quality=50, subsampling=sampling)
         assert len(BASELINES[name].encode(X, 50)) < plain.tell()
-        np.testing.assert_array_equal(BASELINES[name].decode(plain.getvalue()), BASELINES[name].decode(plain.getvalue()))
+        np.testing.assert_array_equal(
+            BASELINES[name].decode(plain.getvalue()), BASELINES[name].decode(plain.getvalue())
+        )
     # The 9/7 wavelet at a given rate: the file has at most that many bits, and nearly as many.
     size = 8 * len(BASELINES["jpeg2000"].encode(X, 1.0)) / X[..., 0].size
     assert 0.9 < size < 1.1

@@ -1,0 +1,217 @@
+"""Rate-distortion curves: points, means over images, interpolation, area under a curve, BD-rate, CSV and JSON."""
+
+import csv
+import io
+import json
+import math
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import astuple, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import bjontegaard
+import numpy as np
+
+NAN = float("nan")
+
+
+@dataclass(frozen=True)
+class Point:
+    """A point of a rate-distortion curve, of one image or the mean of several; what does not exist is nan.
+
+    Attributes:
+        image: name of the image, or `mean`.
+        codec: name of the codec.
+        setting: iterations, or what the codec calls quality.
+        bytes: of the whole file.
+        bpp: bits per pixel of the image.
+        ideal_bpp: what the context model's probabilities alone would take.
+        l1: mean absolute error, 0 to 255.
+        psnr: in dB.
+        ms_ssim: up to 1; nan for an image too small for it.
+        psnr_hvs: in dB.
+        psnr_hvs_m: in dB.
+        encode_seconds: for the whole file; nan where the file is a part of a larger one.
+        decode_seconds: likewise.
+        picture: path of the decoded image, relative to the results; empty if it was not saved.
+    """
+
+    image: str
+    codec: str
+    setting: float
+    bytes: float
+    bpp: float
+    ideal_bpp: float = NAN
+    l1: float = NAN
+    psnr: float = NAN
+    ms_ssim: float = NAN
+    psnr_hvs: float = NAN
+    psnr_hvs_m: float = NAN
+    encode_seconds: float = NAN
+    decode_seconds: float = NAN
+    picture: str = ""
+
+    @property
+    def ms_ssim_db(self) -> float:
+        """MS-SSIM as -10 log10(1 - MS-SSIM)."""
+        return math.inf if self.ms_ssim == 1 else -10 * math.log10(1 - self.ms_ssim)
+
+
+MEASURES = tuple(field.name for field in fields(Point) if field.type is float or field.type == "float")[1:]
+
+# Metrics by the name that CompressAI gives them.
+COMPRESSAI = {
+    "bpp": "bpp",
+    "psnr-rgb": "psnr",
+    "ms-ssim-rgb": "ms_ssim",
+    "psnr-hvs": "psnr_hvs",
+    "psnr-hvs-m": "psnr_hvs_m",
+    "l1": "l1",
+}
+
+
+def mean_curve(points: Iterable[Point]) -> list[Point]:
+    """The mean over images of one codec's points at each setting, in order of setting.
+
+    Each measure is the mean over the images that have it.
+    """
+    groups: dict[float, list[Point]] = {}
+    for point in points:
+        groups.setdefault(point.setting, []).append(point)
+    curve = []
+    for setting, group in sorted(groups.items()):
+        means = {}
+        for name in MEASURES:
+            values = [value for point in group if not math.isnan(value := getattr(point, name))]
+            means[name] = float(np.mean(values)) if values else NAN
+        curve.append(Point("mean", group[0].codec, setting, **means))
+    return curve
+
+
+def samples(curve: Sequence[Point], metric: str) -> tuple[np.ndarray, np.ndarray]:
+    """Rates and values of a metric (an attribute of `Point`), in order of rate, where both are finite."""
+    pairs = sorted((point.bpp, getattr(point, metric)) for point in curve)
+    pairs = [pair for pair in pairs if all(map(math.isfinite, pair))]
+    rates, values = np.array(pairs).reshape(-1, 2).T
+    return rates, values
+
+
+def interpolate(curve: Sequence[Point], metric: str, bpp: float) -> float:
+    """A metric of a curve at a rate, linear between its points and nan outside them."""
+    rates, values = samples(curve, metric)
+    return float(np.interp(bpp, rates, values, left=NAN, right=NAN)) if len(rates) else NAN
+
+
+def area(curve: Sequence[Point], metric: str, low: float | None, high: float) -> float:
+    """The integral of a metric over bits per pixel, by trapezoids (T17 sec. 5).
+
+    Args:
+        curve: in any order.
+        metric: an attribute of `Point`.
+        low: where to begin; None for the first point of the curve, as in the paper, which favours who starts lower.
+        high: where to end.
+
+    Returns:
+        nan if the curve does not reach from low to high.
+    """
+    rates, values = samples(curve, metric)
+    low = rates[0] if low is None and len(rates) else low
+    if not len(rates) or low is None or not rates[0] <= low < high <= rates[-1]:
+        return NAN
+    inside = (rates > low) & (rates < high)
+    x = np.array([low, *rates[inside], high])
+    return float(np.trapezoid(np.interp(x, rates, values), x))
+
+
+def bd_rate(anchor: Sequence[Point], curve: Sequence[Point], metric: str) -> tuple[float, float]:
+    """How many more bits a curve takes than the anchor for the same metric (Bjontegaard 2001), with Akima splines.
+
+    Args:
+        anchor: the curve to compare with.
+        curve: at least four points, as the anchor.
+        metric: an attribute of `Point` that rises with quality.
+
+    Returns:
+        The difference in percent, and the share of all values of the metric that both curves have; nan and 0 if they
+        share none or have too few points.
+    """
+    sides = []
+    for points in (anchor, curve):
+        rates, values = samples(points, metric)
+        # A spline over the metric needs it to rise: points that cost more and are no better are no part of a curve.
+        keep = [i for i in range(len(values)) if i == 0 or values[i] > values[:i].max()]
+        sides.append((rates[keep], values[keep]))
+    (anchor_rates, anchor_values), (rates, values) = sides
+    if min(len(rates), len(anchor_rates)) < 4:
+        return NAN, 0.0
+    low, high = max(values[0], anchor_values[0]), min(values[-1], anchor_values[-1])
+    overlap = (high - low) / (max(values[-1], anchor_values[-1]) - min(values[0], anchor_values[0]))
+    if overlap <= 0:
+        return NAN, 0.0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of little overlap, which is returned
+        difference = bjontegaard.bd_rate(
+            anchor_rates, anchor_values, rates, values, method="akima", require_matching_points=False
+        )
+    return float(difference), float(overlap)
+
+
+def to_csv(points: Iterable[Point]) -> str:
+    """One row for each point; what does not exist is left empty."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(field.name for field in fields(Point))
+    for point in points:
+        writer.writerow("" if value != value else value for value in astuple(point))
+    return text.getvalue()
+
+
+def from_csv(text: str) -> list[Point]:
+    """Undoes `to_csv`.
+
+    Raises:
+        ValueError: it is no such text.
+    """
+    kinds = {field.name: str if field.type in (str, "str") else float for field in fields(Point)}
+    rows = csv.DictReader(io.StringIO(text))
+    if rows.fieldnames != list(kinds):
+        raise ValueError(f"not the columns of points: {rows.fieldnames}")
+    return [
+        Point(**{name: row[name] if kind is str else float(row[name] or "nan") for name, kind in kinds.items()})
+        for row in rows
+    ]
+
+
+def to_json(curve: Sequence[Point], name: str, description: str) -> str:
+    """A mean curve in CompressAI's shape; what is not finite becomes null, a metric without any value is left out."""
+    results: dict[str, list[float | None]] = {}
+    for key, attribute in COMPRESSAI.items():
+        values = [getattr(point, attribute) for point in curve]
+        if any(map(math.isfinite, values)):
+            results[key] = [value if math.isfinite(value) else None for value in values]
+    return json.dumps({"name": name, "description": description, "results": results}, indent=2) + "\n"
+
+
+def from_json(path: Path) -> tuple[str, list[Point]]:
+    """The name and the points of a curve in CompressAI's shape.
+
+    Raises:
+        ValueError: it is no such file.
+        OSError: it cannot be read.
+    """
+    try:
+        document: dict[str, Any] = json.loads(path.read_text())
+        name, results = str(document["name"]), dict(document["results"])
+        columns = {attribute: results[key] for key, attribute in COMPRESSAI.items() if key in results}
+        rates = columns.pop("bpp")
+        if not rates or not columns or any(len(values) != len(rates) for values in columns.values()):
+            raise ValueError("its columns are missing or of different lengths")
+        rows = zip(rates, *columns.values(), strict=True)
+        points = []
+        for i, (rate, *values) in enumerate(rows, 1):
+            measures = {k: NAN if v is None else float(v) for k, v in zip(columns, values, strict=True)}
+            points.append(Point("mean", name, i, NAN, float(rate), **measures))
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not a rate curve in CompressAI's JSON ({error})") from error
+    return name, points
