@@ -1,21 +1,28 @@
-"""Measures a codec on photographs: whole-file bytes, PSNR and MS-SSIM at every iteration, beside optimized JPEG.
+"""Measures a codec on photographs, beside other codecs: whole files, five metrics, curves, tables and pictures.
 
-    python evaluate.py PHOTOS --weights small --output results --save-images
-    python evaluate.py PHOTOS --coders      the entropy coders beside it, on the same bits
+    python evaluate.py PHOTOS --weights small --output results
+    python evaluate.py PHOTOS --save-images                 with the decoded pictures, and a page to look at them
+    python evaluate.py PHOTOS --baselines jpeg webp         beside these codecs only
+    python evaluate.py KODAK --overlay toderici2017 mine/rnncodec-small.json      with curves of others
+    python evaluate.py PHOTOS --coders                      the entropy coders on the same bits
 
 Each image is encoded once and its file decoded iteration by iteration; the bytes of iteration k are those of the file
-cut to k iterations, bpp counts them over the true pixels, and curves are means over the images at equal iteration (or
-JPEG quality). The output folder gets one JSON for each codec in CompressAI's shape, points.csv, mean.csv,
-rate_distortion.png and, if asked for, coders.csv and the decoded images.
+cut to k iterations, bpp counts them over the true pixels, and curves are means over the images at equal setting. What
+has been measured is remembered by the pixels of the image and the exact codec, so that a run that was stopped goes on.
+
+The output folder gets points.csv (every image, codec and setting) and mean.csv, a JSON for each codec in CompressAI's
+shape, rate_distortion.png and .svg, and if asked for coders.csv, the pictures and comparisons.
 """
 
 import argparse
-import csv
+import hashlib
 import io
 import json
+import os
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import astuple, dataclass, fields
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,112 +35,180 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import rnncodec
+from rnncodec.baselines import BASELINES, Baseline
 from rnncodec.codec import MAX_ITERATIONS, Codec
-from rnncodec.entropy import CLASSICAL, EntropyName
+from rnncodec.curves import (
+    NAN,
+    Point,
+    area,
+    bd_rate,
+    from_csv,
+    from_json,
+    interpolate,
+    mean_curve,
+    samples,
+    to_csv,
+    to_json,
+)
+from rnncodec.entropy import CLASSICAL, ContextSession, EntropyName
 from rnncodec.format import read_header, truncate
 from rnncodec.images import atomic_write, find_images, load_image, save_image
-from rnncodec.metrics import MS_SSIM_MIN_SIDE, RATES, ms_ssim, psnr
+from rnncodec.metrics import MS_SSIM_MIN_SIDE, RATES, l1, ms_ssim, psnr, psnr_hvs
 
-QUALITIES = (5, 10, 15, 20, 30, 40, 50, 60, 70, 80, 85, 90, 95)  # about 0.2 to 2.7 bpp on photographs
-PANEL = (320, 240)  # pixels of a picture in a comparison, three beside each other
+PANEL = (224, 224)  # pixels of a picture in a comparison, six beside each other
+PUBLISHED = Path(rnncodec.__file__).parent / "published"
+BROWSERS_SHOW = (".jpg", ".webp", ".avif", ".png")
+WINDOW = (0.25, 1.875)  # bits per pixel between which the area under a curve favours nobody
+METRICS = (("psnr", 2), ("ms_ssim", 4))  # of the tables, with their digits
+CACHE_VERSION = 1  # of what is remembered: another one forgets it all
 
 
 class Coded(NamedTuple):
-    """A file and what it decodes to: the codec's setting, bytes of the whole file, reconstruction uint8 [H, W, 3]."""
+    """A file and what it decodes to.
 
-    setting: int
+    Attributes:
+        setting: iterations, or what the codec calls quality.
+        bytes: of the whole file.
+        x_hat: the reconstruction, uint8 [H, W, 3].
+        file: the file itself, if it is one that browsers show.
+        ideal_bytes: what the context model's probabilities alone would take.
+        encode_seconds: for the whole file.
+        decode_seconds: likewise.
+    """
+
+    setting: float
     bytes: int
     x_hat: np.ndarray
+    file: bytes | None = None
+    ideal_bytes: float = NAN
+    encode_seconds: float = NAN
+    decode_seconds: float = NAN
 
 
 @dataclass(frozen=True)
-class Point:
-    """A point of a rate-distortion curve, of one image or the mean of several.
+class Source:
+    """A codec to measure.
 
     Attributes:
-        image: name of the image, or `mean`.
-        codec: name of the codec.
-        setting: iterations, or JPEG's quality.
-        bytes: of the whole file.
-        bpp: bits per pixel of the image.
-        psnr: in dB.
-        ms_ssim: up to 1; nan for an image too small for it.
+        name: in files and tables.
+        title: in plots.
+        description: what a reader must know to repeat it.
+        suffix: of its pictures.
+        count: how many settings it has.
+        run: an image, uint8 [H, W, 3], to its files at all settings.
     """
 
-    image: str
-    codec: str
-    setting: int
-    bytes: float
-    bpp: float
-    psnr: float
-    ms_ssim: float
+    name: str
+    title: str
+    description: str
+    suffix: str
+    count: int
+    run: Callable[[np.ndarray], Iterator[Coded]]
 
 
-def decode_every_iteration(codec: Codec, data: bytes) -> Iterator[Coded]:
-    """The file cut to 1, 2, ... iterations, for the cost of decoding it once."""
-    for k, x_hat in enumerate(codec.decode_progressive(data), start=1):
-        yield Coded(k, len(truncate(data, iterations=k)), x_hat)
+def own(codec: Codec, iterations: int) -> Source:
+    """The codec whose evaluation this is."""
+
+    def run(x: np.ndarray) -> Iterator[Coded]:
+        start = time.perf_counter()
+        data = codec.encode(x, iterations)
+        middle = time.perf_counter()
+        pictures = list(codec.decode_progressive(data))
+        end = time.perf_counter()
+        sizes = read_header(data).sizes
+        ideal = ideal_bytes(codec, data)
+        for k, (x_hat, size, least) in enumerate(zip(pictures, sizes, ideal, strict=True), 1):
+            times = (middle - start, end - middle) if k == iterations else (NAN, NAN)
+            yield Coded(k, size, x_hat, None, least, *times)
+
+    description = f"weights {codec.name} ({codec.fingerprint.hex()}), "
+    if codec.context is not None:
+        description += f"{codec.context.config.kind} context model ({codec.context_fingerprint.hex()}), "
+    description += f"1 to {iterations} iterations"
+    return Source(f"rnncodec-{codec.name}", f"rnncodec-{codec.name}", description, ".png", iterations, run)
 
 
-def jpeg(x: np.ndarray) -> Iterator[Coded]:
-    """JPEG 4:2:0 with optimized Huffman tables, at every quality of the grid."""
-    for quality in QUALITIES:
-        file = io.BytesIO()
-        Image.fromarray(x).save(file, "JPEG", quality=quality, optimize=True, subsampling=2)
-        yield Coded(quality, file.tell(), np.asarray(Image.open(file)))
+def ideal_bytes(codec: Codec, data: bytes) -> Iterator[float]:
+    """What the context model's probabilities take for the first 1, 2, ... iterations of a file; nan without a model."""
+    planes = codec.read_bits(data)
+    if codec.context is None:
+        yield from [NAN] * len(planes)
+        return
+    session, total = ContextSession(codec.context, *planes.shape[1:]), 0.0
+    for plane in planes:
+        total += session.ideal_bits(plane) / 8
+        yield total
 
 
-BASELINES: dict[str, Callable[[np.ndarray], Iterator[Coded]]] = {"jpeg": jpeg}
+def other(baseline: Baseline) -> Source:
+    """A codec to compare with."""
+    shown = baseline.suffix in BROWSERS_SHOW
+
+    def run(x: np.ndarray) -> Iterator[Coded]:
+        for setting in baseline.settings:
+            start = time.perf_counter()
+            data = baseline.encode(x, setting)
+            middle = time.perf_counter()
+            x_hat = baseline.decode(data)
+            times = middle - start, time.perf_counter() - middle
+            yield Coded(setting, len(data), x_hat, data if shown else None, NAN, *times)
+
+    description = f"{baseline.description} ({baseline.version})"
+    suffix = baseline.suffix if shown else ".png"
+    return Source(baseline.name, baseline.title, description, suffix, len(baseline.settings), run)
 
 
-def rate_point(image: str, codec: str, x: np.ndarray, coded: Coded, device: torch.device | str = "cpu") -> Point:
-    """Measures one reconstruction of an image x, uint8 [H, W, 3]."""
-    original, x_hat = (torch.tensor(a, device=device).permute(2, 0, 1)[None] for a in (x, coded.x_hat))
-    bpp = 8 * coded.bytes / (x.shape[0] * x.shape[1])
+class Panel(NamedTuple):
+    """A picture of a comparison, uint8 [H, W, 3] or None, and what is written above it."""
+
+    caption: str
+    picture: np.ndarray | None
+
+
+class Memory:
+    """What has been measured, in a folder, by the pixels of the image and the exact codec."""
+
+    def __init__(self, folder: Path, device: str) -> None:
+        self.folder, self.device = folder, device
+
+    def path(self, x: np.ndarray, source: Source) -> Path:
+        """Where the points of an image and a codec are."""
+        about = [CACHE_VERSION, source.name, source.description, source.count, x.shape, torch.__version__, self.device]
+        key = hashlib.sha256(json.dumps(about).encode() + np.ascontiguousarray(x).tobytes()).hexdigest()
+        return self.folder / f"{key[:32]}.csv"
+
+    def recall(self, x: np.ndarray, source: Source) -> list[Point] | None:
+        """The points, if they are known and whole."""
+        try:
+            points = from_csv(self.path(x, source).read_text())
+        except (OSError, ValueError):  # not there, or not what it was: it is measured again
+            return None
+        return points if len(points) == source.count else None
+
+    def keep(self, x: np.ndarray, source: Source, points: Sequence[Point]) -> None:
+        """Remembers points."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        atomic_write(self.path(x, source), to_csv(points).encode())
+
+
+def measure(image: str, codec: str, x: np.ndarray, coded: Coded, device: torch.device | str = "cpu") -> Point:
+    """All metrics of one reconstruction of an image x, uint8 [H, W, 3]."""
+    tensors = tuple(torch.tensor(a, device=device).permute(2, 0, 1)[None] for a in (x, coded.x_hat))
+    scale = 8 / (x.shape[0] * x.shape[1])
     return Point(
-        image, codec, coded.setting, coded.bytes, bpp, psnr(original, x_hat).item(), ms_ssim(original, x_hat).item()
-    )
-
-
-def rate_points(
-    image: str, codec: str, x: np.ndarray, coded: Iterable[Coded], device: torch.device | str = "cpu"
-) -> Iterator[Point]:
-    """Measures every reconstruction of an image x, uint8 [H, W, 3]."""
-    return (rate_point(image, codec, x, each, device) for each in coded)
-
-
-def mean_curve(points: Iterable[Point]) -> list[Point]:
-    """The mean over images of one codec's points at each setting, in order of setting.
-
-    MS-SSIM is the mean over the images that have one.
-    """
-    groups: dict[int, list[Point]] = {}
-    for point in points:
-        groups.setdefault(point.setting, []).append(point)
-    curve = []
-    for _, group in sorted(groups.items()):
-        similarities = [point.ms_ssim for point in group if not np.isnan(point.ms_ssim)]
-        mean = Point(
-            "mean",
-            group[0].codec,
-            group[0].setting,
-            float(np.mean([point.bytes for point in group])),
-            float(np.mean([point.bpp for point in group])),
-            float(np.mean([point.psnr for point in group])),
-            float(np.mean(similarities)) if similarities else float("nan"),
-        )
-        curve.append(mean)
-    return curve
-
-
-def interpolate(curve: Sequence[Point], bpp: float) -> tuple[float, float]:
-    """PSNR and MS-SSIM of a curve at a rate, linear between its points and nan outside them."""
-    rates = [point.bpp for point in curve]
-    psnrs, similarities = [point.psnr for point in curve], [point.ms_ssim for point in curve]
-    nan = float("nan")
-    return (
-        float(np.interp(bpp, rates, psnrs, left=nan, right=nan)),
-        float(np.interp(bpp, rates, similarities, left=nan, right=nan)),
+        image,
+        codec,
+        coded.setting,
+        coded.bytes,
+        bpp=scale * coded.bytes,
+        ideal_bpp=scale * coded.ideal_bytes,
+        l1=l1(*tensors).item(),
+        psnr=psnr(*tensors).item(),
+        ms_ssim=ms_ssim(*tensors).item(),
+        psnr_hvs=psnr_hvs(*tensors).item(),
+        psnr_hvs_m=psnr_hvs(*tensors, masking=True).item(),
+        encode_seconds=coded.encode_seconds,
+        decode_seconds=coded.decode_seconds,
     )
 
 
@@ -171,103 +246,142 @@ def coder_table(mean: dict[str, np.ndarray]) -> Table:
     return result
 
 
-def check_truncated(codec: Codec, data: bytes, coded: Coded) -> None:
-    """Raises RuntimeError if the cut file decodes to another picture than the whole file does on its way."""
-    x_hat = np.asarray(codec.decode(truncate(data, iterations=coded.setting)))
-    if not np.array_equal(x_hat, coded.x_hat):
-        raise RuntimeError(f"the file cut to {coded.setting} iterations decodes to another picture than the whole file")
+def check_truncated(codec: Codec, x: np.ndarray, iterations: int) -> None:
+    """Raises RuntimeError if a cut file decodes to another picture than the whole file does on its way."""
+    data = codec.encode(x, iterations)
+    for k, x_hat in enumerate(codec.decode_progressive(data), 1):
+        if k in RATES and not np.array_equal(np.asarray(codec.decode(truncate(data, iterations=k))), x_hat):
+            raise RuntimeError(f"the file cut to {k} iterations decodes to another picture than the whole file")
 
 
-def to_json(curve: Sequence[Point], description: str) -> str:
-    """A mean curve in CompressAI's shape; what is not finite becomes null."""
-
-    def finite(values: Iterable[float]) -> list[float | None]:
-        return [value if np.isfinite(value) else None for value in values]
-
-    results = {
-        "bpp": finite(point.bpp for point in curve),
-        "psnr-rgb": finite(point.psnr for point in curve),
-        "ms-ssim-rgb": finite(point.ms_ssim for point in curve),
-    }
-    return json.dumps({"name": curve[0].codec, "description": description, "results": results}, indent=2) + "\n"
+def save_picture(source: Source, coded: Coded, folder: Path) -> str:
+    """Saves what a codec made of an image, in a form that browsers show; gives its name."""
+    path = folder / f"{source.name}-{coded.setting:g}{source.suffix}"
+    if coded.file is None:
+        save_image(coded.x_hat, path)
+    else:
+        atomic_write(path, coded.file)
+    return path.name
 
 
-def to_csv(points: Iterable[Point]) -> str:
-    """One row for each point; an MS-SSIM that does not exist is left empty."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(field.name for field in fields(Point))
-    for point in points:
-        writer.writerow("" if value != value else value for value in astuple(point))
-    return text.getvalue()
-
-
-def plot(curves: dict[str, list[Point]]) -> bytes:
-    """PSNR and MS-SSIM over bpp of mean curves, each labelled at its right end, as PNG; the first sets the range."""
-    first = next(iter(curves.values()))
-    end = first[-1].bpp
-    figure = Figure(figsize=(11, 4.5), dpi=120, layout="constrained")
-    panels = {"PSNR (dB)": lambda p: p.psnr, "MS-SSIM (dB)": lambda p: -10 * np.log10(max(1 - p.ms_ssim, 1e-10))}
-    for axes, (title, value) in zip(figure.subplots(1, 2), panels.items(), strict=True):
+def figure(curves: dict[str, list[Point]], overlays: Sequence[str] = ()) -> Figure:
+    """Mean curves over bpp, each labelled at its right end; the first sets the range, overlays are dashed."""
+    end = next(iter(curves.values()))[-1].bpp
+    drawing = Figure(figsize=(15, 4.8), dpi=110, layout="constrained")
+    panels = {"PSNR (dB)": "psnr", "MS-SSIM (dB)": "ms_ssim_db", "PSNR-HVS-M (dB)": "psnr_hvs_m"}
+    for axes, (title, metric) in zip(drawing.subplots(1, 3), panels.items(), strict=True):
+        labels = []
         for i, (name, curve) in enumerate(curves.items()):
-            x, y = np.array([(p.bpp, value(p)) for p in curve if np.isfinite(value(p))]).reshape(-1, 2).T
-            if not x.size:
+            x, y = samples(curve, metric)
+            if len(x) < 2:
                 continue
             last = min(end, x[-1])
             visible = x <= last
             # A curve that goes on beyond the range ends on its edge.
             x_visible, y_visible = np.append(x[visible], last), np.append(y[visible], np.interp(last, x, y))
-            axes.plot(x_visible, y_visible, color=f"C{i}", linewidth=1.8)
-            axes.plot(x[visible], y[visible], "o" if i == 0 else ".", color=f"C{i}", markersize=5)
-            axes.annotate(name, (last, y_visible[-1]), (8, 0), textcoords="offset points", va="center", color=f"C{i}")
+            style = "--" if name in overlays else "-"
+            axes.plot(x_visible, y_visible, style, color=f"C{i}", linewidth=2.2 if i == 0 else 1.4)
+            axes.plot(x[visible], y[visible], "o" if i == 0 else ".", color=f"C{i}", markersize=4)
+            labels.append([y_visible[-1], last, name, f"C{i}"])
         axes.set_xlim(0, end * 1.02)
         axes.set_xlabel("bits per pixel, whole files")
         axes.set_title(title, loc="left", fontsize=11)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
+        low, high = axes.get_ylim()
+        place = low
+        for value, last, name, color in sorted(labels):  # none on top of another
+            place = max(value, place + (high - low) / 22)
+            axes.annotate(name, (last, place), (6, 0), textcoords="offset points", va="center", color=color, fontsize=9)
+    return drawing
+
+
+def rendered(drawing: Figure, format: str) -> bytes:
+    """A figure as png or svg."""
     file = io.BytesIO()
-    figure.savefig(file, format="png")
+    drawing.savefig(file, format=format, metadata={"Date": None} if format == "svg" else None)
     return file.getvalue()
 
 
-def comparison(x: np.ndarray, reconstructions: Sequence[tuple[np.ndarray, Point]]) -> np.ndarray:
-    """The middle of an image and of its reconstructions, unscaled, three in a row, each with iterations, bpp and dB."""
-    panels = [("original", x)]
-    for x_hat, point in reconstructions:
-        plural = "" if point.setting == 1 else "s"
-        panels.append((f"{point.setting} iteration{plural}: {point.bpp:.3f} bpp, {point.psnr:.2f} dB", x_hat))
-    (width, height), margin, caption = PANEL, 8, 26
-    height = min(height, x.shape[0])
-    rows = -(-len(panels) // 3)
-    sheet = Image.new("RGB", (3 * (width + margin) + margin, rows * (height + caption) + margin), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(16)
-    for i, (text, picture) in enumerate(panels):
-        top, left = max(0, (x.shape[0] - height) // 2), max(0, (x.shape[1] - width) // 2)
-        corner = margin + i % 3 * (width + margin), i // 3 * (height + caption)
-        draw.text((corner[0], corner[1] + 4), text, "black", font)
-        crop = Image.fromarray(picture[top : top + height, left : left + width])
-        sheet.paste(crop, (corner[0], corner[1] + caption))
+def comparison(x: np.ndarray, columns: Sequence[tuple[Panel | None, Panel | None]]) -> np.ndarray:
+    """The middle of an image, unscaled, and of what two codecs make of it: one above the other at the same bytes."""
+    (width, height), margin, caption = PANEL, 8, 40
+    sheet = Image.new("RGB", ((width + margin) * (len(columns) + 1) + margin, 2 * (height + caption) + margin), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
+    for i, column in enumerate([(Panel("original", x), None), *columns]):
+        for j, panel in enumerate(column):
+            if panel is None:
+                continue
+            corner = margin + i * (width + margin), j * (height + caption)
+            draw.text((corner[0], corner[1] + 4), panel.caption, "black", font)
+            if panel.picture is not None:
+                top, left = (
+                    max(0, (a - b) // 2) for a, b in zip(panel.picture.shape[:2], (height, width), strict=True)
+                )
+                crop = Image.fromarray(panel.picture[top : top + height, left : left + width])
+                sheet.paste(crop, (corner[0], corner[1] + caption))
     return np.asarray(sheet)
 
 
-def table(curve: Sequence[Point], baselines: dict[str, list[Point]], images: str) -> Table:
-    """The mean curve, with each baseline's PSNR and MS-SSIM at the same bpp."""
+def compared(name: str, baseline: str, x: np.ndarray, points: Sequence[Point], folder: Path) -> np.ndarray | None:
+    """The comparison of a codec's saved pictures at 1, 2, 4, 8 and 16 iterations with a baseline at the same bytes."""
+    rivals = sorted((p for p in points if p.codec == baseline and p.picture), key=lambda p: p.bytes)
+    columns: list[tuple[Panel | None, Panel | None]] = []
+    for point in points:
+        if point.codec != name or point.setting not in RATES or not point.picture:
+            continue
+        plural = "" if point.setting == 1 else "s"
+        mine = f"{point.setting:g} iteration{plural}, {point.bpp:.3f} bpp\n{point.psnr:.2f} dB"
+        below = [rival for rival in rivals if rival.bytes <= point.bytes]
+        theirs = Panel(f"{baseline}: no file is as small", None) if rivals else None
+        if below:
+            best = below[-1]
+            caption = f"{baseline} {best.setting:g}, {best.bpp:.3f} bpp\n{best.psnr:.2f} dB"
+            theirs = Panel(caption, load_image(folder / best.picture))
+        columns.append((Panel(mine, load_image(folder / point.picture)), theirs))
+    return comparison(x, columns) if columns else None
+
+
+def curve_table(curve: Sequence[Point], others: dict[str, list[Point]], images: str) -> Table:
+    """The mean curve, with PSNR and MS-SSIM of each other curve at the same bpp."""
     result = Table(title=f"{curve[0].codec}, mean of {images}")
-    names = [f"{name.upper()} {metric}" for name in baselines for metric in ("PSNR", "MS-SSIM")]
-    for column in ("iteration", "bytes", "bpp", "PSNR", "MS-SSIM", *names):
+    names = [f"{name} {metric}" for name in others for metric in ("PSNR", "MS-SSIM")]
+    own_columns = ("iteration", "bytes", "bpp", "L1", "PSNR", "MS-SSIM", "PSNR-HVS", "PSNR-HVS-M")
+    for column in (*own_columns, *names):
         result.add_column(column, justify="right")
-
-    def cell(value: float, digits: int) -> str:
-        return "-" if np.isnan(value) else f"{value:.{digits}f}"
-
     for point in curve:
-        cells = [str(point.setting), f"{point.bytes:.0f}", f"{point.bpp:.4f}", cell(point.psnr, 2)]
-        cells.append(cell(point.ms_ssim, 4))
-        for baseline in baselines.values():
-            baseline_psnr, baseline_ms_ssim = interpolate(baseline, point.bpp)
-            cells += [cell(baseline_psnr, 2), cell(baseline_ms_ssim, 4)]
-        result.add_row(*cells)
+        values = [(point.bpp, 4), (point.l1, 2), (point.psnr, 2), (point.ms_ssim, 4)]
+        values += [(point.psnr_hvs, 2), (point.psnr_hvs_m, 2)]
+        for other_curve in others.values():
+            values += [(interpolate(other_curve, metric, point.bpp), digits) for metric, digits in METRICS]
+        cells = [number(value, digits) for value, digits in values]
+        result.add_row(f"{point.setting:g}", f"{point.bytes:.0f}", *cells)
     return result
+
+
+def summary_table(curves: dict[str, list[Point]]) -> Table:
+    """Areas under all curves, and how many more bits the first takes than each other."""
+    (first, mine), *_ = curves.items()
+    low, high = WINDOW
+    result = Table(title=f"area under the curve, and bits that {first} takes more than others for the same quality")
+    areas = [f"{metric}, {span}" for metric in ("PSNR", "MS-SSIM") for span in ("to 2 bpp", f"{low} to {high} bpp")]
+    for column in ("codec", *areas, "BD-rate PSNR", "BD-rate MS-SSIM"):
+        result.add_column(column, justify="left" if column == "codec" else "right")
+    for name, curve in curves.items():
+        cells = [number(area(curve, metric, *span), 3) for metric, _ in METRICS for span in ((None, 2.0), WINDOW)]
+        for metric in ("psnr", "ms_ssim_db"):
+            difference, overlap = bd_rate(curve, mine, metric)
+            text = "" if curve is mine else "-" if np.isnan(difference) else f"{difference:+.1f} %"
+            cells.append(
+                text + (f" (over {overlap:.0%} of both ranges)" if text.endswith("%") and overlap < 0.75 else "")
+            )
+        result.add_row(name, *cells)
+    return result
+
+
+def number(value: float, digits: int) -> str:
+    """A value, or what stands for none."""
+    return "-" if np.isnan(value) else f"{value:.{digits}f}"
 
 
 def unique_names(paths: Iterable[Path]) -> list[str]:
@@ -282,22 +396,44 @@ def unique_names(paths: Iterable[Path]) -> list[str]:
     return names
 
 
+def entropy_coders(codec: Codec, args: argparse.Namespace) -> dict[str, tuple[Codec, EntropyName]]:
+    """The entropy coders to compare, by name: each with a codec of the same network."""
+    coders: dict[str, tuple[Codec, EntropyName]] = {}
+    if args.coders is None:
+        return coders
+    coders |= {name: (codec, name) for name in CLASSICAL}
+    for another in (codec, *(rnncodec.load(path, device=args.device) for path in args.coders)):
+        if another.fingerprint != codec.fingerprint:
+            raise ValueError(f"the weights {another.name} ({another.fingerprint.hex()}) are not those of {codec.name}")
+        if another.context is not None:
+            name = another.context.config.kind
+            if name in coders and coders[name][0].context_fingerprint != another.context_fingerprint:
+                name += f" {another.context_fingerprint.hex()}"
+            coders[name] = (another, "context")
+    return coders
+
+
+def overlays_of(args: argparse.Namespace) -> dict[str, list[Point]]:
+    """The curves of others that are to be drawn."""
+    curves = {}
+    for text in args.overlay:
+        shipped = PUBLISHED / f"{text}.json"
+        name, points = from_json(shipped if shipped.is_file() else Path(text))
+        curves[name] = points
+    return curves
+
+
 def evaluate(args: argparse.Namespace, console: Console) -> int:
     """Does what the command line asks for; returns the number of images that could not be measured."""
     codec = rnncodec.load(args.weights, device=args.device)
-    label = f"rnncodec-{codec.name}"
-    coders: dict[str, tuple[Codec, EntropyName]] = {}
-    if args.coders is not None:
-        coders = {name: (codec, name) for name in CLASSICAL}
-        for other in (codec, *(rnncodec.load(path, device=args.device) for path in args.coders)):
-            if other.fingerprint != codec.fingerprint:
-                raise ValueError(f"the weights {other.name} ({other.fingerprint.hex()}) are not those of {codec.name}")
-            if other.context is not None:
-                name = other.context.config.kind
-                if name in coders and coders[name][0].context_fingerprint != other.context_fingerprint:
-                    name += f" {other.context_fingerprint.hex()}"
-                coders[name] = (other, "context")
+    missing = [name for name in args.baselines if not BASELINES[name].available]
+    if missing:
+        raise ValueError(f"this Pillow cannot write {', '.join(missing)}")
+    sources = [own(codec, args.iterations), *(other(BASELINES[name]) for name in args.baselines)]
+    overlays = overlays_of(args)
+    coders = entropy_coders(codec, args)
     sizes: dict[str, list[list[int]]] = {name: [] for name in coders}
+    memory = Memory(args.cache_dir, str(codec.device))
     failures = 0
 
     def fail(message: object) -> None:
@@ -312,77 +448,117 @@ def evaluate(args: argparse.Namespace, console: Console) -> int:
         except ValueError as error:
             fail(error)
     args.output.mkdir(parents=True, exist_ok=True)
-    points: dict[str, list[Point]] = {label: [], **{name: [] for name in args.baselines}}
-    steps = 2 * args.iterations + len(QUALITIES) * len(args.baselines)
+    points: list[Point] = []
+    steps = sum(source.count for source in sources)
     checked = False
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("", total=steps * len(paths))
         for i, (path, name) in enumerate(zip(paths, unique_names(paths), strict=True)):
-            progress.update(task, description=name)
-            measured: dict[str, list[Point]] = {codec_name: [] for codec_name in points}
-            pictures = []
+            folder = args.output / "pictures" / name
+            measured: list[Point] = []
+            image_sizes: dict[str, list[int]] = {}
             try:
                 x = load_image(path)
-                data = codec.encode(x, iterations=args.iterations)
-                progress.advance(task, args.iterations)
-                for coded in decode_every_iteration(codec, data):
-                    point = rate_point(name, label, x, coded, codec.device)
-                    measured[label].append(point)
-                    if coded.setting in RATES:
-                        if not checked:
-                            check_truncated(codec, data, coded)
-                        if args.save_images:
-                            pictures.append((coded.x_hat, point))
-                    progress.advance(task)
-                checked = True
-                image_sizes = coded_sizes(coders, codec.read_bits(data), *x.shape[:2]) if coders else {}
-                for baseline in args.baselines:
-                    for point in rate_points(name, baseline, x, BASELINES[baseline](x), codec.device):
-                        measured[baseline].append(point)
-                        progress.advance(task)
+                for source in sources:
+                    progress.update(task, description=f"{name}: {source.title}")
+                    measured += measured_points(
+                        name, source, x, codec.device, memory, args, lambda: progress.advance(task)
+                    )
+                if not checked:
+                    check_truncated(codec, x, args.iterations)
+                    checked = True
+                if coders:
+                    progress.update(task, description=f"{name}: entropy coders")
+                    bits = codec.read_bits(codec.encode(x, args.iterations))
+                    image_sizes = coded_sizes(coders, bits, *x.shape[:2])
+                if args.save_images:
+                    save_image(x, folder / "original.png")
+                    rival = next(iter(args.baselines), "")
+                    sheet = compared(sources[0].name, rival, x, measured, args.output)
+                    if sheet is not None:
+                        save_image(sheet, args.output / f"{name}_comparison.png")
             except ValueError as error:
                 fail(error)
                 continue
             finally:
                 progress.update(task, completed=steps * (i + 1))
-            for codec_name, curve in measured.items():
-                points[codec_name] += curve
+            points += measured
             for coder, each in image_sizes.items():
                 sizes[coder].append(each)
-            for x_hat, point in pictures:
-                save_image(x_hat, args.output / f"{name}_{point.setting:02d}.png")
-            if pictures:
-                save_image(comparison(x, pictures), args.output / f"{name}_comparison.png")
-    if not points[label]:
+    if not points:
         raise ValueError("no image could be measured")
+    report(points, sources, overlays, sizes, args)
+    return failures
 
-    curves = {codec_name: mean_curve(curve) for codec_name, curve in points.items()}
-    count = len({point.image for point in points[label]})
-    large = len({point.image for point in points[label] if not np.isnan(point.ms_ssim)})
+
+def measured_points(
+    image: str,
+    source: Source,
+    x: np.ndarray,
+    device: torch.device,
+    memory: Memory,
+    args: argparse.Namespace,
+    tick: Callable[[], None],
+) -> list[Point]:
+    """The points of an image and a codec, remembered if possible, with its pictures saved if asked for."""
+    known = memory.recall(x, source)
+    if known is not None and not args.save_images:
+        return [replace(point, image=image) for point in known]
+    folder = args.output / "pictures" / image
+    if args.save_images:
+        folder.mkdir(parents=True, exist_ok=True)
+    points = []
+    for i, coded in enumerate(source.run(x)):
+        point = replace(known[i], image=image) if known else measure(image, source.name, x, coded, device)
+        if args.save_images:
+            point = replace(point, picture=f"pictures/{image}/{save_picture(source, coded, folder)}")
+        points.append(point)
+        tick()
+    if known is None:
+        memory.keep(x, source, [replace(point, picture="") for point in points])
+    return points
+
+
+def report(
+    points: Sequence[Point],
+    sources: Sequence[Source],
+    overlays: dict[str, list[Point]],
+    sizes: dict[str, list[list[int]]],
+    args: argparse.Namespace,
+) -> None:
+    """Writes tables, curves and plots, and prints the tables."""
+    curves = {source.name: mean_curve(point for point in points if point.codec == source.name) for source in sources}
+    mine = [point for point in points if point.codec == sources[0].name]
+    count = len({point.image for point in mine})
+    large = len({point.image for point in mine if not np.isnan(point.ms_ssim)})
     exception = f", MS-SSIM of the {large} with sides of at least {MS_SSIM_MIN_SIDE}" if large < count else ""
-    descriptions = {label: f"weights {codec.name} ({codec.fingerprint.hex()}), 1 to {args.iterations} iterations"}
-    descriptions["jpeg"] = f"JPEG 4:2:0, optimized Huffman tables, quality {QUALITIES[0]} to {QUALITIES[-1]}"
-    for codec_name, curve in curves.items():
-        description = f"{descriptions[codec_name]}; whole files, mean of {count} images{exception}"
-        atomic_write(args.output / f"{codec_name}.json", to_json(curve, description).encode())
-    for file, rows in (("points.csv", points), ("mean.csv", curves)):
-        atomic_write(args.output / file, to_csv(point for curve in rows.values() for point in curve).encode())
-    drawn = {label: curves[label], **{name.upper(): curves[name] for name in args.baselines}}
-    atomic_write(args.output / "rate_distortion.png", plot(drawn))
-    if coders:
+    for source in sources:
+        description = f"{source.description}; whole files, mean of {count} images{exception}"
+        text = to_json(curves[source.name], source.name, description)
+        atomic_write(args.output / f"{source.name}.json", text.encode())
+    atomic_write(args.output / "points.csv", to_csv(points).encode())
+    atomic_write(args.output / "mean.csv", to_csv(point for curve in curves.values() for point in curve).encode())
+    drawn = {source.title: curves[source.name] for source in sources if source.count > 1} | overlays
+    drawing = figure(drawn, list(overlays))
+    for format in ("png", "svg"):
+        atomic_write(args.output / f"rate_distortion.{format}", rendered(drawing, format))
+    console = Console()
+    if sizes:
         mean = {name: np.mean(each, axis=0) for name, each in sizes.items()}
         text = "coder,iteration,bytes\n"
         text += "".join(f"{name},{t},{size}\n" for name, each in mean.items() for t, size in enumerate(each, 1))
         atomic_write(args.output / "coders.csv", text.encode())
-        Console().print(coder_table(mean))
-    Console().print(table(curves[label], {name: curves[name] for name in args.baselines}, f"{count} images{exception}"))
-    return failures
+        console.print(coder_table(mean))
+    first, *rest = drawn
+    console.print(curve_table(drawn[first], {name: drawn[name] for name in rest}, f"{count} images{exception}"))
+    if len(drawn) > 1:
+        console.print(summary_table(drawn))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status, 1 if anything failed."""
-    parser = argparse.ArgumentParser(prog="evaluate.py", description="Measures a codec on photographs, beside JPEG.")
+    parser = argparse.ArgumentParser(prog="evaluate.py", description="Measures a codec on photographs, beside others.")
     parser.add_argument("images", nargs="+", type=Path, help="image files and folders")
     parser.add_argument("--weights", default="small", help="name of shipped weights, or a file (default: small)")
     parser.add_argument("--iterations", type=int, default=MAX_ITERATIONS, help="iterations to measure (default: all)")
@@ -392,8 +568,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--baselines",
         nargs="*",
         choices=BASELINES,
-        default=["jpeg"],
-        help="codecs to measure beside it (default: jpeg)",
+        default=["jpeg", "jpeg2000", "webp", "avif"],
+        help="codecs to measure beside it (default: jpeg, jpeg2000, webp, avif)",
+    )
+    shipped = ", ".join(sorted(path.stem for path in PUBLISHED.glob("*.json")))
+    parser.add_argument(
+        "--overlay",
+        nargs="*",
+        metavar="CURVE",
+        default=[],
+        help=f"curves of others: JSON files as this program writes them, or of those for Kodak: {shipped}",
     )
     parser.add_argument(
         "--coders",
@@ -402,6 +586,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="compare the entropy coders; weights of the same codec add their context models",
     )
     parser.add_argument("--save-images", action="store_true", help="write the decoded images and comparisons")
+    user_cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    parser.add_argument(
+        "--cache-dir",
+        type=Path,
+        default=user_cache / "rnncodec" / "results",
+        help="folder that remembers what has been measured (default: rnncodec/results in the user's cache folder)",
+    )
     args = parser.parse_args(argv)
     if not 1 <= args.iterations <= MAX_ITERATIONS:
         parser.error(f"--iterations must be in 1..{MAX_ITERATIONS}")
