@@ -109,7 +109,7 @@ def test_json_and_back(tmp_path):
     path.write_text(text)
     name, again = from_json(path)
     assert name == "mine"
-    assert [(p.bpp, p.psnr) for p in again][0] == (0.25, 30)
+    assert (again[0].bpp, again[0].psnr) == (0.25, 30)
     assert math.isnan(again[1].psnr)
     assert samples(again, "psnr")[0].tolist() == [0.25]
     for bad in (
