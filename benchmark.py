@@ -2,6 +2,7 @@
 
     python benchmark.py                 a few minutes; generates its images
     python benchmark.py --root PHOTOS   takes the data stream from a folder
+    python benchmark.py --image PHOTO   codes a photograph instead of a generated image
 
 Three questions are answered. Does the data keep up: patches a second of the data stream alone, over those that training
 `small` consumes. And what do a train step, encoding and decoding cost: `small` and the configuration of T17, in eager
@@ -36,7 +37,7 @@ from rich.table import Table
 from rnncodec.codec import Codec
 from rnncodec.data import PatchDataModule
 from rnncodec.format import RAW, read_header
-from rnncodec.images import atomic_write, find_images, load_image, save_image
+from rnncodec.images import atomic_write, load_image, save_image
 from rnncodec.network import NetworkConfig, RecurrentCodec
 from rnncodec.training import CodecTraining
 from rnncodec.weights import load_weights, save_weights
@@ -55,7 +56,7 @@ class Scale:
         seconds: for which the data stream is read in each turn.
         steps: train steps of `small` in each turn against the data stream.
         batch_size, iterations: of the train steps whose cost is compared.
-        size: width and height of the image to encode and decode.
+        size: width and height of the image to encode and decode, if it is generated.
         coded: iterations to encode and decode.
         entropy_coded: iterations to encode and decode with and without entropy coding.
         images: generated for the data stream.
@@ -195,6 +196,7 @@ def compare_stream(
 def compare_costs(
     configs: dict[str, dict[str, Any]],
     data: PatchDataModule,
+    x: np.ndarray,
     scale: Scale,
     compile: bool,
     folder: Path,
@@ -205,7 +207,6 @@ def compare_costs(
     variants: list[tuple[str, Mode]] = [(name, mode) for name in configs for mode in modes]
     training = {(n, m): make_training(configs[n], scale.iterations, m, compile) for n, m in variants}
     codecs = {(n, m): make_codec(training[n, m].network.config, folder, m, compile) for n, m in variants}
-    x = generate_image(*scale.size, seed=0)
     seconds: dict[tuple[str, Mode], dict[str, list[float]]] = {
         variant: {"train step": [], "encode": [], "decode": []} for variant in variants
     }
@@ -277,6 +278,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status, 1 if the data stream is too slow."""
     parser = argparse.ArgumentParser(prog="benchmark.py", description="Compares speeds on this machine, as ratios.")
     parser.add_argument("--root", type=Path, help="photographs for the data stream (default: generated)")
+    parser.add_argument("--image", type=Path, help="photograph to encode and decode (default: generated)")
     parser.add_argument("--config", type=Path, help="training to compare with T17's (default: configs/small.yaml)")
     parser.add_argument("--compile", action="store_true", help="compile the step in the fastest mode")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, only to see that everything runs")
@@ -320,6 +322,7 @@ def measure(
             raise ValueError("not of a codec's training")
     except (yaml.YAMLError, TypeError, KeyError, ValueError) as error:
         raise ValueError(f"{file}: not a config with a model") from error
+    x = load_image(args.image) if args.image else generate_image(*scale.size, seed=0)
     shipped = Codec(load_weights())
     if shipped.context is None:
         raise ValueError("the shipped weights have no context model to measure")
@@ -345,9 +348,7 @@ def measure(
             progress.advance(task)
 
         stream = compare_stream(small, data, scale, args.compile, tick)
-        costs = compare_costs(configs, few, scale, args.compile, folder, tick)
-        wide, tall = scale.size
-        x = load_image(find_images([args.root])[0])[:tall, :wide] if args.root else generate_image(wide, tall, seed=0)
+        costs = compare_costs(configs, few, x, scale, args.compile, folder, tick)
         entropy = compare_entropy(shipped, x, scale, tick)
     return stream, costs, entropy
 

@@ -164,25 +164,27 @@ class Conv(Layer):
     exponent: int  # of the grid of the weights, once they are quantized
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, in, H, W] to [B, out, H, W]."""
+        """[B, in, H, W] to [B, out, H, W]; of an exact layer, input channels that are left out at the end are zeros."""
         if not self.exact:
             return F.conv2d(x, self.weight * self.mask, self.bias, padding=self.padding)
         # As a matrix product, because libraries may convolve by transforms that are not exact; in bands of rows,
         # because its columns take so much more memory than x.
-        (batch, _, height, width), (down, across) = x.shape, self.padding
+        (batch, channels, height, width), (down, across) = x.shape, self.padding
+        if not channels:
+            bias = self.weight.new_zeros(()) if self.bias is None else snap(self.bias, STEP)[:, None, None]
+            return bias.expand(batch, len(self.weight), height, width)
         x = F.pad(x, (across, across, down, down))
         rows = max(1, BAND // (batch * width * self.weight[0].numel()))
         bands = []
         for top in range(0, height, rows):
             band = x[:, :, top : min(top + rows, height) + 2 * down]
-            columns = F.unfold(band, self.weight.shape[2:]).transpose(1, 2)
-            bands.append(self.at(columns).transpose(1, 2).unflatten(2, (-1, width)))
+            bands.append(self.at(F.unfold(band, self.weight.shape[2:])).unflatten(2, (-1, width)))
         return torch.cat(bands, dim=2)
 
     def at(self, columns: Tensor) -> Tensor:
-        """The exact output where `columns` [..., in * kernel] lie around: [..., out]."""
-        out = columns @ self.weight.flatten(1).T
-        return snap(out if self.bias is None else out + self.bias, STEP)
+        """The exact output [..., out, N] at N locations, around which `columns` [..., in * kernel, N] lie."""
+        out = self.weight.flatten(1)[:, : columns.shape[-2]] @ columns
+        return snap(out if self.bias is None else out + self.bias[:, None], STEP)
 
     @torch.no_grad()
     def quantize(self) -> None:
@@ -313,16 +315,15 @@ class Sequential(Layer):
         beside, above = features.unfold(2, 3, 1), hidden.unfold(2, 3, 1)
 
         def columns(view: Tensor, y: Tensor, x: Tensor) -> Tensor:
-            return view[:, y, x].transpose(0, 1).flatten(1)
+            return view[:, y, x].movedim(1, -1).flatten(0, -2)
 
         for y, x in self.waves(height, width):
             y, x = y.to(prior.device), x.to(prior.device)
-            features[:channels, y, x + 1] = self.tanh(self.context.at(columns(around, y, x))).T
+            features[:channels, y, x + 1] = self.tanh(self.context.at(columns(around, y, x)))
             gates = self.input.at(columns(beside, y, x)) + self.hidden.at(columns(above, y, x))
-            new_hidden, new_memory = self.lstm(gates, memory[:, y, x].T)
-            hidden[:, y + 1, x + 1], memory[:, y + 1, x] = new_hidden.T, new_memory.T
-            logits = self.output.at(self.tanh(self.middle.at(new_hidden)))
-            found = torch.from_numpy(read(probability(logits).flatten().cpu().numpy())).to(prior.device)
+            hidden[:, y + 1, x + 1], memory[:, y + 1, x] = self.lstm(gates, memory[:, y, x], dim=0)
+            logits = self.output.at(self.tanh(self.middle.at(hidden[:, y + 1, x + 1])))
+            found = torch.from_numpy(read(probability(logits.T).flatten().cpu().numpy())).to(prior.device)
             plane[:, y + r, x + r] = (found.view(-1, bits).T.to(prior.dtype)) * 2 - 1
         return plane[None, :, r:-r, r:-r]
 
@@ -365,6 +366,8 @@ class Parallel(Layer):
     def _pass(self, turn: int, known: Tensor, from_prior: Tensor) -> Tensor:
         """Logits of all bits given the known ones (0 stands for an unknown one)."""
         bias = self.turn[turn][:, None, None]
+        if self.exact:
+            known = known[:, : known.shape[1] // self.groups * ((turn + 1) // 2)]  # nothing is known of the others
         x = self.known(known) + from_prior + bias
         return self.output(self.tanh(self.middle(self.tanh(x))))
 

@@ -24,7 +24,7 @@ def test_a_quick_run_reports_every_ratio(tmp_path, capsys):
     assert set(result["cost"]) == {f"{name}, {mode}" for name in ("T17", "debug") for mode in ("float32", "fastest")}
     assert set(result["stream_over_training"]) == {"2 iterations", "4 iterations"}
     assert result["cost"]["T17, float32"]["encode"]["median"] == 1
-    assert "entropy coding" in capsys.readouterr().out
+    assert "time of entropy" in capsys.readouterr().out  # the title of the last table, which may be broken
 
 
 def test_errors_are_one_line_before_anything_is_measured(tmp_path, capsys):
