@@ -86,7 +86,7 @@ def test_bd_rate_tells_the_overlap_and_ignores_points_that_are_no_better():
 def test_csv_and_back():
     points = [
         Point('a,"b"', "codec", 1, 100, 0.25, psnr=math.inf, picture="pictures/a/1.png"),
-        Point("ü", "codec", 0.125, 1e6 / 3, 1 / 3, 0.3, 1.5, 30.25, 0.5, 29, 31, 0.5, 0.25),
+        Point("ü", "codec", 0.125, 1e6 / 3, 1 / 3, 0.3, 1.5, 30.25, 0.5, 29.0, 31.0, 0.5, 0.25),
     ]
     again = from_csv(to_csv(points))
     for point, copy in zip(points, again, strict=True):
