@@ -155,9 +155,11 @@ def mean_points(points: Iterable[Point]) -> list[Point]:
         groups.setdefault((point.codec, point.setting), []).append(point)
     means = []
     for (codec, setting), group in groups.items():
-        columns = ([getattr(point, number) for point in group] for number in NUMBERS)
-        measured = ([value for value in column if not math.isnan(value)] for column in columns)
-        means.append(Point("mean", codec, setting, *(sum(v) / len(v) if v else math.nan for v in measured), ""))
+        numbers = {}
+        for number in NUMBERS:
+            measured = [value for point in group if not math.isnan(value := getattr(point, number))]
+            numbers[number] = sum(measured) / len(measured) if measured else math.nan
+        means.append(Point("mean", codec, setting, picture="", **numbers))
     return means
 
 
@@ -186,7 +188,8 @@ def _point(row: dict[str, str]) -> Point:
             raise ValueError(f"{column} cannot be {row[column]!r}")
         return value
 
-    point = Point(row["image"], row["codec"], row["setting"], *map(number, NUMBERS), row["picture"])
+    numbers = {column: number(column) for column in NUMBERS}
+    point = Point(row["image"], row["codec"], row["setting"], picture=row["picture"], **numbers)
     if point.codec.startswith("rnncodec") and not point.setting.isdecimal():
         raise ValueError(f"iterations are a whole number, not {point.setting!r}")
     return point

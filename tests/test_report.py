@@ -15,6 +15,9 @@ import numpy as np
 import pytest
 from PIL import Image
 from selenium.webdriver import ActionChains, Keys
+from selenium.webdriver.common.actions import interaction
+from selenium.webdriver.common.actions.action_builder import ActionBuilder
+from selenium.webdriver.common.actions.pointer_input import PointerInput
 from selenium.webdriver.common.actions.wheel_input import ScrollOrigin
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import Select, WebDriverWait
@@ -408,7 +411,7 @@ def test_sliding_shows_each_iteration(shared, browser, open_page):
     press(browser, Keys.ARROW_RIGHT)
     press(browser, Keys.ARROW_RIGHT)
     assert "iteration 4" in text(browser, "#our-values")
-    assert text(browser, "#count") == "4 of 4"
+    assert text(browser, "#count") == "iteration 4 of 4"
     find(browser, "#iteration").send_keys(Keys.HOME)
     assert "iteration 1" in text(browser, "#our-values")
 
@@ -429,8 +432,7 @@ def test_the_other_codec_has_the_same_bytes(shared, browser, open_page):
     for (index, quality), note in notes.items():
         slide(browser, index)
         values = text(browser, "#their-values")
-        assert values.startswith(f"JPEG, quality {quality} bytes {sizes[quality]:,} bpp ")
-        assert values.endswith(note)
+        assert values.startswith(f"JPEG, quality {quality} {note} bytes {sizes[quality]:,} bpp ")
         coded = (shared / f"pictures/image-0/jpeg-{quality}.jpg").read_bytes()
         assert find(browser, "#theirs img").get_attribute("src").endswith(base64.b64encode(coded).decode())
     assert find(browser, "#theirs img").get_attribute("alt") == "alpha, JPEG, quality 90"
@@ -449,17 +451,19 @@ def test_wiper(shared, browser, open_page):
     divider, width = find(browser, "#divider"), find(browser, "#stage").size["width"]
 
     def clip():
-        return find(browser, "#theirs").value_of_css_property("clip-path")
+        value = find(browser, "#theirs").value_of_css_property("clip-path")
+        (left,) = re.findall(r"^inset\(0px 0px 0px ([\d.]+)%\)$", value)
+        return float(left)
 
-    assert clip() == "inset(0px 0px 0px 50%)"
+    assert clip() == 50
     ActionChains(browser).drag_and_drop_by_offset(divider, 200, 0).perform()
-    left = float(re.fullmatch(r"inset\(0px 0px 0px ([\d.]+)%\)", clip())[1])
+    left = clip()
     assert left == pytest.approx(50 + 100 * 200 / width, abs=0.2)
     assert placement(browser, "#ours") == placement(browser, "#theirs")
     divider.send_keys(Keys.ARROW_LEFT)
-    assert float(clip()[20:-2]) == pytest.approx(left - 1, abs=0.02)
+    assert clip() == pytest.approx(left - 1, abs=0.02)
     divider.send_keys(Keys.END)
-    assert clip() == "inset(0px 0px 0px 100%)"
+    assert clip() == 100
     assert divider.get_attribute("aria-valuenow") == "100"
     assert "iteration 4" in text(browser, "#our-values")  # the keys of the divider are its own
 
@@ -567,7 +571,7 @@ def test_curves_and_table(shared, browser, open_page):
     legend = [button.text for button in browser.find_elements(By.CSS_SELECTOR, "#legend button")]
     assert sorted(legend) == sorted([CODEC, "JPEG", "WebP", "AVIF", "JPEG 2000", "JPEG XL"])  # PNG has no curve
     assert legend[0] == CODEC
-    assert "PNG, without loss: " in text(browser, "caption")
+    assert "PNG, without loss: " in text(browser, "#notes")
 
     button = find(browser, f"#legend button:nth-child({legend.index('JPEG') + 1})")
     assert browser.find_elements(By.CSS_SELECTOR, "#chart g[data-codec=jpeg] path")
@@ -583,23 +587,35 @@ def test_curves_and_table(shared, browser, open_page):
         values = [float(row[column]) for row in rows if row[column]]
         return sum(values) / len(values)
 
+    def whole(value):
+        return f"{math.floor(value + 0.5):,}"
+
     rates, levels = zip(*((mean("jpeg", q, "bpp"), mean("jpeg", q, "psnr")) for q in QUALITIES["jpeg"]), strict=True)
     cells = [[cell.text for cell in row.find_elements(By.CSS_SELECTOR, "td")] for row in rows_in(browser)]
     assert [row[0] for row in cells] == ["1", "2", "4"]
     names = [cell.text for cell in browser.find_elements(By.CSS_SELECTOR, "thead tr:last-child th")]
     for t, row in zip((1, 2, 4), cells, strict=True):
         bpp = mean(CODEC, t, "bpp")
-        assert row[1:4] == [f"{mean(CODEC, t, 'bytes'):,.0f}", f"{bpp:.4f}", f"{20.5 + 2 * t:.2f}"]
+        assert row[1:4] == [whole(mean(CODEC, t, "bytes")), f"{bpp:.4f}", f"{20.5 + 2 * t:.2f}"]
         assert row[4:6] == [f"{0.9 + t / 1000:.4f}", f"{21.5 + 2 * t:.2f}"]
         expected = f"{np.interp(bpp, rates, levels):.2f}" if rates[0] <= bpp <= rates[-1] else "–"
         assert row[6 + names.index("JPEG")] == expected
     assert cells[0][6 + names.index("JPEG")] == "–"
     assert cells[1][6 + names.index("JPEG")] != "–"
 
+    for anchor, at, axis, level in (("middle", "x", "cx", mean(CODEC, 1, "bpp")), ("end", "y", "cy", 22.5)):
+        ticks = browser.find_elements(By.CSS_SELECTOR, f"#chart text[text-anchor={anchor}]")
+        ticks = [(float(t.get_attribute(at)), float(t.text)) for t in ticks if t.text[0].isdigit()]
+        assert len(ticks) >= 4
+        slope, offset = np.polyfit(*zip(*ticks, strict=True), 1)
+        position = float(find(browser, "#chart .ours circle").get_attribute(axis))
+        shift = 0 if at == "x" else 4  # the baseline of a text lies below its middle
+        assert slope * (position + shift) + offset == pytest.approx(level, abs=abs(slope))
+
     ActionChains(browser).move_to_element(find(browser, "#chart .ours circle")).perform()
     tip = text(browser, "#tip")
-    assert tip.startswith(f"{CODEC} iteration 1 {mean(CODEC, 1, 'bytes'):,.0f} bytes {mean(CODEC, 1, 'bpp'):.4f} bpp")
-    assert "PSNR 22.50 dB" in tip
+    rate = f"{whole(mean(CODEC, 1, 'bytes'))} bytes {mean(CODEC, 1, 'bpp'):.4f} bpp"
+    assert tip.startswith(f"{CODEC} iteration 1 {rate} PSNR 22.50 dB")
 
     find(browser, "#metric button[value=ms_ssim]").click()
     assert text(browser, "thead th[colspan]") == "MS-SSIM of others at the same bpp"
@@ -640,6 +656,11 @@ def test_fits_a_phone(shared, browser, open_page):
         open_page(shared)
         wait(browser, lambda: placement(browser, "#ours")[0] > 1)
         assert browser.execute_script("return document.documentElement.scrollWidth") == 390
+        finger = ActionBuilder(browser, mouse=PointerInput(interaction.POINTER_TOUCH, "finger"))
+        finger.pointer_action.move_to(find(browser, "#divider")).pointer_down().move_by(-78, 0).pointer_up()
+        finger.perform()
+        value = find(browser, "#theirs").value_of_css_property("clip-path")
+        assert float(value.split()[-1].rstrip("%)")) == pytest.approx(30, abs=0.3)
         find(browser, "#mode button[value=side]").click()
         upper, lower = find(browser, "#ours").rect, find(browser, "#theirs").rect
         assert upper["y"] + upper["height"] <= lower["y"]
