@@ -607,7 +607,8 @@ def test_curves_and_table(shared, browser, open_page):
         ticks = browser.find_elements(By.CSS_SELECTOR, f"#chart text[text-anchor={anchor}]")
         ticks = [(float(t.get_attribute(at)), float(t.text)) for t in ticks if t.text[0].isdigit()]
         assert len(ticks) >= 4
-        slope, offset = np.polyfit(*np.array(ticks).T, 1)
+        places, levels = np.array(ticks).T
+        slope, offset = np.polyfit(places, levels, 1)
         position = float(find(browser, "#chart .ours circle").get_attribute(axis))
         shift = 0 if at == "x" else 4  # the baseline of a text lies below its middle
         assert slope * (position + shift) + offset == pytest.approx(level, abs=abs(slope))
