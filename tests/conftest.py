@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import skimage
 import torch
+from selenium import webdriver
 
 PHOTOS = ("astronaut.png", "coffee.png", "chelsea.png", "rocket.jpg")
 
@@ -20,6 +21,8 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason="takes minutes; run with --runslow"))
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        if "browser" in item.keywords and not (shutil.which("chromium") and shutil.which("chromedriver")):
+            item.add_marker(pytest.mark.skip(reason="needs chromium and chromedriver"))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -35,3 +38,27 @@ def photos(tmp_path_factory) -> Path:
     for name in PHOTOS:
         shutil.copy(Path(skimage.__file__).parent / "data" / name, folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory):
+    """Chromium without a window; its logs hold what went wrong and what was requested."""
+    options = webdriver.ChromeOptions()
+    options.binary_location = shutil.which("chromium") or ""
+    for argument in (
+        "headless",
+        "no-sandbox",
+        "disable-gpu",
+        "disable-quic",
+        "no-first-run",
+        "disable-background-networking",
+        "disable-component-update",
+        "disable-sync",
+        "window-size=1280,900",
+        f"user-data-dir={tmp_path_factory.mktemp('browser')}",
+    ):
+        options.add_argument(f"--{argument}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(shutil.which("chromedriver")))
+    yield driver
+    driver.quit()
