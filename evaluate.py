@@ -54,6 +54,7 @@ from rnncodec.entropy import CLASSICAL, ContextSession, EntropyName
 from rnncodec.format import read_header, truncate
 from rnncodec.images import atomic_write, find_images, load_image, save_image
 from rnncodec.metrics import MS_SSIM_MIN_SIDE, RATES, l1, ms_ssim, psnr, psnr_hvs
+from rnncodec.report import write_report
 
 PANEL = (224, 224)  # pixels of a picture in a comparison, six beside each other
 PUBLISHED = Path(rnncodec.__file__).parent / "published"
@@ -488,7 +489,9 @@ def evaluate(args: argparse.Namespace, console: Console) -> int:
                 sizes[coder].append(each)
     if not points:
         raise ValueError("no image could be measured")
-    report(points, sources, overlays, sizes, args)
+    summarize(points, sources, overlays, sizes, args)
+    if args.save_images:
+        write_report(args.output)
     return failures
 
 
@@ -520,7 +523,7 @@ def measured_points(
     return points
 
 
-def report(
+def summarize(
     points: Sequence[Point],
     sources: Sequence[Source],
     overlays: dict[str, list[Point]],

@@ -6,7 +6,7 @@ import json
 import math
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -163,7 +163,8 @@ def to_csv(points: Iterable[Point]) -> str:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(field.name for field in fields(Point))
     for point in points:
-        writer.writerow("" if value != value else value for value in astuple(point))
+        row = replace(point, setting=f"{point.setting:g}")  # a number of iterations is a whole one
+        writer.writerow("" if value != value else value for value in astuple(row))
     return text.getvalue()
 
 
