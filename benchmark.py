@@ -245,7 +245,8 @@ def compare_entropy(codec: Codec, x: np.ndarray, scale: Scale, tick: Callable[[]
         file = timed(coder, lambda bits=bits: codec.write_bits(bits, height, width, "context"))
         if scale is not QUICK and any(it.coding == RAW for it in read_header(file).iterations):
             print(
-                "benchmark: bits of this image do not shrink and are not decoded; --root gives others", file=sys.stderr
+                "benchmark: bits of this image do not shrink and are not decoded; --image takes another",
+                file=sys.stderr,
             )
         timed(decoder, lambda file=file: codec.read_bits(file))
         tick()

@@ -169,10 +169,7 @@ class Conv(Layer):
             return F.conv2d(x, self.weight * self.mask, self.bias, padding=self.padding)
         # As a matrix product, because libraries may convolve by transforms that are not exact; in bands of rows,
         # because its columns take so much more memory than x.
-        (batch, channels, height, width), (down, across) = x.shape, self.padding
-        if not channels:
-            bias = self.weight.new_zeros(()) if self.bias is None else snap(self.bias, STEP)[:, None, None]
-            return bias.expand(batch, len(self.weight), height, width)
+        (batch, _, height, width), (down, across) = x.shape, self.padding
         x = F.pad(x, (across, across, down, down))
         rows = max(1, BAND // (batch * width * self.weight[0].numel()))
         bands = []
@@ -367,7 +364,8 @@ class Parallel(Layer):
         """Logits of all bits given the known ones (0 stands for an unknown one)."""
         bias = self.turn[turn][:, None, None]
         if self.exact:
-            known = known[:, : known.shape[1] // self.groups * ((turn + 1) // 2)]  # nothing is known of the others
+            groups = max(1, (turn + 1) // 2)  # nothing is known of the others
+            known = known[:, : known.shape[1] // self.groups * groups]
         x = self.known(known) + from_prior + bias
         return self.output(self.tanh(self.middle(self.tanh(x))))
 

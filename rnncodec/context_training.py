@@ -165,7 +165,7 @@ class JointTraining(CodecTraining):
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
-        _check_unroll(self, min([self.iterations, *self.growth.values()]), [self.context.config])
+        _check_unroll(self, self.fewest_iterations(), [self.context.config])
 
     def loss(self, x: Tensor, steps: list[Step]) -> Tensor:
         rate = self.rate(torch.stack([step.bits for step in steps]))

@@ -158,6 +158,10 @@ class CodecTraining(Training):
         start = max((start for start in self.growth if start <= step), default=None)
         return self.iterations if start is None else min(self.iterations, self.growth[start])
 
+    def fewest_iterations(self) -> int:
+        """Iterations that are unrolled at some time, at the least."""
+        return min([self.iterations, *self.growth.values()])
+
     def configure_optimizers(self) -> Any:
         if self.optimizer == "muon":
             groups = parameter_groups(self, self.learning_rate, self.muon_learning_rate)
@@ -168,7 +172,7 @@ class CodecTraining(Training):
 
     def on_fit_start(self) -> None:
         recurrent = "none" not in (self.network.config.encoder_cell, self.network.config.decoder_cell)
-        if recurrent and self.trainer.world_size > 1 and min(self.iterations, *self.growth.values(), 2) < 2:
+        if recurrent and self.trainer.world_size > 1 and self.fewest_iterations() < 2:
             raise ValueError("several processes need at least 2 iterations: in one, hidden kernels have no gradient")
 
     def training_step(self, x: Tensor, batch_idx: int) -> Tensor:
