@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import skimage
 import torch
+from selenium import webdriver
 
 PHOTOS = ("astronaut.png", "coffee.png", "chelsea.png", "rocket.jpg")
 
@@ -39,15 +40,12 @@ def photos(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture
-def browser(tmp_path):
-    """A headless Chromium with a profile of its own, driven by Selenium."""
-    from selenium import webdriver
-    from selenium.webdriver.chrome.service import Service
-
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory):
+    """Chromium without a window; its logs hold what went wrong and what was requested."""
     options = webdriver.ChromeOptions()
-    options.binary_location = shutil.which("chromium")
-    for switch in (
+    options.binary_location = shutil.which("chromium") or ""
+    for argument in (
         "headless",
         "no-sandbox",
         "disable-gpu",
@@ -56,10 +54,11 @@ def browser(tmp_path):
         "disable-background-networking",
         "disable-component-update",
         "disable-sync",
-        f"user-data-dir={tmp_path / 'browser'}",
         "window-size=1280,900",
+        f"user-data-dir={tmp_path_factory.mktemp('browser')}",
     ):
-        options.add_argument(f"--{switch}")
-    driver = webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
+        options.add_argument(f"--{argument}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(shutil.which("chromedriver")))
     yield driver
     driver.quit()

@@ -17,6 +17,7 @@ from collections import Counter
 from contextlib import closing, contextmanager
 from dataclasses import astuple, fields, replace
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
@@ -516,8 +517,8 @@ class Client:
     """Speaks HTTP to a server, a connection for each request."""
 
     def __init__(self, url):
-        host, port = re.fullmatch(r"http://(.*):(\d+)/", url).groups()
-        self.host, self.port = host, int(port)
+        address = urlsplit(url)
+        self.host, self.port = str(address.hostname), int(address.port or 0)
 
     def request(self, method, path, body=None, **headers):
         """Status, headers and body of the answer; headers given as None are not sent."""
@@ -592,8 +593,8 @@ def test_a_vote_is_stored(client, study, path):
 
 def test_until_the_end_and_back(client, study, path):
     for trial in study.trials(ADA):
-        status, state = client.vote(trial.token)
-        assert status == 200
+        assert client.vote(trial.token)[0] == 200
+    state, trial = client.state(), study.trials(ADA)[-1]
     assert (state["done"], state["total"], state["trials"]) == (23, 23, [])
     assert client.vote(trial.token)[0] == 409
     status, state = client.post("/undo", {"rater": ADA, "trial": trial.token})
@@ -950,6 +951,7 @@ def test_page(browser, results):
     with running(results) as (process, client):
         url = f"http://127.0.0.1:{client.port}/"
         page = Rater(browser)
+        severe(browser)  # of other tests
         browser.get(url)
         page.wait_for("welcome")
         page.find("name").send_keys("Ada")
