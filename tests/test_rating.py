@@ -113,6 +113,16 @@ def rows_of(path):
         return [dict(row) for row in database.execute("SELECT * FROM votes ORDER BY rowid")]
 
 
+@pytest.fixture
+def not_serving(monkeypatch):
+    """If the command serves where it should fail, it ends at once."""
+
+    def interrupt(server):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Server, "serve_forever", interrupt)
+
+
 # What is compared
 
 
@@ -155,7 +165,7 @@ def test_matching_rule():
     assert sizes_at(match(three + other, [0.4])) == sizes_at(match(three, [0.4]))
 
 
-def test_nothing_to_compare(results, capsys):
+def test_nothing_to_compare(results, not_serving, capsys):
     rows = read_rows(results)
     no_pictures = [[*row[:-1], ""] for row in rows]
     only = {name: [row for row in rows if row[1] == name] for name in ("jpeg", "rnncodec-small")}
@@ -198,7 +208,7 @@ def changed(rows, column, value):
         ("bpp", "-1", "-1 bpp"),
     ],
 )
-def test_faulty_points(results, capsys, column, value, said):
+def test_faulty_points(results, not_serving, capsys, column, value, said):
     for place in (results.parent / "secret.png", results.parent / "outside" / "original.png"):
         place.parent.mkdir(exist_ok=True)
         Image.new("RGB", (64, 64)).save(place)
@@ -210,7 +220,7 @@ def test_faulty_points(results, capsys, column, value, said):
     assert said in captured.err
 
 
-def test_not_points(results, capsys):
+def test_not_points(results, not_serving, capsys):
     path = results / "points.csv"
     rows = path.read_bytes().splitlines(keepends=True)
     for content in (
@@ -483,7 +493,7 @@ time.sleep(600)
     assert Votes(path, create=False).all() == [vote()]
 
 
-def test_other_databases_are_refused_and_left_alone(results, capsys):
+def test_other_databases_are_refused_and_left_alone(results, not_serving, capsys):
     path = results / "votes.sqlite"
     contents = {"text": b"these are no votes, but quite a long text" * 100}
     for name, schema in (
@@ -863,7 +873,7 @@ def test_scores(results, capsys, monkeypatch):
     assert "repeats answered as the first time: 0 of 0" in out
 
 
-def test_wrong_usage(results, capsys):
+def test_wrong_usage(results, not_serving, capsys):
     for options in ("--json", "--port 65536", "--port x", "--rates 0", "--rates", "--rates nan"):
         with pytest.raises(SystemExit) as error:
             main(["rate", str(results), *options.split()])
