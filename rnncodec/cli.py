@@ -1,4 +1,4 @@
-"""The command line: `rnncodec encode`, `decode`, `info`, `truncate` and `export`."""
+"""The command line: `rnncodec encode`, `decode`, `info`, `truncate`, `export` and `rate`."""
 
 import argparse
 import json
@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
@@ -16,12 +17,14 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from rnncodec import __version__, format, images
 from rnncodec.format import FormatError, Header
 
 if TYPE_CHECKING:
     from rnncodec.codec import Codec  # imported only by what needs a network, as torch takes seconds
+    from rnncodec.rating import Summary
 
 HEADER_BYTES = 4096  # no header is longer
 MAX_FILE_BYTES = 2**31  # 16 iterations of the largest image take half of it
@@ -188,10 +191,52 @@ def export(args: argparse.Namespace) -> int:
     return _each([Job(args.checkpoint, args.output, True)], work)
 
 
+def rate(args: argparse.Namespace) -> int:
+    """Serves pictures to people who rate them, or shows what came of it."""
+    from rnncodec.rating import Server, Study, Votes, summarize
+
+    if args.json and not args.scores:
+        raise UsageError("--json goes with --scores")
+    path = args.votes or args.results / "votes.sqlite"
+    if args.scores:
+        summary = summarize(Votes(path, create=False).all())
+        if args.json:
+            print(json.dumps(asdict(summary)))
+        else:
+            _print_scores(summary)
+        return 0
+    study = Study(args.results, args.rates)
+    votes = Votes(path)
+    with Server(study, votes, args.host, args.port) as server, suppress(KeyboardInterrupt):
+        comparisons, images = len(study.comparisons), len(study.checks)
+        print(f"{server.url} serves {comparisons} comparisons of {images} images; Ctrl-C ends it", flush=True)
+        server.serve_forever()
+    print(f"{_printable(str(path))}: {sum(vote.undone is None for vote in votes.all())} votes")
+    return 0
+
+
+def _print_scores(summary: "Summary") -> None:
+    table = Table("bpp", "codec", "score", "95 % interval", "beats the average", "votes")
+    for column in (table.columns[0], *table.columns[2:]):
+        column.justify = "right"
+    for score in summary.scores:
+        interval = f"{score.low:+.2f} to {score.high:+.2f}"
+        numbers = f"{score.score:+.2f}", interval, f"{score.probability:.1%}", str(score.votes)
+        table.add_row(f"{score.rate:g}", Text(_printable(score.codec)), *numbers)
+    Console(highlight=False).print(table)
+
+    def share(part: int, total: int) -> str:
+        return f"{part} of {total}" + (f" ({part / total:.0%})" if total else "")
+
+    print(f"{summary.votes} votes of {summary.raters} raters; excluded for wrong checks: {summary.excluded}")
+    print(f"checks right: {share(summary.right, summary.checks)}; undone votes: {summary.undone}")
+    print(f"repeats answered as the first time: {share(summary.consistent, summary.repeats)}")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("rnncodec", description="A recurrent progressive image codec.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="encode | decode | info | truncate | export")
+    commands = parser.add_subparsers(required=True, metavar="encode | decode | info | truncate | export | rate")
 
     def add(command: Callable[[argparse.Namespace], int], help: str, epilog: str = "") -> argparse.ArgumentParser:
         sub = commands.add_parser(
@@ -260,6 +305,24 @@ def _parser() -> argparse.ArgumentParser:
     kind.add_argument(
         "--context", metavar="MODEL", help="add this context model of the checkpoint to the weights that are in OUT"
     )
+
+    sub = add(rate, "serve a page where people say which of two reconstructions is closer to the original")
+    sub.add_argument("results", metavar="RESULTS", type=Path, help="what evaluate.py --save-images wrote")
+    sub.add_argument("--host", default="127.0.0.1", help="where to listen (default: %(default)s, this computer only)")
+    sub.add_argument("--port", metavar="N", type=_port, default=8000, help="0: any free one (default: %(default)s)")
+    sub.add_argument(
+        "--votes", metavar="FILE", type=Path, help="where votes are kept (default: votes.sqlite in RESULTS)"
+    )
+    sub.add_argument(
+        "--rates",
+        metavar="B",
+        nargs="+",
+        type=_positive,
+        default=[0.25, 0.5, 1.0],
+        help="bits per pixel near which codecs are compared, at matched bytes (default: 0.25 0.5 1.0)",
+    )
+    sub.add_argument("--scores", action="store_true", help="serve nothing, show the scores that the votes give")
+    sub.add_argument("--json", action="store_true", help="the scores as one JSON object")
     return parser
 
 
@@ -444,6 +507,13 @@ def _positive_int(text: str) -> int:
         if (value := int(text)) >= 1:
             return value
     raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, not {text}")
+
+
+def _port(text: str) -> int:
+    with suppress(ValueError):
+        if 0 <= (value := int(text)) < 2**16:
+            return value
+    raise argparse.ArgumentTypeError(f"must be a port from 0 to {2**16 - 1}, not {text}")
 
 
 def _complain(message: str) -> None:
