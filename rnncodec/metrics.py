@@ -179,11 +179,16 @@ def ms_ssim(x: Tensor, x_hat: Tensor) -> Tensor:
     with torch.autocast(x.device.type, enabled=False):  # bfloat16 is too coarse for variances of 8-bit values
         values = [
             multiscale_structural_similarity_index_measure(
-                image_hat[None].float(), image[None].float(), data_range=255.0, reduction="none", normalize="relu"
+                _channels_last(image_hat), _channels_last(image), data_range=255.0, reduction="none", normalize="relu"
             )
             for image, image_hat in zip(x, x_hat, strict=True)
         ]
     return torch.cat(values)
+
+
+def _channels_last(image: Tensor) -> Tensor:
+    """An image [3, H, W] as float32 [1, 3, H, W], in the memory format whose convolutions are fastest on a CPU."""
+    return image[None].float().contiguous(memory_format=torch.channels_last)
 
 
 def _check(x: Tensor, x_hat: Tensor) -> None:
