@@ -61,6 +61,7 @@ PANEL = (224, 224)  # pixels of a picture in a comparison, six beside each other
 PUBLISHED = Path(rnncodec.__file__).parent / "published"
 BROWSERS_SHOW = (".jpg", ".webp", ".avif", ".png")
 WINDOW = (0.25, 1.875)  # bits per pixel between which the area under a curve favours nobody
+COMMON = 0.75  # share of two curves' range of quality below which their BD-rate says little
 METRICS = (("psnr", 2), ("ms_ssim", 4))  # of the tables, with their digits
 CACHE_VERSION = 1  # of what is remembered: another one forgets it all
 
@@ -70,7 +71,7 @@ class Coded(NamedTuple):
 
     Attributes:
         setting: iterations, or what the codec calls quality.
-        bytes: of the whole file.
+        size: bytes of the whole file.
         x_hat: the reconstruction, uint8 [H, W, 3].
         file: the file itself, if it is one that browsers show.
         ideal_bytes: what the context model's probabilities alone would take.
@@ -79,7 +80,7 @@ class Coded(NamedTuple):
     """
 
     setting: float
-    bytes: int
+    size: int
     x_hat: np.ndarray
     file: bytes | None = None
     ideal_bytes: float = NAN
@@ -195,20 +196,20 @@ class Memory:
 
 def measure(image: str, codec: str, x: np.ndarray, coded: Coded, device: torch.device | str = "cpu") -> Point:
     """All metrics of one reconstruction of an image x, uint8 [H, W, 3]."""
-    tensors = tuple(torch.tensor(a, device=device).permute(2, 0, 1)[None] for a in (x, coded.x_hat))
+    original, x_hat = (torch.tensor(a, device=device).permute(2, 0, 1)[None] for a in (x, coded.x_hat))
     scale = 8 / (x.shape[0] * x.shape[1])
     return Point(
         image,
         codec,
         coded.setting,
-        coded.bytes,
-        bpp=scale * coded.bytes,
+        coded.size,
+        bpp=scale * coded.size,
         ideal_bpp=scale * coded.ideal_bytes,
-        l1=l1(*tensors).item(),
-        psnr=psnr(*tensors).item(),
-        ms_ssim=ms_ssim(*tensors).item(),
-        psnr_hvs=psnr_hvs(*tensors).item(),
-        psnr_hvs_m=psnr_hvs(*tensors, masking=True).item(),
+        l1=l1(original, x_hat).item(),
+        psnr=psnr(original, x_hat).item(),
+        ms_ssim=ms_ssim(original, x_hat).item(),
+        psnr_hvs=psnr_hvs(original, x_hat).item(),
+        psnr_hvs_m=psnr_hvs(original, x_hat, masking=True).item(),
         encode_seconds=coded.encode_seconds,
         decode_seconds=coded.decode_seconds,
     )
@@ -342,20 +343,32 @@ def compared(name: str, baseline: str, x: np.ndarray, points: Sequence[Point], f
     return comparison(x, columns) if columns else None
 
 
-def curve_table(curve: Sequence[Point], others: dict[str, list[Point]], images: str) -> Table:
-    """The mean curve, with PSNR and MS-SSIM of each other curve at the same bpp."""
+def curve_table(curve: Sequence[Point], images: str) -> Table:
+    """All metrics of a mean curve."""
     result = Table(title=f"{curve[0].codec}, mean of {images}")
-    names = [f"{name} {metric}" for name in others for metric in ("PSNR", "MS-SSIM")]
-    own_columns = ("iteration", "bytes", "bpp", "L1", "PSNR", "MS-SSIM", "PSNR-HVS", "PSNR-HVS-M")
-    for column in (*own_columns, *names):
-        result.add_column(column, justify="right")
+    for column in ("", "bytes", "bpp", "L1", "PSNR", "MS-SSIM", "PSNR-HVS", "PSNR-HVS-M"):
+        result.add_column(column, justify="right", no_wrap=True)
     for point in curve:
         values = [(point.bpp, 4), (point.l1, 2), (point.psnr, 2), (point.ms_ssim, 4)]
         values += [(point.psnr_hvs, 2), (point.psnr_hvs_m, 2)]
-        for other_curve in others.values():
-            values += [(interpolate(other_curve, metric, point.bpp), digits) for metric, digits in METRICS]
         cells = [number(value, digits) for value, digits in values]
-        result.add_row(f"{point.setting:g}", f"{point.bytes:.0f}", *cells)
+        result.add_row(f"{point.setting:g}", number(point.bytes, 0), *cells)
+    return result
+
+
+def rivals_table(curves: dict[str, list[Point]]) -> Table:
+    """PSNR and MS-SSIM of all mean curves at the bits per pixel of the first, after 1, 2, 4, 8 and 16 iterations."""
+    curve = next(iter(curves.values()))
+    result = Table(title="PSNR and MS-SSIM at the same bits per pixel")
+    for column in ("", "bpp", *curves):
+        result.add_column(column, justify="right", min_width=5)
+    for point in curve:
+        if point.setting in RATES:
+            cells = [
+                "\n".join(number(interpolate(each, metric, point.bpp), digits) for metric, digits in METRICS)
+                for each in curves.values()
+            ]
+            result.add_row(f"{point.setting:g}", number(point.bpp, 3), *cells, end_section=True)
     return result
 
 
@@ -363,19 +376,24 @@ def summary_table(curves: dict[str, list[Point]]) -> Table:
     """Areas under all curves, and how many more bits the first takes than each other."""
     (first, mine), *_ = curves.items()
     low, high = WINDOW
-    result = Table(title=f"area under the curve, and bits that {first} takes more than others for the same quality")
-    areas = [f"{metric}, {span}" for metric in ("PSNR", "MS-SSIM") for span in ("to 2 bpp", f"{low} to {high} bpp")]
-    for column in ("codec", *areas, "BD-rate PSNR", "BD-rate MS-SSIM"):
-        result.add_column(column, justify="left" if column == "codec" else "right")
+    result = Table(title=f"area under the curves, and bits that {first} takes more than others for the same quality")
+    spans = {"\nto 2 bpp": (None, 2.0), f"\n{low} to\n{high} bpp": WINDOW}
+    areas = [metric + span for metric in ("PSNR", "MS-SSIM") for span in spans]
+    for column in ("codec", *areas, "BD-rate\nPSNR", "BD-rate\nMS-SSIM"):
+        result.add_column(column, justify="left" if column == "codec" else "right", overflow="fold")
+    partial = False
     for name, curve in curves.items():
-        cells = [number(area(curve, metric, *span), 3) for metric, _ in METRICS for span in ((None, 2.0), WINDOW)]
+        cells = [number(area(curve, metric, *span), 3) for metric, _ in METRICS for span in spans.values()]
         for metric in ("psnr", "ms_ssim_db"):
             difference, overlap = bd_rate(curve, mine, metric)
-            text = "" if curve is mine else "-" if np.isnan(difference) else f"{difference:+.1f} %"
-            cells.append(
-                text + (f" (over {overlap:.0%} of both ranges)" if text.endswith("%") and overlap < 0.75 else "")
-            )
+            if curve is mine or np.isnan(difference):
+                cells.append("" if curve is mine else "-")
+            else:
+                partial |= overlap < COMMON
+                cells.append(f"{difference:+.1f} %" + "*" * (overlap < COMMON))
         result.add_row(name, *cells)
+    if partial:
+        result.caption = f"* the two curves share less than {COMMON:.0%} of their range of quality"
     return result
 
 
@@ -553,8 +571,9 @@ def summarize(
         atomic_write(args.output / "coders.csv", text.encode())
         console.print(coder_table(mean))
     first, *rest = drawn
-    console.print(curve_table(drawn[first], {name: drawn[name] for name in rest}, f"{count} images{exception}"))
-    if len(drawn) > 1:
+    console.print(curve_table(drawn[first], f"{count} image{'s' * (count > 1)}{exception}"))
+    if rest:
+        console.print(rivals_table(drawn))
         console.print(summary_table(drawn))
 
 

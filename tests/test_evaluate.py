@@ -1,30 +1,35 @@
+"""The evaluation: whole files over true pixels, every metric against another implementation, memory, tables, errors."""
+
 import csv
-import io
 import json
 import math
 import sys
+import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from psnr_hvsm import psnr_hvs_hvsm
 from skimage import data
 from skimage.metrics import peak_signal_noise_ratio
 
 sys.path.append(str(Path(__file__).parent.parent))  # the script lies beside the package
 
+from reference import Reference
+
 import evaluate
-from evaluate import Coded, Point
+from evaluate import Coded
+from rnncodec.baselines import BASELINES
 from rnncodec.codec import Codec
 from rnncodec.context import ContextConfig, ContextModel
+from rnncodec.curves import Point, from_csv
 from rnncodec.format import truncate
 from rnncodec.network import NetworkConfig, RecurrentCodec
 from rnncodec.weights import load_weights, save_weights
 
-
-def point(image, setting, size, bpp, psnr, ms_ssim=math.nan):
-    return Point(image, "codec", setting, size, bpp, psnr, ms_ssim)
+BT601 = np.array([0.299, 0.587, 0.114])
 
 
 @pytest.fixture(scope="module")
@@ -36,82 +41,88 @@ def weights(tmp_path_factory):
     return path
 
 
-def test_rate_points_count_whole_files_over_true_pixels():
+@pytest.fixture(scope="module")
+def weights_with_context(weights):
+    torch.manual_seed(1)
+    context = ContextModel(ContextConfig(kind="parallel", bits=4, channels=4, groups=2)).quantize()
+    path = weights.with_name("context.safetensors")
+    save_weights(path, load_weights(weights).network, "tiny", {}, context)
+    return path
+
+
+@pytest.fixture
+def command(weights, tmp_path):
+    """The command line of a quick evaluation, and the folder its results go to."""
+    output = tmp_path / "results"
+    options = ["--weights", str(weights), "--iterations", "2", "--output", str(output)]
+    return [*options, "--cache-dir", str(tmp_path / "cache")], output
+
+
+def photographs(folder: Path) -> Path:
+    folder.mkdir()
+    Image.fromarray(data.astronaut()[:200, :176]).save(folder / "astronaut.png")
+    Image.fromarray(data.coffee()[:20, :30]).save(folder / "coffee.png")
+    return folder
+
+
+def test_metrics_are_of_the_whole_file_over_true_pixels():
     x = data.astronaut()[:17, :33]
     worse = x // 2
-    points = list(evaluate.rate_points("a", "codec", x, [Coded(1, 100, worse), Coded(2, 250, x)]))
-    assert [p.bpp for p in points] == [8 * 100 / (17 * 33), 8 * 250 / (17 * 33)]
-    assert [(p.image, p.codec, p.setting, p.bytes) for p in points] == [("a", "codec", 1, 100), ("a", "codec", 2, 250)]
-    assert points[0].psnr == pytest.approx(peak_signal_noise_ratio(x, worse), abs=1e-4)
-    assert points[1].psnr == math.inf
-    assert all(math.isnan(p.ms_ssim) for p in points)
-
-
-def test_mean_curve_is_the_mean_at_equal_setting():
-    points = [
-        point("a", 2, 300, 0.5, 30, 0.9),
-        point("a", 1, 100, 0.25, 20, 0.8),
-        point("b", 1, 200, 0.75, 26),  # too small for MS-SSIM
-        point("b", 2, 500, 1.5, 31),
-    ]
-    assert evaluate.mean_curve(points) == [
-        Point("mean", "codec", 1, 150, 0.5, 23, 0.8),
-        Point("mean", "codec", 2, 400, 1.0, 30.5, 0.9),
-    ]
-
-
-def test_interpolation_stays_within_the_curve():
-    curve = [point("mean", 5, 1, 0.5, 20, 0.8), point("mean", 10, 2, 1.5, 30, 0.9)]
-    assert evaluate.interpolate(curve, 0.75) == pytest.approx((22.5, 0.825))
-    assert evaluate.interpolate(curve, 1.5) == (30, 0.9)
-    for outside in (0.49, 1.51):
-        assert all(map(math.isnan, evaluate.interpolate(curve, outside)))
-
-
-def test_jpeg_is_what_pillow_writes():
-    x = data.astronaut()[100:180, 100:220]
-    coded = list(evaluate.jpeg(x))
-    assert [c.setting for c in coded] == list(evaluate.QUALITIES)
-    for c in coded:
-        plain, optimized = io.BytesIO(), io.BytesIO()
-        Image.fromarray(x).save(plain, "JPEG", quality=c.setting, subsampling="4:2:0")
-        Image.fromarray(x).save(optimized, "JPEG", quality=c.setting, subsampling="4:2:0", optimize=True)
-        assert c.bytes == len(optimized.getvalue()) < len(plain.getvalue())
-        np.testing.assert_array_equal(c.x_hat, np.asarray(Image.open(plain)))
+    point = evaluate.measure("a", "codec", x, Coded(3, 100, worse, None, 90, 0.5, 0.25))
+    assert (point.image, point.codec, point.setting, point.bytes) == ("a", "codec", 3, 100)
+    assert (point.bpp, point.ideal_bpp) == (8 * 100 / (17 * 33), 8 * 90 / (17 * 33))
+    assert point.l1 == pytest.approx(np.abs(x.astype(float) - worse).mean(), rel=1e-6)
+    assert point.psnr == pytest.approx(peak_signal_noise_ratio(x, worse), abs=1e-4)
+    luma, luma_worse = (a[:16, :32] @ BT601 / 255 for a in (x, worse))
+    hvs, hvs_m = map(float, psnr_hvs_hvsm(luma, luma_worse))
+    assert (point.psnr_hvs, point.psnr_hvs_m) == pytest.approx((hvs, hvs_m), abs=1e-3)
+    assert math.isnan(point.ms_ssim)  # too small for it
+    assert (point.encode_seconds, point.decode_seconds) == (0.5, 0.25)
+    assert evaluate.measure("a", "codec", x, Coded(1, 1, x)).psnr == math.inf
 
 
 @pytest.mark.parametrize("size", [(1, 1), (33, 17), (48, 64)])
-def test_every_iteration_is_that_of_the_cut_file(weights, size):
-    codec = Codec(load_weights(weights))
+def test_every_iteration_is_that_of_the_cut_file(weights_with_context, size):
+    codec = Codec(load_weights(weights_with_context))
     x = data.astronaut()[: size[0], 100 : 100 + size[1]]
     file = codec.encode(x, iterations=3)
-    coded = list(evaluate.decode_every_iteration(codec, file))
+    coded = list(evaluate.own(codec, 3).run(x))
     assert [c.setting for c in coded] == [1, 2, 3]
     for c in coded:
-        cut = truncate(file, iterations=c.setting)
-        assert c.bytes == len(cut)
+        cut = truncate(file, iterations=int(c.setting))
+        assert c.size == len(cut)
         np.testing.assert_array_equal(c.x_hat, np.asarray(codec.decode(cut)))
-    assert coded[-1].bytes == len(file)
+    assert coded[-1].size == len(file)
+    assert [math.isnan(c.encode_seconds) for c in coded] == [True, True, False]  # of the whole file only
 
 
-def test_another_picture_from_the_cut_file_is_an_error(weights):
-    codec = Codec(load_weights(weights))
-    file = codec.encode(data.astronaut()[:32, :32], iterations=2)
-    coded = next(evaluate.decode_every_iteration(codec, file))
-    evaluate.check_truncated(codec, file, coded)
-    other = coded.x_hat.copy()
-    other[3, 4, 1] ^= 1
+def test_another_picture_from_the_cut_file_is_an_error(weights, monkeypatch):
+    codec, x = Codec(load_weights(weights)), data.astronaut()[:32, :32]
+    evaluate.check_truncated(codec, x, 3)
+    decode = codec.decode
+
+    def changed(file, iterations=None):
+        picture = np.array(decode(file, iterations))
+        picture[3, 4, 1] ^= 1
+        return Image.fromarray(picture)
+
+    monkeypatch.setattr(codec, "decode", changed)
     with pytest.raises(RuntimeError, match="another picture"):
-        evaluate.check_truncated(codec, file, coded._replace(x_hat=other))
+        evaluate.check_truncated(codec, x, 3)
 
 
-def test_json_has_no_nan():
-    result = json.loads(evaluate.to_json([point("mean", 1, 10, 0.5, math.inf)], "what it is"))
-    assert result == {
-        "name": "codec",
-        "description": "what it is",
-        "results": {"bpp": [0.5], "psnr-rgb": [None], "ms-ssim-rgb": [None]},
-    }
+def test_ideal_bytes_are_those_of_the_probabilities(weights_with_context):
+    """Against the documented arithmetic in whole numbers."""
+    loaded = load_weights(weights_with_context)
+    codec, x = Codec(loaded), data.astronaut()[:160, 100:260]
+    coded = list(evaluate.own(codec, 3).run(x))
+    bits = codec.read_bits(codec.encode(x, 3))
+    signs = np.where(bits, 1, -1)
+    logits = Reference(loaded.context).logits(signs) / 256
+    lengths = np.log2(1 + np.exp(-signs * logits)).sum((1, 2, 3)) / 8
+    for c, least in zip(coded, lengths.cumsum(), strict=True):
+        assert c.ideal_bytes == pytest.approx(least, rel=1e-3)  # probabilities are multiples of 2^-16
+        assert 0 < c.size - c.ideal_bytes < 0.01 * c.ideal_bytes + 150
 
 
 def test_names_are_unique():
@@ -119,14 +130,12 @@ def test_names_are_unique():
     assert evaluate.unique_names(paths) == ["x", "x-2", "x-2-2", "x-3", "y"]
 
 
-def test_a_folder_with_an_unreadable_image(weights, tmp_path, capsys):
-    folder, output = tmp_path / "photos", tmp_path / "results"
-    folder.mkdir()
-    Image.fromarray(data.astronaut()[:200, :176]).save(folder / "astronaut.png")
-    Image.fromarray(data.coffee()[:20, :30]).save(folder / "coffee.png")
+def test_a_folder_with_an_unreadable_image(command, tmp_path, capsys):
+    options, output = command
+    folder = photographs(tmp_path / "photos")
     (folder / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nnothing")
-    arguments = [str(folder), str(tmp_path / "missing.png"), "--weights", str(weights), "--iterations", "2"]
-    assert evaluate.main([*arguments, "--output", str(output), "--save-images"]) == 1
+    arguments = [str(folder), str(tmp_path / "missing.png"), *options, "--save-images", "--baselines", "jpeg", "png"]
+    assert evaluate.main(arguments) == 1
 
     captured = capsys.readouterr()
     assert "broken.png" in captured.err
@@ -136,52 +145,159 @@ def test_a_folder_with_an_unreadable_image(weights, tmp_path, capsys):
     assert {path.name for path in output.iterdir()} == {
         "rnncodec-tiny.json",
         "jpeg.json",
+        "png.json",
         "points.csv",
         "mean.csv",
         "rate_distortion.png",
-        *(f"{name}_{end}.png" for name in ("astronaut", "coffee") for end in ("01", "02", "comparison")),
+        "rate_distortion.svg",
+        "report.html",
+        "pictures",
+        "astronaut_comparison.png",
+        "coffee_comparison.png",
     }
+    ET.parse(output / "rate_distortion.svg")
+    with Image.open(output / "rate_distortion.png") as plot:
+        plot.verify()
 
-    rows = list(csv.DictReader((output / "points.csv").read_text().splitlines()))
-    mine = [row for row in rows if row["codec"] == "rnncodec-tiny"]
-    assert [(row["image"], row["setting"]) for row in mine] == [
-        ("astronaut", "1"),
-        ("astronaut", "2"),
-        ("coffee", "1"),
-        ("coffee", "2"),
+    points = from_csv((output / "points.csv").read_text())
+    mine = [point for point in points if point.codec == "rnncodec-tiny"]
+    assert [(point.image, point.setting) for point in mine] == [
+        ("astronaut", 1),
+        ("astronaut", 2),
+        ("coffee", 1),
+        ("coffee", 2),
     ]
     # Files hold whole bytes of 4 bits for each 16x16 block beside a header that does not depend on the size.
-    sizes = [int(row["bytes"]) for row in mine]
-    assert sizes[0] - sizes[2] == 13 * 11 * 4 // 8 + 1 - 2 * 2 * 4 // 8
-    assert [row["ms_ssim"] == "" for row in mine] == [False, False, True, True]
-    for row in mine:
-        x = np.asarray(Image.open(folder / f"{row['image']}.png"))
-        x_hat = np.asarray(Image.open(output / f"{row['image']}_0{row['setting']}.png"))
-        assert float(row["psnr"]) == pytest.approx(peak_signal_noise_ratio(x, x_hat), abs=1e-4)
-        assert float(row["bpp"]) == pytest.approx(8 * int(row["bytes"]) / (x.shape[0] * x.shape[1]))
+    assert mine[0].bytes - mine[2].bytes == 13 * 11 * 4 // 8 + 1 - 2 * 2 * 4 // 8
+    assert [math.isnan(point.ms_ssim) for point in mine] == [False, False, True, True]
+    for point in points:
+        x = np.asarray(Image.open(folder / f"{point.image}.png"))
+        np.testing.assert_array_equal(np.asarray(Image.open(output / "pictures" / point.image / "original.png")), x)
+        with Image.open(output / point.picture) as picture:
+            x_hat = np.asarray(picture.convert("RGB"))
+        if point.codec == "png":
+            assert point.psnr == math.inf
+            np.testing.assert_array_equal(x_hat, x)
+        else:
+            assert point.psnr == pytest.approx(peak_signal_noise_ratio(x, x_hat), abs=1e-4)
+        if point.codec == "jpeg":  # the picture is the coded file itself
+            assert (output / point.picture).stat().st_size == point.bytes
+        assert point.bpp == pytest.approx(8 * point.bytes / (x.shape[0] * x.shape[1]))
 
-    for codec, count, setting in (("rnncodec-tiny", 2, "1"), ("jpeg", len(evaluate.QUALITIES), "5")):
+    for codec, count in (("rnncodec-tiny", 2), ("jpeg", len(BASELINES["jpeg"].settings))):
         results = json.loads((output / f"{codec}.json").read_text())["results"]
-        assert set(results) == {"bpp", "psnr-rgb", "ms-ssim-rgb"}
+        assert set(results) == {"bpp", "psnr-rgb", "ms-ssim-rgb", "psnr-hvs", "psnr-hvs-m", "l1"}
         assert {len(values) for values in results.values()} == {count}
-        first = [row for row in rows if row["codec"] == codec and row["setting"] == setting]
-        assert results["psnr-rgb"][0] == pytest.approx(np.mean([float(row["psnr"]) for row in first]))
-        assert results["bpp"][0] == pytest.approx(np.mean([float(row["bpp"]) for row in first]))
+        first = [point for point in points if point.codec == codec][::count][:2]
+        assert [point.image for point in first] == ["astronaut", "coffee"]
+        assert results["psnr-rgb"][0] == pytest.approx(np.mean([point.psnr for point in first]))
+        assert results["bpp"][0] == pytest.approx(np.mean([point.bpp for point in first]))
 
 
-def test_coders_are_compared_on_the_same_bits(weights, tmp_path, capsys):
-    torch.manual_seed(1)
-    context = ContextModel(ContextConfig(kind="parallel", bits=4, channels=4, groups=2)).quantize()
-    own, folder, output = load_weights(weights), tmp_path / "photos", tmp_path / "results"
-    save_weights(tmp_path / "context.safetensors", own.network, "tiny", {}, context)
+def test_what_was_measured_is_remembered(command, tmp_path, monkeypatch):
+    options, output = command
+    folder = photographs(tmp_path / "photos")
+    arguments = [str(folder), *options, "--baselines", "jpeg"]
+    assert evaluate.main(arguments) == 0
+    first = from_csv((output / "points.csv").read_text())
+
+    measured = []
+    measure = evaluate.measure
+
+    def counted(image, codec, *rest):
+        measured.append((image, codec))
+        return measure(image, codec, *rest)
+
+    monkeypatch.setattr(evaluate, "measure", counted)
+    # An image under another name is the same image, and one that has changed is not.
+    (folder / "coffee.png").rename(folder / "tea.png")
+    Image.fromarray(255 - data.astronaut()[:200, :176]).save(folder / "astronaut.png")
+    assert evaluate.main(arguments) == 0
+    again = from_csv((output / "points.csv").read_text())
+    assert {image for image, _ in measured} == {"astronaut"}
+    for old, new in zip(first, again, strict=True):
+        assert (old.codec, old.setting) == (new.codec, new.setting)
+        if old.image == "coffee":
+            assert new.image == "tea"
+            assert (old.bytes, old.psnr, old.encode_seconds) == pytest.approx(
+                (new.bytes, new.psnr, new.encode_seconds), nan_ok=True
+            )
+
+    # Other weights of the same name are another codec; JPEG is what it was.
+    measured.clear()
+    torch.manual_seed(5)
+    config = NetworkConfig(bits=4, encoder_channels=(4, 4, 4, 4), decoder_channels=(4, 4, 4, 4, 4))
+    save_weights(tmp_path / "new.safetensors", RecurrentCodec(config), "tiny", {})
+    assert evaluate.main([*arguments, "--weights", str(tmp_path / "new.safetensors")]) == 0
+    assert {codec for _, codec in measured} == {"rnncodec-tiny"}
+
+    # What is remembered of an interrupted or damaged run is measured again.
+    measured.clear()
+    for path in (tmp_path / "cache").iterdir():
+        path.write_text(path.read_text()[:-40])
+    assert evaluate.main(arguments) == 0
+    assert {codec for _, codec in measured} == {"rnncodec-tiny", "jpeg"}
+    assert [p.psnr for p in from_csv((output / "points.csv").read_text())] == [p.psnr for p in again]
+
+
+def test_curves_of_others_are_drawn_and_compared(command, tmp_path, capsys):
+    options, output = command
+    folder = photographs(tmp_path / "photos")
+    theirs = {"bpp": [0.001, 0.5, 1, 2, 4], "psnr-rgb": [1.0, 2, 3, 4, 50], "ms-ssim-rgb": [0.01, 0.2, 0.5, 0.8, 0.99]}
+    path = tmp_path / "theirs.json"
+    path.write_text(json.dumps({"name": "Theirs", "description": "", "results": theirs}))
+    arguments = [str(folder), *options, "--baselines", "--overlay", "toderici2017", str(path)]
+    assert evaluate.main(arguments) == 0
+    text = (output / "rate_distortion.svg").read_text()
+    published = json.loads((evaluate.PUBLISHED / "toderici2017.json").read_text())["name"]
+    for name in ("Theirs", published):
+        assert f"<!-- {name} -->" in text
+    table = capsys.readouterr().out
+    bpp = from_csv((output / "mean.csv").read_text())[0].bpp
+    assert f"{np.interp(bpp, theirs['bpp'], theirs['psnr-rgb']):.2f}" in table
+
+    path.write_text('{"name": 1}')
+    assert evaluate.main(arguments) == 1
+    assert "theirs.json: not a rate curve" in capsys.readouterr().err
+
+
+def test_the_comparison_shows_the_middle_of_both_pictures_at_the_same_bytes(tmp_path):
+    x = data.astronaut()[:300, :400]
+    points, colors = [], {}
+    for codec, setting, size in (("rnncodec", 2, 1000), ("jpeg", 5, 700), ("jpeg", 10, 990), ("jpeg", 20, 1010)):
+        name = f"{codec}-{setting}.png"
+        colors[codec, setting] = (setting, 100, len(colors))
+        Image.new("RGB", (400, 300), colors[codec, setting]).save(tmp_path / name)
+        points.append(Point("a", codec, setting, size, size / 15000, psnr=20, picture=name))
+    sheet = evaluate.compared("rnncodec", "jpeg", x, points, tmp_path)
+    assert sheet is not None
+    width, height = evaluate.PANEL
+    top, left = (300 - height) // 2, (400 - width) // 2
+    found = [
+        (i, j)
+        for i in range(sheet.shape[0] - height + 1)
+        for j in range(0, 20)
+        if (sheet[i, j : j + width] == x[top, left : left + width]).all()
+    ]
+    assert len(found) == 1  # the original, unscaled
+    (i, j) = found[0]
+    np.testing.assert_array_equal(sheet[i : i + height, j : j + width], x[top : top + height, left : left + width])
+    assert (sheet == colors["rnncodec", 2]).all(-1).sum() == width * height
+    assert (sheet == colors["jpeg", 10]).all(-1).sum() == width * height  # the largest that is not larger
+    assert not (sheet == colors["jpeg", 20]).all(-1).any()
+
+
+def test_coders_are_compared_on_the_same_bits(weights, weights_with_context, command, tmp_path, capsys):
+    options, output = command
+    own, folder = load_weights(weights), tmp_path / "photos"
     folder.mkdir()
     pictures = [data.astronaut()[:160, :192], data.coffee()[:176, :320]]
     for i, x in enumerate(pictures):
         Image.fromarray(x).save(folder / f"{i}.png")
-    command = [str(folder), "--weights", str(weights), "--iterations", "2", "--output", str(output), "--baselines"]
-    assert evaluate.main([*command, "--coders", str(tmp_path / "context.safetensors")]) == 0
+    arguments = [str(folder), *options, "--baselines"]
+    assert evaluate.main([*arguments, "--coders", str(weights_with_context)]) == 0
     rows = list(csv.DictReader((output / "coders.csv").read_text().splitlines()))
-    plain, coded = Codec(own), Codec(load_weights(tmp_path / "context.safetensors"))
+    plain, coded = Codec(own), Codec(load_weights(weights_with_context))
     for coder in ("none", "huffman", "static", "adaptive", "parallel"):
         codec, entropy = (coded, "context") if coder == "parallel" else (plain, coder)
         found = [float(row["bytes"]) for row in rows if row["coder"] == coder]
@@ -191,8 +307,15 @@ def test_coders_are_compared_on_the_same_bits(weights, tmp_path, capsys):
 
     torch.manual_seed(2)
     save_weights(tmp_path / "other.safetensors", RecurrentCodec(own.network.config), "other")
-    assert evaluate.main([*command, "--coders", str(tmp_path / "other.safetensors")]) == 1
+    assert evaluate.main([*arguments, "--coders", str(tmp_path / "other.safetensors")]) == 1
     assert "are not those of tiny" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_codec_that_pillow_lacks_is_named(command, tmp_path, capsys, monkeypatch):
+    options, _ = command
+    monkeypatch.setattr(evaluate.BASELINES["jxl"].__class__, "available", property(lambda baseline: False))
+    assert evaluate.main([str(photographs(tmp_path / "photos")), *options, "--baselines", "jxl"]) == 1
+    assert "cannot write jxl" in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
@@ -200,15 +323,15 @@ def test_coders_are_compared_on_the_same_bits(weights, tmp_path, capsys):
     [
         (["nowhere"], 1, "no image could be measured"),
         (["nowhere", "--weights", "no-such-weights"], 1, "no-such-weights"),
+        (["nowhere", "--overlay", "no-such-curve"], 1, "no-such-curve"),
         (["nowhere", "--iterations", "0"], 2, "--iterations"),
         (["nowhere", "--baselines", "gif"], 2, "gif"),
         ([], 2, "required"),
     ],
 )
-def test_errors_are_one_line(weights, tmp_path, capsys, arguments, status, message):
-    options = [] if "--weights" in arguments else ["--weights", str(weights)]
+def test_errors_are_one_line(command, capsys, arguments, status, message):
     try:
-        result = evaluate.main([*arguments, *options, "--output", str(tmp_path / "results")])
+        result = evaluate.main([*command[0], *arguments])
     except SystemExit as error:
         result = error.code
     captured = capsys.readouterr()
