@@ -45,6 +45,7 @@ from rnncodec.curves import (
     from_csv,
     from_json,
     interpolate,
+    largest_within,
     mean_curve,
     samples,
     to_csv,
@@ -327,17 +328,15 @@ def comparison(x: np.ndarray, columns: Sequence[tuple[Panel | None, Panel | None
 
 def compared(name: str, baseline: str, x: np.ndarray, points: Sequence[Point], folder: Path) -> np.ndarray | None:
     """The comparison of a codec's saved pictures at 1, 2, 4, 8 and 16 iterations with a baseline at the same bytes."""
-    rivals = sorted((p for p in points if p.codec == baseline and p.picture), key=lambda p: p.bytes)
+    rivals = [point for point in points if point.codec == baseline and point.picture]
     columns: list[tuple[Panel | None, Panel | None]] = []
     for point in points:
         if point.codec != name or point.setting not in RATES or not point.picture:
             continue
         plural = "" if point.setting == 1 else "s"
         mine = f"{point.setting:g} iteration{plural}, {point.bpp:.3f} bpp\n{point.psnr:.2f} dB"
-        below = [rival for rival in rivals if rival.bytes <= point.bytes]
         theirs = Panel(f"{baseline}: no file is as small", None) if rivals else None
-        if below:
-            best = below[-1]
+        if best := largest_within(rivals, point.bytes):
             caption = f"{baseline} {best.setting:g}, {best.bpp:.3f} bpp\n{best.psnr:.2f} dB"
             theirs = Panel(caption, load_image(folder / best.picture))
         columns.append((Panel(mine, load_image(folder / point.picture)), theirs))

@@ -4,14 +4,16 @@ import csv
 import io
 import json
 import math
+import os
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass, fields, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-import bjontegaard
 import numpy as np
+
+from rnncodec.images import one_line
 
 NAN = float("nan")
 
@@ -22,19 +24,19 @@ class Point:
 
     Attributes:
         image: name of the image, or `mean`.
-        codec: name of the codec.
-        setting: iterations, or what the codec calls quality.
+        codec: name of the codec; that of the evaluated one begins with `rnncodec`.
+        setting: iterations, or what the codec calls quality; printed with `:g`.
         bytes: of the whole file.
         bpp: bits per pixel of the image.
         ideal_bpp: what the context model's probabilities alone would take.
         l1: mean absolute error, 0 to 255.
-        psnr: in dB.
+        psnr: in dB; infinite for an equal picture.
         ms_ssim: up to 1; nan for an image too small for it.
         psnr_hvs: in dB.
         psnr_hvs_m: in dB.
         encode_seconds: for the whole file; nan where the file is a part of a larger one.
         decode_seconds: likewise.
-        picture: path of the decoded image, relative to the results; empty if it was not saved.
+        picture: path of the decoded picture, relative to the results; empty if it was not saved.
     """
 
     image: str
@@ -53,12 +55,22 @@ class Point:
     picture: str = ""
 
     @property
+    def evaluated(self) -> bool:
+        """Whether this is a point of the evaluated codec, whose settings are iterations."""
+        return self.codec.startswith("rnncodec")
+
+    @property
+    def original(self) -> str:
+        """Path of the original picture, beside the decoded one."""
+        return str(PurePosixPath(self.picture).with_name("original.png"))
+
+    @property
     def ms_ssim_db(self) -> float:
         """MS-SSIM as -10 log10(1 - MS-SSIM)."""
-        return math.inf if self.ms_ssim == 1 else -10 * math.log10(1 - self.ms_ssim)
+        return math.inf if self.ms_ssim >= 1 else -10 * math.log10(1 - self.ms_ssim)  # rounding may exceed 1
 
 
-MEASURES = tuple(field.name for field in fields(Point) if field.type is float or field.type == "float")[1:]
+MEASURES = tuple(field.name for field in fields(Point) if field.type is float)[1:]
 
 # Metrics by the name that CompressAI gives them.
 COMPRESSAI = {
@@ -74,7 +86,8 @@ COMPRESSAI = {
 def mean_curve(points: Iterable[Point]) -> list[Point]:
     """The mean over images of one codec's points at each setting, in order of setting.
 
-    Each measure is the mean over the images that have it.
+    Each measure is the mean over the images that have it. It is infinite if one of them is, as the PSNR of an equal
+    picture; `samples`, and with it all that is made of curves, leaves out what is not finite.
     """
     groups: dict[float, list[Point]] = {}
     for point in points:
@@ -87,6 +100,12 @@ def mean_curve(points: Iterable[Point]) -> list[Point]:
             means[name] = float(np.mean(values)) if values else NAN
         curve.append(Point("mean", group[0].codec, setting, **means))
     return curve
+
+
+def largest_within(points: Iterable[Point], size: float) -> Point | None:
+    """The largest file of at most so many bytes, of several of the same size the one of best PSNR; None without any."""
+    fitting = (point for point in points if point.bytes <= size)
+    return max(fitting, key=lambda point: (point.bytes, point.psnr), default=None)
 
 
 def samples(curve: Sequence[Point], metric: str) -> tuple[np.ndarray, np.ndarray]:
@@ -104,7 +123,7 @@ def interpolate(curve: Sequence[Point], metric: str, bpp: float) -> float:
 
 
 def area(curve: Sequence[Point], metric: str, low: float | None, high: float) -> float:
-    """The integral of a metric over bits per pixel, by trapezoids (T17 sec. 5).
+    """The integral of a metric over bits per pixel, by trapezoids (Toderici et al. 2017).
 
     Args:
         curve: in any order.
@@ -136,6 +155,8 @@ def bd_rate(anchor: Sequence[Point], curve: Sequence[Point], metric: str) -> tup
         The difference in percent, and the share of all values of the metric that both curves have; nan and 0 if they
         share none or have too few points.
     """
+    import bjontegaard  # with SciPy and pyplot, which nothing else here needs
+
     sides = []
     for points in (anchor, curve):
         rates, values = samples(points, metric)
@@ -151,7 +172,7 @@ def bd_rate(anchor: Sequence[Point], curve: Sequence[Point], metric: str) -> tup
         return NAN, 0.0
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of little overlap, which is returned
-        difference = bjontegaard.bd_rate(
+        difference: Any = bjontegaard.bd_rate(
             anchor_rates, anchor_values, rates, values, method="akima", require_matching_points=False
         )
     return float(difference), float(overlap)
@@ -169,19 +190,78 @@ def to_csv(points: Iterable[Point]) -> str:
 
 
 def from_csv(text: str) -> list[Point]:
-    """Undoes `to_csv`.
+    """Undoes `to_csv`; columns may come in any order, and others beside them.
 
     Raises:
-        ValueError: it is no such text.
+        ValueError: it is no such text, or a value cannot be; the message tells the line.
     """
-    kinds = {field.name: str if field.type in (str, "str") else float for field in fields(Point)}
-    rows = csv.DictReader(io.StringIO(text))
-    if rows.fieldnames != list(kinds):
-        raise ValueError(f"not the columns of points: {rows.fieldnames}")
-    return [
-        Point(**{name: row[name] if kind is str else float(row[name] or "nan") for name, kind in kinds.items()})
-        for row in rows
-    ]
+    rows = csv.DictReader(io.StringIO(text, newline=""))
+    points = []
+    try:
+        missing = [field.name for field in fields(Point) if field.name not in (rows.fieldnames or ())]
+        if missing:
+            raise ValueError(f"there is no column {', '.join(missing)}")
+        for row in rows:
+            try:
+                points.append(_from_row(row))
+            except ValueError as error:
+                raise ValueError(f"line {rows.line_num}: {error}") from error
+    except csv.Error as error:
+        raise ValueError(f"line {rows.line_num}: {error}") from error
+    return points
+
+
+def _from_row(row: dict[str, str]) -> Point:
+    if None in row or None in row.values():
+        raise ValueError("not as many fields as columns")
+
+    def number(name: str) -> float:
+        try:
+            value = float(row[name] or "nan")
+        except ValueError as error:
+            raise ValueError(f"{name} is not a number: {row[name]!r}") from error
+        known = math.isfinite(value) or name not in ("setting", "bytes", "bpp")
+        if not known or value == -math.inf or (name in ("bytes", "bpp") and value <= 0):
+            raise ValueError(f"{name} cannot be {row[name]!r}")
+        return value
+
+    numbers: dict[str, Any] = {name: number(name) for name in ("setting", *MEASURES)}
+    point = Point(row["image"], row["codec"], picture=row["picture"], **numbers)
+    if point.evaluated and not (point.setting >= 1 and point.setting.is_integer()):
+        raise ValueError(f"iterations are a whole number, not {row['setting']!r}")
+    return point
+
+
+def read_points(results: Path) -> list[Point]:
+    """The points that an evaluation left in its folder, as points.csv.
+
+    Raises:
+        ValueError: the file is missing, faulty or without points; the message is one line and names it.
+    """
+    path = results / "points.csv"
+    try:
+        points = from_csv(path.read_bytes().decode())
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {one_line(error)}") from error
+    if not points:
+        raise ValueError(f"{path}: there are no points")
+    return points
+
+
+def picture_path(results: Path, picture: str) -> Path:
+    """Where a picture is that points.csv names.
+
+    Raises:
+        ValueError: it is no file, or not in the folder of results.
+    """
+    path = Path(os.path.realpath(results / picture))
+    if not path.is_relative_to(os.path.realpath(results)):
+        raise ValueError(f"{picture!r} is not in {results}")
+    if not os.path.isfile(path):
+        raise ValueError(f"{results}: {picture!r}: no such file")
+    return path
 
 
 def to_json(curve: Sequence[Point], name: str, description: str) -> str:
@@ -211,7 +291,7 @@ def from_json(path: Path) -> tuple[str, list[Point]]:
         rows = zip(rates, *columns.values(), strict=True)
         points = []
         for i, (rate, *values) in enumerate(rows, 1):
-            measures = {k: NAN if v is None else float(v) for k, v in zip(columns, values, strict=True)}
+            measures: dict[str, Any] = {k: NAN if v is None else float(v) for k, v in zip(columns, values, strict=True)}
             points.append(Point("mean", name, i, NAN, float(rate), **measures))
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not a rate curve in CompressAI's JSON ({error})") from error

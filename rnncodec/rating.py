@@ -4,7 +4,6 @@
 raters answer, `Server` serves both with the page rating.html, and `summarize` makes scores of the votes.
 """
 
-import csv
 import hashlib
 import io
 import ipaddress
@@ -29,6 +28,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from rnncodec.curves import Point, picture_path, read_points
 from rnncodec.images import load_image, one_line
 
 TOLERANCE = 0.05  # the bytes of what is compared differ by no larger share from those of rnncodec
@@ -45,7 +45,6 @@ MAX_BODY = 4096  # bytes of a POST
 MAX_MILLISECONDS = 24 * 60 * 60 * 1000
 MAX_NAME = 60
 PAGE = Path(__file__).with_name("rating.html")
-COLUMNS = ("image", "codec", "setting", "bytes", "bpp", "psnr", "picture")  # of points.csv, those that are needed
 SECURITY = {
     "Content-Security-Policy": "default-src 'none'; img-src 'self' data:; connect-src 'self'; "
     "style-src 'unsafe-inline'; script-src 'unsafe-inline'; base-uri 'none'; form-action 'none'; "
@@ -55,25 +54,13 @@ SECURITY = {
 }
 
 
-class Reconstruction(NamedTuple):
-    """What a codec made of an image: its setting, the bytes of its file, the picture's path relative to the results."""
-
-    image: str
-    codec: str
-    setting: str
-    bytes: int
-    bpp: float
-    psnr: float
-    picture: str
-
-
 class Comparison(NamedTuple):
     """Two reconstructions of an image, whose bytes are close to a target rate in bits per pixel."""
 
     image: str
     rate: float
-    first: Reconstruction
-    second: Reconstruction
+    first: Point
+    second: Point
 
 
 class Trial(NamedTuple):
@@ -91,8 +78,8 @@ class Trial(NamedTuple):
     kind: str
     image: str
     rate: float | None
-    left: Reconstruction
-    right: Reconstruction
+    left: Point
+    right: Point
 
 
 @dataclass(frozen=True)
@@ -107,6 +94,8 @@ class Vote:
         image: name of the image.
         rate: target in bits per pixel; None for a check.
         left_codec: shown on the left; `original` for the original of a check.
+        left_setting: of this codec; 0 for an original.
+        left_bytes: of the file.
         choice: `left` or `right`, which was called closer to the original.
         milliseconds: from the moment both were shown, pauses excluded.
         time: when it was stored, UTC in ISO 8601.
@@ -120,10 +109,10 @@ class Vote:
     image: str
     rate: float | None
     left_codec: str
-    left_setting: str
+    left_setting: float
     left_bytes: int
     right_codec: str
-    right_setting: str
+    right_setting: float
     right_bytes: int
     choice: str
     milliseconds: int
@@ -144,64 +133,7 @@ class Refused(Exception):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def read_points(results: Path) -> list[Reconstruction]:
-    """The rows of points.csv that have a picture.
-
-    Raises:
-        ValueError: the file is no such table, or names a picture that is missing or not below `results`.
-        OSError: the file cannot be read.
-    """
-    path = results / "points.csv"
-    found = []
-    try:
-        rows = csv.DictReader(io.StringIO(path.read_bytes().decode()))
-        lacking = [column for column in COLUMNS if column not in (rows.fieldnames or ())]
-        if lacking:
-            raise ValueError(f"no column {', '.join(lacking)}")
-        for row in rows:
-            if not row["picture"]:
-                continue
-            each = Reconstruction(
-                row["image"],
-                row["codec"],
-                row["setting"],
-                int(float(row["bytes"])),
-                float(row["bpp"]),
-                float(row["psnr"]),
-                row["picture"],
-            )
-            if not (each.bytes > 0 and 0 < each.bpp < math.inf):
-                raise ValueError(f"line {rows.line_num}: not a file of {row['bytes']} bytes, {row['bpp']} bpp")
-            inside(results, each.picture)
-            inside(results, original(each.image))
-            found.append(each)
-    except (ValueError, TypeError, OverflowError, csv.Error) as error:  # TypeError: a row is too short
-        raise ValueError(f"{path}: {one_line(error)}") from error
-    if not found:
-        raise ValueError(f"{path}: no row has a picture; evaluate.py --save-images makes them")
-    return found
-
-
-def original(image: str) -> str:
-    """The path of an original relative to the results."""
-    return f"pictures/{image}/original.png"
-
-
-def inside(results: Path, picture: str) -> Path:
-    """The path of a picture.
-
-    Raises:
-        ValueError: it is not a file below the folder of results.
-    """
-    path = (results / picture).resolve()
-    if not path.is_relative_to(results.resolve()):
-        raise ValueError(f"{picture} is not below {results}")
-    if not path.is_file():
-        raise ValueError(f"{picture}: no such file")
-    return path
-
-
-def match(points: Sequence[Reconstruction], rates: Sequence[float]) -> list[Comparison]:
+def match(points: Sequence[Point], rates: Sequence[float]) -> list[Comparison]:
     """Every pair of codecs of each image at each target rate, at matched bytes.
 
     The measure is the reconstruction of rnncodec whose rate is nearest to the target, unless it is nearer to another
@@ -215,14 +147,14 @@ def match(points: Sequence[Reconstruction], rates: Sequence[float]) -> list[Comp
         ValueError: nothing can be compared; the message says why.
     """
     comparisons = []
-    if not any(point.codec.startswith("rnncodec") for point in points):
+    if not any(point.evaluated for point in points):
         raise ValueError("there is no picture of rnncodec, whose bytes the other codecs are to match")
     for image in sorted({point.image for point in points}):
-        codecs: dict[str, list[Reconstruction]] = {}
+        codecs: dict[str, list[Point]] = {}
         for point in points:
             if point.image == image:
                 codecs.setdefault(point.codec, []).append(point)
-        own = [point for codec, each in codecs.items() if codec.startswith("rnncodec") for point in each]
+        own = [point for point in points if point.image == image and point.evaluated]
         for rate in sorted(set(rates)) if own else ():
             measure = min(own, key=lambda point: abs(point.bpp - rate))
             if min(rates, key=lambda other: abs(measure.bpp - other)) != rate:
@@ -254,29 +186,31 @@ class Study:
         seed: another one gives all raters other orders and sides.
 
     Raises:
-        ValueError: points.csv is faulty, or nothing can be compared.
-        OSError: points.csv cannot be read.
+        ValueError: points.csv or a picture is missing or faulty, or nothing can be compared.
     """
 
     def __init__(self, results: Path, rates: Sequence[float], seed: int = 0) -> None:
         self.seed = seed
-        points = read_points(results)
+        points = [point for point in read_points(results) if point.picture]
+        if not points:
+            raise ValueError(f"{results / 'points.csv'}: no row has a picture; evaluate.py --save-images makes them")
         self.comparisons = match(points, rates)
         self.checks = []  # the original of each image against its worst reconstruction
         for image in sorted({comparison.image for comparison in self.comparisons}):
-            worst = min((point for point in points if point.image == image), key=lambda point: point.psnr)
-            size = inside(results, original(image)).stat().st_size
-            self.checks.append((Reconstruction(image, "original", "", size, 0, math.inf, original(image)), worst))
-        shown = {point for _, _, *pair in self.comparisons for point in pair}
-        shown |= {point for pair in self.checks for point in pair}
-        paths = {self.picture(point): inside(results, point.picture) for point in shown}
-        paths |= {self.reference(original.image): inside(results, original.picture) for original, _ in self.checks}
-        self.pictures: dict[str, Path] = paths  # by token; what is not in here is not served
+            worst = min((p for p in points if p.image == image), key=lambda p: (math.isnan(p.psnr), p.psnr))
+            size = picture_path(results, worst.original).stat().st_size
+            self.checks.append((Point(image, "original", 0, size, math.nan, picture=worst.original), worst))
+        shown = [point for _, _, *pair in self.comparisons for point in pair]
+        shown += [point for pair in self.checks for point in pair]
+        pictures = {self.picture(point): point.picture for point in shown}
+        pictures |= {self.reference(original.image): original.picture for original, _ in self.checks}
+        # By token; what is not in here is not served.
+        self.pictures = {token: picture_path(results, picture) for token, picture in pictures.items()}
         self.trials = lru_cache(maxsize=256)(self._trials)
 
-    def picture(self, point: Reconstruction) -> str:
+    def picture(self, point: Point) -> str:
         """The token of a reconstruction's picture."""
-        return self._token("candidate", *point)
+        return self._token("candidate", point)
 
     def reference(self, image: str) -> str:
         """The token of an original as such; as a side of a check it has another one, as it would give itself away."""
@@ -285,8 +219,8 @@ class Study:
     def _trials(self, rater: str) -> tuple[Trial, ...]:
         """All trials of a rater in order: each comparison once, repeats and checks between them."""
 
-        def trial(kind: str, turn: int, image: str, rate: float | None, pair: Sequence[Reconstruction]) -> Trial:
-            names = rater, kind, turn, image, rate, *(point[1:4] for point in pair)
+        def trial(kind: str, turn: int, image: str, rate: float | None, pair: Sequence[Point]) -> Trial:
+            names = rater, kind, turn, image, rate, *map(_file, pair)
             swapped = self._draw("side", *names) < 0.5
             left, right = reversed(pair) if swapped else pair
             return Trial(self._token("trial", swapped, *names), kind, image, rate, left, right)
@@ -309,11 +243,16 @@ class Study:
         return tuple(each for _, each in sorted(places, key=lambda each: each[0]))
 
     def _token(self, *parts: object) -> str:
-        return hashlib.blake2b(repr((self.seed, *parts)).encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+        return hashlib.blake2b(repr((self.seed, *parts)).encode(), digest_size=16).hexdigest()
 
     def _draw(self, *parts: object) -> float:
         """A number in [0, 1)."""
         return int(self._token("draw", *parts)[:13], 16) / 16**13  # 52 bits, which a float holds
+
+
+def _file(point: Point) -> tuple[str, float, int]:
+    """Codec, setting and bytes of what is compared."""
+    return point.codec, float(point.setting), int(point.bytes)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -324,8 +263,8 @@ SCHEMA = """
 CREATE TABLE votes (
     rater TEXT NOT NULL, name TEXT NOT NULL, trial TEXT NOT NULL,
     kind TEXT NOT NULL CHECK (kind IN ('normal', 'repeat', 'check')), image TEXT NOT NULL, rate REAL,
-    left_codec TEXT NOT NULL, left_setting TEXT NOT NULL, left_bytes INTEGER NOT NULL,
-    right_codec TEXT NOT NULL, right_setting TEXT NOT NULL, right_bytes INTEGER NOT NULL,
+    left_codec TEXT NOT NULL, left_setting REAL NOT NULL, left_bytes INTEGER NOT NULL,
+    right_codec TEXT NOT NULL, right_setting REAL NOT NULL, right_bytes INTEGER NOT NULL,
     choice TEXT NOT NULL CHECK (choice IN ('left', 'right')), milliseconds INTEGER NOT NULL,
     time TEXT NOT NULL, undone TEXT
 );
@@ -576,7 +515,7 @@ def preferred(vote: Vote) -> str:
     return vote.left_codec if vote.choice == "left" else vote.right_codec
 
 
-def compared(vote: Vote) -> tuple[str, float | None, frozenset[tuple[str, str]]]:
+def compared(vote: Vote) -> tuple[str, float | None, frozenset[tuple[str, float]]]:
     """What a vote compares, whatever the sides."""
     sides = (vote.left_codec, vote.left_setting), (vote.right_codec, vote.right_setting)
     return vote.image, vote.rate, frozenset(sides)
@@ -678,7 +617,7 @@ class Handler(BaseHTTPRequestHandler):
             raise Refused(HTTPStatus.BAD_REQUEST, "this rater has no such trial")
         done = set(self.server.votes.trials(rater))
         trial = trials[token]
-        sides = (*trial.left[1:4], *trial.right[1:4])
+        sides = (*_file(trial.left), *_file(trial.right))
         vote = Vote(rater, name, token, trial.kind, trial.image, trial.rate, *sides, choice, milliseconds, now())
         following = next((each for each in trials if each not in done), None)
         if token != following or not self.server.votes.add(vote):

@@ -1,13 +1,12 @@
 """The page of an evaluation: rate curves, and every iteration of some images beside other codecs at the same bytes."""
 
 import base64
-import csv
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
 
+from rnncodec.curves import Point, largest_within, mean_curve, picture_path, read_points
 from rnncodec.images import atomic_write
 
 TEMPLATE = Path(__file__).with_name("report.html")
@@ -16,34 +15,8 @@ TYPES = {".png": "image/png", ".jpg": "image/jpeg", ".webp": "image/webp", ".avi
 # Baselines whose own files a browser shows. Others would come as PNG, each a hundred times the size of its file.
 SHOWN_AS_CODED = (".jpg", ".webp", ".avif")
 
-
-class Point(NamedTuple):
-    """A measured file, as in points.csv.
-
-    Attributes:
-        image: name of the image, or `mean`.
-        codec: name of the codec; that of the evaluated one begins with `rnncodec`.
-        setting: iterations, or the codec's quality.
-        bytes: of the whole file.
-        bpp: bits per pixel of the image.
-        psnr: in dB; infinite for an equal picture.
-        ms_ssim: up to 1; nan where it was not measured, like every metric.
-        psnr_hvs_m: in dB.
-        picture: path of the decoded picture in the folder of results, or empty.
-    """
-
-    image: str
-    codec: str
-    setting: str
-    bytes: float
-    bpp: float
-    psnr: float
-    ms_ssim: float
-    psnr_hvs_m: float
-    picture: str
-
-
-NUMBERS = ("bytes", "bpp", "psnr", "ms_ssim", "psnr_hvs_m")
+# What the page knows of a point.
+COLUMNS = ("image", "codec", "setting", "bytes", "bpp", "psnr", "ms_ssim", "psnr_hvs_m")
 
 
 def write_report(results: Path, path: Path | None = None, images: int = 4) -> Path:
@@ -62,12 +35,13 @@ def write_report(results: Path, path: Path | None = None, images: int = 4) -> Pa
 
     Raises:
         ValueError: something is missing in the folder; the message is one line.
-        OSError: the file cannot be written; an existing one is as it was.
+        OSError: a picture cannot be read, or the file cannot be written; an existing one is as it was.
     """
     if images < 1:
         raise ValueError(f"a report shows at least 1 image, not {images}")
-    points = read_points(results / "points.csv")
-    codec = next((point.codec for point in points if point.codec.startswith("rnncodec")), None)
+    points = read_points(results)
+    codecs = dict.fromkeys(point.codec for point in points)
+    codec = next((point.codec for point in points if point.evaluated), None)
     if codec is None:
         raise ValueError(f"{results / 'points.csv'}: no codec's name begins with rnncodec")
     names = sorted({point.image for point in points if point.codec == codec and point.picture})
@@ -83,13 +57,13 @@ def write_report(results: Path, path: Path | None = None, images: int = 4) -> Pa
         for point in points:
             if point.image == name and point.picture:
                 saved.setdefault(point.codec, []).append(point)
-        iterations = sorted(saved.pop(codec), key=lambda point: int(point.setting))
+        iterations = sorted(saved.pop(codec), key=lambda point: point.setting)
         others = {
             other: [match(candidates, point.bytes) for point in iterations]
             for other, candidates in saved.items()
             if all(_suffix(candidate.picture) in SHOWN_AS_CODED for candidate in candidates)
         }
-        pictures[f"original-{i}"] = str(PurePosixPath(iterations[0].picture).with_name("original.png"))
+        pictures[f"original-{i}"] = iterations[0].original
         for point in (*iterations, *(point for matches in others.values() for point in matches)):
             pictures[f"picture-{place[point]}"] = point.picture
         embedded.append(
@@ -105,9 +79,9 @@ def write_report(results: Path, path: Path | None = None, images: int = 4) -> Pa
     data = {
         "codec": codec,
         "count": len({point.image for point in points}),
-        "columns": Point._fields,
+        "columns": COLUMNS,
         "points": [_values(point) for point in points],
-        "mean": [_values(point) for point in mean_points(points)],
+        "mean": [_values(p) for name in codecs for p in mean_curve(point for point in points if point.codec == name)],
         "images": embedded,
         "size": sum(len(url) for url in urls.values()),
     }
@@ -121,83 +95,18 @@ def write_report(results: Path, path: Path | None = None, images: int = 4) -> Pa
     return path
 
 
-def read_points(path: Path) -> list[Point]:
-    """Reads points.csv.
-
-    Raises:
-        ValueError: the file is missing, has no point, lacks a column, or holds what is not a number.
-    """
-    points = []
-    try:
-        with open(path, encoding="utf-8", errors="surrogateescape", newline="") as file:
-            reader = csv.DictReader(file)
-            for column in Point._fields:
-                if column not in (reader.fieldnames or ()):
-                    raise ValueError(f"{path}: there is no column {column}")
-            for row in reader:
-                try:
-                    points.append(_point(row))
-                except ValueError as error:
-                    raise ValueError(f"{path}: line {reader.line_num}: {error}") from error
-    except csv.Error as error:
-        raise ValueError(f"{path}: {error}") from error
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}") from error
-    if not points:
-        raise ValueError(f"{path}: there are no points")
-    return points
-
-
-def mean_points(points: Iterable[Point]) -> list[Point]:
-    """The mean over images of each codec's points at each setting; a metric's is over the images that have one."""
-    groups: dict[tuple[str, str], list[Point]] = {}
-    for point in points:
-        groups.setdefault((point.codec, point.setting), []).append(point)
-    means = []
-    for (codec, setting), group in groups.items():
-        numbers = {}
-        for number in NUMBERS:
-            measured = [value for point in group if not math.isnan(value := getattr(point, number))]
-            numbers[number] = sum(measured) / len(measured) if measured else math.nan
-        means.append(Point("mean", codec, setting, picture="", **numbers))
-    return means
-
-
 def match(points: Sequence[Point], size: float) -> Point:
     """A codec's point to hold against a file of a size in bytes.
 
     The largest file that is not larger, or the smallest if all are; the better PSNR where several are of its size.
     """
-    below = [point for point in points if point.bytes <= size]
-    if below:
-        return max(below, key=lambda point: (point.bytes, point.psnr))
-    return min(points, key=lambda point: (point.bytes, -point.psnr))
-
-
-def _point(row: dict[str, str]) -> Point:
-    """A row of points.csv; columns that a point does not have are left out."""
-    if None in row or None in row.values():
-        raise ValueError("not as many fields as columns")
-
-    def number(column: str) -> float:
-        try:
-            value = float(row[column] or "nan")
-        except ValueError as error:
-            raise ValueError(f"{column} is not a number: {row[column]!r}") from error
-        if value == -math.inf or (column in ("bytes", "bpp") and not 0 < value < math.inf):
-            raise ValueError(f"{column} cannot be {row[column]!r}")
-        return value
-
-    numbers = {column: number(column) for column in NUMBERS}
-    point = Point(row["image"], row["codec"], row["setting"], picture=row["picture"], **numbers)
-    if point.codec.startswith("rnncodec") and not point.setting.isdecimal():
-        raise ValueError(f"iterations are a whole number, not {point.setting!r}")
-    return point
+    return largest_within(points, size) or min(points, key=lambda point: (point.bytes, -point.psnr))
 
 
 def _values(point: Point) -> list[str | float | None]:
     """For JSON, which knows neither nan, here null, nor infinity, here text."""
-    return [value if isinstance(value, str) else _finite(value) for value in point]
+    values = (getattr(point, column) for column in COLUMNS)
+    return [value if isinstance(value, str) else _finite(value) for value in values]
 
 
 def _finite(value: float) -> str | float | None:
@@ -212,13 +121,7 @@ def _suffix(picture: str) -> str:
 
 def _data_url(results: Path, picture: str) -> str:
     """A picture's file, byte by byte, as a URL."""
-    relative = PurePosixPath(picture)
-    if relative.is_absolute() or ".." in relative.parts:
-        raise ValueError(f"{picture!r} is not a picture in {results}")
+    path = picture_path(results, picture)
     if _suffix(picture) not in TYPES:
         raise ValueError(f"{picture!r} is not of a kind that browsers show: {', '.join(TYPES)}")
-    try:
-        content = (results / relative).read_bytes()
-    except OSError as error:
-        raise ValueError(f"{results}: {picture!r}: {error.strerror}") from error
-    return f"data:{TYPES[_suffix(picture)]};base64,{base64.b64encode(content).decode()}"
+    return f"data:{TYPES[_suffix(picture)]};base64,{base64.b64encode(path.read_bytes()).decode()}"

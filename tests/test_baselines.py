@@ -39,8 +39,9 @@ def test_options_reach_the_encoders():
         plain = io.BytesIO()
         Image.fromarray(X).save(plain, "JPEG", quality=50, subsampling=sampling)
         assert len(BASELINES[name].encode(X, 50)) < plain.tell()
+        # Optimized tables change the size only.
         np.testing.assert_array_equal(
-            BASELINES[name].decode(plain.getvalue()), BASELINES[name].decode(plain.getvalue())
+            BASELINES[name].decode(BASELINES[name].encode(X, 50)), np.asarray(Image.open(plain))
         )
     # The 9/7 wavelet at a given rate: the file has at most that many bits, and nearly as many.
     size = 8 * len(BASELINES["jpeg2000"].encode(X, 1.0)) / X[..., 0].size

@@ -1,21 +1,28 @@
 """Rate curves: means, areas and BD-rate against hand-computed values; CSV and JSON and back."""
 
+import csv
+import io
 import json
 import math
+import re
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from rnncodec.curves import (
-    NAN,
     Point,
     area,
     bd_rate,
     from_csv,
     from_json,
     interpolate,
+    largest_within,
     mean_curve,
+    picture_path,
+    read_points,
     samples,
     to_csv,
     to_json,
@@ -38,6 +45,29 @@ def test_mean_curve_is_the_mean_at_equal_setting():
     assert (second.setting, second.bytes, second.bpp, second.psnr, second.ms_ssim) == (2, 400, 1.0, 30.5, 0.9)
     assert math.isnan(first.psnr_hvs)
     assert (first.image, first.picture) == ("mean", "")
+
+
+def test_an_equal_picture_takes_its_setting_out_of_the_curve():
+    """The mean of infinity is infinite, and no curve, area, BD-rate or JSON holds it."""
+    finite = curve([0.25, 0.5, 0.75, 1.0, 1.25], [20, 22, 24, 26, 28])
+    with_equal = mean_curve(
+        [*finite, *(replace(p, image="b", psnr=math.inf if p.setting > 4 else p.psnr) for p in finite)]
+    )
+    assert [point.psnr for point in with_equal] == [20, 22, 24, 26, math.inf]
+    assert samples(with_equal, "psnr")[1].tolist() == [20, 22, 24, 26]
+    assert interpolate(with_equal, "psnr", 0.875) == 25
+    assert math.isnan(interpolate(with_equal, "psnr", 1.1))
+    assert bd_rate(finite, with_equal, "psnr") == (pytest.approx(0, abs=0.1), 6 / 8)
+    assert json.loads(to_json(with_equal, "a", ""))["results"]["psnr-rgb"] == [20, 22, 24, 26, None]
+
+
+@pytest.mark.parametrize(
+    ("size", "setting"), [(99, None), (100, 5), (149, 5), (150, 20), (299, 20), (300, 61), (10**9, 61)]
+)
+def test_largest_file_within_a_size(size, setting):
+    points = [Point("a", "jpeg", q, b, 1, psnr=q) for q, b in ((60, 300), (61, 300), (59, 300), (5, 100), (20, 150))]
+    found = largest_within(points, size)
+    assert (found and found.setting) == setting
 
 
 def test_interpolation_stays_within_the_curve():
@@ -92,9 +122,91 @@ def test_csv_and_back():
     for point, copy in zip(points, again, strict=True):
         assert repr(copy) == repr(replace(point, setting=float(point.setting), bytes=float(point.bytes)))
     assert to_csv(points[:1]).splitlines()[1].count("nan") == 0
-    for text in ("", "image,codec\na,b\n", to_csv(points).replace("0.25", "x")):
-        with pytest.raises(ValueError, match=r"columns|could not convert"):
-            from_csv(text)
+    header, *rows = to_csv(points).splitlines()
+    others = "\n".join([f"note,{header}", *(f"x,{row}" for row in rows)])
+    assert repr(from_csv(others)) == repr(again)
+    assert from_csv(header) == []
+
+
+def changed(**values):
+    """A text of two points, the second with other values."""
+    text = to_csv([Point("a", "rnncodec-x", 1, 100, 0.25, psnr=30), Point("b\n", "rnncodec-x", 2, 200, 0.5, psnr=32)])
+    rows = list(csv.DictReader(io.StringIO(text)))
+    rows[1] |= values
+    file = io.StringIO()
+    writer = csv.DictWriter(file, list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "there is no column image, codec, setting, bytes, bpp, ideal_bpp,"),
+        (changed().replace("psnr_hvs_m", "other"), "there is no column psnr_hvs_m"),
+        (changed() + "a,b\n", "line 5: not as many fields as columns"),
+        (changed() + "a," * 20, "line 5: not as many fields as columns"),
+        (changed(psnr="high"), "line 4: psnr is not a number: 'high'"),
+        (changed(psnr="-inf"), "line 4: psnr cannot be '-inf'"),
+        (changed(bytes="0"), "line 4: bytes cannot be '0'"),
+        (changed(bytes=""), "line 4: bytes cannot be ''"),
+        (changed(bytes="inf"), "line 4: bytes cannot be 'inf'"),
+        (changed(bpp="-0.5"), "line 4: bpp cannot be '-0.5'"),
+        (changed(bpp="nan"), "line 4: bpp cannot be 'nan'"),
+        (changed(setting=""), "line 4: setting cannot be ''"),
+        (changed(setting="1.5"), "line 4: iterations are a whole number, not '1.5'"),
+        (changed(setting="0"), "line 4: iterations are a whole number, not '0'"),
+        (changed(image="x" * 200_000), "field larger than field limit"),
+    ],
+)
+def test_what_is_no_point_is_told_with_its_line(text, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        from_csv(text)
+
+
+def test_settings_of_others_may_be_fractions():
+    assert from_csv(changed(codec="jpeg2000", setting="0.1875"))[1].setting == 0.1875
+
+
+def test_points_of_a_folder(tmp_path):
+    path = tmp_path / "points.csv"
+    for content, message in (
+        (None, "No such file or directory"),
+        (b"\xff", "can't decode byte"),
+        (changed().splitlines()[0].encode(), "there are no points"),
+        (changed(bpp="x").encode(), "line 4: bpp is not a number: 'x'"),
+    ):
+        if content is not None:
+            path.write_bytes(content)
+        with pytest.raises(ValueError, match=re.escape(message)) as error:
+            read_points(tmp_path)
+        assert str(error.value).startswith(f"{path}: ")
+    path.write_bytes(changed(image="é\r\nü").encode())
+    assert [(point.image, point.setting) for point in read_points(tmp_path)] == [("a", 1), ("é\r\nü", 2)]
+
+
+def test_pictures_are_in_the_folder(tmp_path):
+    results = tmp_path / "results"
+    (results / "pictures").mkdir(parents=True)
+    for place in (tmp_path / "secret.png", results / "pictures" / "a.png"):
+        place.write_bytes(b"")
+    (results / "link.png").symlink_to(tmp_path / "secret.png")
+    (results / "loop.png").symlink_to(results / "loop.png")
+    (tmp_path / "alias").symlink_to(results)
+    found = (results / "pictures" / "a.png").resolve()
+    for folder in (results, tmp_path / "alias"):
+        assert picture_path(folder, "pictures/a.png") == picture_path(folder, "pictures/../pictures/a.png") == found
+    for picture in ("../secret.png", str(tmp_path / "secret.png"), "link.png", "/etc/passwd"):
+        with pytest.raises(ValueError, match="is not in"):
+            picture_path(results, picture)
+    for picture in ("none.png", "pictures", "", "loop.png", "x" * 300, "a\nb.png"):
+        with pytest.raises(ValueError, match="no such file") as error:
+            picture_path(results, picture)
+        assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="null"):
+        picture_path(results, "\0.png")
+    assert Point("a", "c", 1, 1, 1, picture="pictures/a/c-1.png").original == "pictures/a/original.png"
 
 
 def test_json_and_back(tmp_path):
@@ -128,5 +240,10 @@ def test_json_and_back(tmp_path):
 def test_ms_ssim_in_decibels():
     assert Point("a", "c", 1, 1, 1, ms_ssim=0.99).ms_ssim_db == pytest.approx(20)
     assert Point("a", "c", 1, 1, 1, ms_ssim=1.0).ms_ssim_db == math.inf
+    assert Point("a", "c", 1, 1, 1, ms_ssim=1 + 2**-23).ms_ssim_db == math.inf  # a sum of float32 may come out so
     assert math.isnan(Point("a", "c", 1, 1, 1).ms_ssim_db)
-    assert math.isnan(NAN)
+
+
+def test_does_without_torch_and_pyplot():
+    code = "import sys, rnncodec.curves; sys.exit(bool({'torch', 'scipy', 'matplotlib'} & {*sys.modules}))"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0

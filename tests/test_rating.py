@@ -26,35 +26,37 @@ from scipy.optimize import minimize
 
 from rnncodec import rating
 from rnncodec.cli import main
-from rnncodec.rating import Server, Study, Vote, Votes, bootstrap, bradley_terry, match, read_points, summarize
+from rnncodec.curves import Point, read_points
+from rnncodec.rating import Server, Study, Vote, Votes, bootstrap, bradley_terry, match, summarize
 
 RATES = (0.25, 0.5, 1.0)
 ADA, BOB = "a" * 32, "b" * 32
-COLUMNS = "image codec setting bytes bpp l1 psnr ms_ssim psnr_hvs psnr_hvs_m encode_seconds decode_seconds picture"
+COLUMNS = "image codec setting bytes bpp ideal_bpp l1 psnr ms_ssim psnr_hvs psnr_hvs_m encode_seconds decode_seconds"
+COLUMNS += " picture"
 
 # Codec, setting, bytes, PSNR and suffix of what each image is coded to; 64x64 pixels, so 128 bytes are 0.25 bpp.
 CODED = (
-    ("rnncodec-small", "1", 64, 18.0, ""),  # no picture was saved
-    ("rnncodec-small", "2", 128, 22.0, "png"),
-    ("rnncodec-small", "4", 256, 25.0, "png"),
-    ("rnncodec-small", "8", 512, 28.0, "png"),
-    ("jpeg", "10", 121, 19.0, "jpg"),  # 5.5 % from 128, and the worst of all
-    ("jpeg", "12", 130, 21.5, "jpg"),
-    ("jpeg", "14", 133, 21.7, "jpg"),  # within 5 %, but farther than 130
-    ("jpeg", "30", 256, 25.5, "jpg"),
-    ("jpeg", "80", 600, 29.0, "jpg"),
-    ("webp", "5", 134, 23.0, "webp"),
-    ("webp", "20", 300, 26.0, "webp"),
-    ("webp", "60", 500, 29.5, "webp"),
-    ("png", "9", 9000, np.inf, "png"),
+    ("rnncodec-small", 1, 64, 18.0, ""),  # no picture was saved
+    ("rnncodec-small", 2, 128, 22.0, "png"),
+    ("rnncodec-small", 4, 256, 25.0, "png"),
+    ("rnncodec-small", 8, 512, 28.0, "png"),
+    ("jpeg", 10, 121, 19.0, "jpg"),  # 5.5 % from 128, and the worst of all
+    ("jpeg", 12, 130, 21.5, "jpg"),
+    ("jpeg", 14, 133, 21.7, "jpg"),  # within 5 %, but farther than 130
+    ("jpeg", 30, 256, 25.5, "jpg"),
+    ("jpeg", 80, 600, 29.0, "jpg"),
+    ("webp", 5, 134, 23.0, "webp"),
+    ("webp", 20, 300, 26.0, "webp"),
+    ("webp", 60, 500, 29.5, "webp"),
+    ("png", 9, 9000, np.inf, "png"),
 )
 # What can be compared: (rate, codec, setting, codec, setting).
 EXPECTED = {
-    (0.25, "jpeg", "12", "rnncodec-small", "2"),
-    (0.25, "jpeg", "12", "webp", "5"),
-    (0.25, "rnncodec-small", "2", "webp", "5"),
-    (0.5, "jpeg", "30", "rnncodec-small", "4"),
-    (1.0, "rnncodec-small", "8", "webp", "60"),
+    (0.25, "jpeg", 12, "rnncodec-small", 2),
+    (0.25, "jpeg", 12, "webp", 5),
+    (0.25, "rnncodec-small", 2, "webp", 5),
+    (0.5, "jpeg", 30, "rnncodec-small", 4),
+    (1.0, "rnncodec-small", 8, "webp", 60),
 }
 
 
@@ -71,7 +73,7 @@ def make_results(folder, images):
             picture = f"pictures/{image}/{codec}-{setting}.{suffix}" if suffix else ""
             if suffix:
                 Image.fromarray(x // 8 * 8 + len(codec) % 8).save(folder / picture)
-            rows.append([image, codec, setting, size, size / 512, 0.05, psnr, "", 30, 31, 0.1, 0.1, picture])
+            rows.append([image, codec, setting, size, size / 512, "", 0.05, psnr, "", 30, 31, 0.1, 0.1, picture])
     write_points(folder, rows)
     return folder
 
@@ -127,19 +129,20 @@ def not_serving(monkeypatch):
 
 
 def test_matched_bytes(four_images):
-    comparisons = match(read_points(four_images), RATES)
+    comparisons = match([point for point in read_points(four_images) if point.picture], RATES)
     for image in ("lake", "market", "tower", "wharf"):
-        found = {(c.rate, *c.first[1:3], *c.second[1:3]) for c in comparisons if c.image == image}
+        found = {
+            (c.rate, c.first.codec, c.first.setting, c.second.codec, c.second.setting)
+            for c in comparisons
+            if c.image == image
+        }
         assert found == EXPECTED
     assert len(comparisons) == 4 * len(EXPECTED)
 
 
 def points(*sizes):
     """Reconstructions of an image of 8000 pixels, so that a byte is 0.001 bpp."""
-    return [
-        rating.Reconstruction("x", codec, str(size), size, size / 1000, 20.0, f"{codec}{size}.png")
-        for codec, size in sizes
-    ]
+    return [Point("x", codec, size, size, size / 1000, psnr=20, picture=f"{codec}{size}.png") for codec, size in sizes]
 
 
 def sizes_at(comparisons):
@@ -161,7 +164,7 @@ def test_matching_rule():
     # Codecs that match are compared among themselves too, and only within an image.
     three = points(*own, ("jpeg", 402), ("webp", 398))
     assert sizes_at(match(three, [0.4])) == {(0.4, 402, 400), (0.4, 402, 398), (0.4, 400, 398)}
-    other = [point._replace(image="y") for point in points(("jpeg", 200))]
+    other = [replace(point, image="y") for point in points(("jpeg", 200))]
     assert sizes_at(match(three + other, [0.4])) == sizes_at(match(three, [0.4]))
 
 
@@ -171,7 +174,7 @@ def test_nothing_to_compare(results, not_serving, capsys):
     only = {name: [row for row in rows if row[1] == name] for name in ("jpeg", "rnncodec-small")}
     for given, said in (
         (no_pictures, "--save-images"),
-        ([], "--save-images"),
+        ([], "no points"),
         (only["jpeg"], "no picture of rnncodec"),
         (only["rnncodec-small"], "no other codec has a picture within 5% of the bytes"),
     ):
@@ -194,30 +197,35 @@ def changed(rows, column, value):
 @pytest.mark.parametrize(
     ("column", "value", "said"),
     [
-        ("picture", "../secret.png", "not below"),
-        ("picture", "/etc/passwd", "not below"),
-        ("picture", "link.png", "not below"),
+        ("picture", "../secret.png", "not in"),
+        ("picture", "/etc/passwd", "not in"),
+        ("picture", "link.png", "not in"),
         ("picture", "pictures/lake/none.png", "no such file"),
         ("picture", "pictures/lake", "no such file"),
-        ("image", "../../outside", "not below"),
-        ("image", "pond", "original.png: no such file"),
         ("bytes", "many", "many"),
-        ("bytes", "0", "0 bytes"),
+        ("bytes", "0", "line 3: bytes cannot be '0'"),
         ("bytes", "inf", "inf"),
-        ("bpp", "nan", "nan bpp"),
-        ("bpp", "-1", "-1 bpp"),
+        ("bpp", "nan", "bpp cannot be 'nan'"),
+        ("bpp", "-1", "bpp cannot be '-1'"),
+        ("setting", "2.5", "whole number"),
     ],
 )
 def test_faulty_points(results, not_serving, capsys, column, value, said):
-    for place in (results.parent / "secret.png", results.parent / "outside" / "original.png"):
-        place.parent.mkdir(exist_ok=True)
-        Image.new("RGB", (64, 64)).save(place)
+    Image.new("RGB", (64, 64)).save(results.parent / "secret.png")
     (results / "link.png").symlink_to(results.parent / "secret.png")
     write_points(results, changed(read_rows(results), column, value))
     assert main(["rate", str(results), "--port", "0"]) == 1
     captured = capsys.readouterr()
-    assert re.fullmatch(r"rnncodec: error: .*points\.csv: .*\n", captured.err)
+    assert re.fullmatch(r"rnncodec: error: .*\n", captured.err)
+    assert str(results) in captured.err
+    assert ("points.csv" in captured.err) == (column != "picture")
     assert said in captured.err
+
+
+def test_every_original_is_needed(results, not_serving, capsys):
+    (results / "pictures" / "tower" / "original.png").unlink()
+    assert main(["rate", str(results), "--port", "0"]) == 1
+    assert capsys.readouterr().err == f"rnncodec: error: {results}: 'pictures/tower/original.png': no such file\n"
 
 
 def test_not_points(results, not_serving, capsys):
@@ -243,8 +251,16 @@ def test_not_points(results, not_serving, capsys):
 # Order
 
 
+def compared(image, rate, *pair):
+    return image, rate, frozenset((point.codec, point.setting) for point in pair)
+
+
 def pair(trial):
-    return trial.image, trial.rate, frozenset([trial.left, trial.right])
+    return compared(trial.image, trial.rate, trial.left, trial.right)
+
+
+def tokens(trials):
+    return [trial.token for trial in trials]
 
 
 def raters(count):
@@ -252,7 +268,7 @@ def raters(count):
 
 
 def test_every_rater_sees_every_comparison_once(large_study):
-    expected = Counter((c.image, c.rate, frozenset([c.first, c.second])) for c in large_study.comparisons)
+    expected = Counter(compared(*comparison) for comparison in large_study.comparisons)
     assert len(expected) == 100
     for rater in raters(20):
         trials = large_study.trials(rater)
@@ -269,7 +285,7 @@ def test_every_rater_sees_every_comparison_once(large_study):
             if trial.kind == "check":
                 codecs = {trial.left.codec: trial.left, trial.right.codec: trial.right}
                 assert codecs["original"].picture == f"pictures/{trial.image}/original.png"
-                assert (codecs["jpeg"].setting, trial.rate) == ("10", None)  # the lowest PSNR that has a picture
+                assert (codecs["jpeg"].setting, trial.rate) == (10, None)  # the lowest PSNR that has a picture
         assert len({trial.image for trial in trials if trial.kind == "check"}) == 5
 
 
@@ -279,11 +295,11 @@ def test_small_study_has_checks_and_repeats_too(study):
 
 
 def test_order_and_sides_are_deterministic(study, four_images):
-    assert study.trials(ADA) == Study(four_images, RATES).trials(ADA)
-    assert study.trials(ADA) != Study(four_images, RATES, seed=1).trials(ADA)
+    assert tokens(study.trials(ADA)) == tokens(Study(four_images, RATES).trials(ADA))
+    assert tokens(study.trials(ADA)) != tokens(Study(four_images, RATES, seed=1).trials(ADA))
     ada, bob = study.trials(ADA), study.trials(BOB)
     assert [pair(trial) for trial in ada] != [pair(trial) for trial in bob]
-    assert not {trial.token for trial in ada} & {trial.token for trial in bob}
+    assert not {*tokens(ada)} & {*tokens(bob)}
     code = "from pathlib import Path; from rnncodec.rating import Study; "
     code += f"print(Study(Path({str(four_images)!r}), {RATES}).trials({ADA!r})[7].token)"
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
@@ -300,17 +316,19 @@ def test_sides_and_order_are_balanced(large_study):
         early.update(pair(trial) for trial in normal[:50])
     assert abs(sum(left.values()) / 10_000 - 0.5) < 0.025  # 5 standard deviations
     for comparison in large_study.comparisons:
-        key = comparison.image, comparison.rate, frozenset([comparison.first, comparison.second])
-        assert 25 <= left[key] <= 75
-        assert 25 <= early[key] <= 75
+        assert 25 <= left[compared(*comparison)] <= 75
+        assert 25 <= early[compared(*comparison)] <= 75
 
 
 def test_more_rates_leave_what_was_there(four_images, study):
     fewer = Study(four_images, [0.25, 1.0])
-    tokens = {pair(trial): trial for trial in study.trials(ADA) if trial.kind == "normal"}
+    before = {pair(trial): trial for trial in study.trials(ADA) if trial.kind == "normal"}
     normal = [trial for trial in fewer.trials(ADA) if trial.kind == "normal"]
     assert len(normal) == 16
-    assert all(tokens[pair(trial)] == trial for trial in normal)
+    assert tokens(normal) != tokens(before.values())
+    for trial in normal:
+        same = before[pair(trial)]
+        assert (same.token, same.left.codec, same.left.setting) == (trial.token, trial.left.codec, trial.left.setting)
 
 
 # Model
@@ -405,7 +423,7 @@ def test_bootstrap_resamples_raters():
 
 def vote(rater=ADA, codecs=("jpeg", "webp"), choice="left", kind="normal", rate: float | None = 0.5, **changes):
     left, right = codecs
-    base = Vote(rater, "", "0" * 32, kind, "lake", rate, left, "1", 100, right, "2", 101, choice, 900, "2020-01-01")
+    base = Vote(rater, "", "0" * 32, kind, "lake", rate, left, 1, 100, right, 2, 101, choice, 900, "2020-01-01")
     return replace(base, **changes)
 
 
@@ -417,9 +435,9 @@ def test_summary():
         vote(rate=1.0),
         *[vote(codecs=good, kind="check", rate=None)] * 4,
         vote(codecs=good, kind="check", rate=None, choice="right"),  # 4 of 5 are right: enough
-        vote(codecs=("webp", "jpeg"), kind="repeat", choice="left", left_setting="2", right_setting="1"),
-        vote(BOB, codecs=("webp", "jpeg"), kind="repeat", choice="right", left_setting="2", right_setting="1"),
-        vote(codecs=("webp", "jpeg"), kind="repeat", left_setting="2", right_setting="1", rate=1.0),  # not as before
+        vote(codecs=("webp", "jpeg"), kind="repeat", choice="left", left_setting=2, right_setting=1),
+        vote(BOB, codecs=("webp", "jpeg"), kind="repeat", choice="right", left_setting=2, right_setting=1),
+        vote(codecs=("webp", "jpeg"), kind="repeat", left_setting=2, right_setting=1, rate=1.0),  # not as before
         # Three of four are not, and nothing else of this rater counts.
         *[vote("c" * 32, codecs=good, kind="check", rate=None)] * 3,
         vote("c" * 32, codecs=good, kind="check", rate=None, choice="right"),
