@@ -378,12 +378,15 @@ def summary_table(curves: dict[str, list[Point]]) -> Table:
     low, high = WINDOW
     result = Table(title=f"area under the curves, and bits that {first} takes more than others for the same quality")
     spans = {"\nto 2 bpp": (None, 2.0), f"\n{low} to\n{high} bpp": WINDOW}
-    areas = [metric + span for metric in ("PSNR", "MS-SSIM") for span in spans]
-    for column in ("codec", *areas, "BD-rate\nPSNR", "BD-rate\nMS-SSIM"):
+    names = [metric + span for metric in ("PSNR", "MS-SSIM") for span in spans]
+    for column in ("codec", *names, "BD-rate\nPSNR", "BD-rate\nMS-SSIM"):
         result.add_column(column, justify="left" if column == "codec" else "right", overflow="fold")
     partial = False
     for name, curve in curves.items():
-        cells = [number(area(curve, metric, *span), 3) for metric, _ in METRICS for span in spans.values()]
+        # Of others nobody knows here whether the last point measured is the last there is.
+        saturates = curve is mine and curve[-1].setting == MAX_ITERATIONS
+        areas = [area(curve, metric, *span, saturates=saturates) for metric, _ in METRICS for span in spans.values()]
+        cells = [number(value, 3) for value in areas]
         for metric in ("psnr", "ms_ssim_db"):
             difference, overlap = bd_rate(curve, mine, metric)
             if curve is mine or np.isnan(difference):

@@ -122,19 +122,23 @@ def interpolate(curve: Sequence[Point], metric: str, bpp: float) -> float:
     return float(np.interp(bpp, rates, values, left=NAN, right=NAN)) if len(rates) else NAN
 
 
-def area(curve: Sequence[Point], metric: str, low: float | None, high: float) -> float:
-    """The integral of a metric over bits per pixel, by trapezoids (Toderici et al. 2017).
+def area(curve: Sequence[Point], metric: str, low: float | None, high: float, saturates: bool = False) -> float:
+    """The integral of a metric over bits per pixel, by trapezoids, as in T17.
 
     Args:
         curve: in any order.
         metric: an attribute of `Point`.
         low: where to begin; None for the first point of the curve, as in the paper, which favours who starts lower.
         high: where to end.
+        saturates: whether the curve ends where the codec does, which makes no larger files. It then keeps its last
+            value: who may spend more bits takes its largest file.
 
     Returns:
         nan if the curve does not reach from low to high.
     """
     rates, values = samples(curve, metric)
+    if saturates and len(rates) and rates[-1] < high:
+        rates, values = np.append(rates, high), np.append(values, values[-1])
     low = rates[0] if low is None and len(rates) else low
     if not len(rates) or low is None or not rates[0] <= low < high <= rates[-1]:
         return NAN

@@ -87,6 +87,9 @@ def test_area_is_that_of_trapezoids():
     assert area(line, "psnr", 0.25, 1.5) == pytest.approx(window)
     assert math.isnan(area(line, "psnr", 0.1, 1.5))
     assert math.isnan(area(line, "psnr", None, 2.1))
+    assert area(line, "psnr", None, 2.5, saturates=True) == pytest.approx(paper + 32 * 0.5)
+    assert area(line, "psnr", None, 1.0, saturates=True) == area(line, "psnr", None, 1.0)
+    assert math.isnan(area(line, "psnr", 0.1, 2.5, saturates=True))
     assert math.isnan(area([], "psnr", None, 2.0))
 
 
