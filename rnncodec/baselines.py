@@ -27,7 +27,7 @@ class Baseline:
         settings: in order of rising quality.
         description: what a reader must know to repeat it, without versions.
         plugin: module that teaches Pillow the format, if it needs one.
-        library: Pillow's name of the library that does the work, whose version is told.
+        library: otherwise Pillow's name of the library that does the work.
     """
 
     name: str
@@ -45,17 +45,18 @@ class Baseline:
         """Whether this installation can write such files."""
         if self.plugin:
             return find_spec(self.plugin) is not None
-        return not self.library or bool(features.check(self.library))
+        return bool(features.check(self.library))
 
     @property
     def version(self) -> str:
         """The versions of what does the work."""
         if self.plugin:
-            return f"{self.plugin} {getattr(import_module(self.plugin), '__version__', '')}, Pillow {PIL.__version__}"
-        version = features.version(self.library) if self.library else ""
-        if self.library == "jpg" and features.check("libjpeg_turbo"):
-            version = f"turbo {features.version('libjpeg_turbo')}"
-        return f"{self.library} {version}, Pillow {PIL.__version__}"
+            name, version = self.plugin, getattr(import_module(self.plugin), "__version__", "")
+        else:
+            turbo = self.library == "jpg" and features.check("libjpeg_turbo")
+            name = "libjpeg_turbo" if turbo else self.library
+            version = features.version(name)
+        return f"{name} {version}, Pillow {PIL.__version__}"
 
     def encode(self, x: np.ndarray, setting: float) -> bytes:
         """An image, uint8 [H, W, 3], to the bytes of a file."""
@@ -67,6 +68,8 @@ class Baseline:
 
     def decode(self, data: bytes) -> np.ndarray:
         """The bytes of a file to an image, uint8 [H, W, 3]."""
+        if self.plugin:
+            import_module(self.plugin)
         with Image.open(io.BytesIO(data)) as image:
             return np.asarray(image.convert("RGB"))
 

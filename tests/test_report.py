@@ -615,6 +615,26 @@ def test_curves_and_table(shared, browser, open_page):
     assert len(browser.find_elements(By.CSS_SELECTOR, f"#chart g[data-codec='{CODEC}'] path")) == 1
 
 
+@pytest.mark.browser
+def test_a_codec_that_is_exact_for_one_image_is_not_called_lossless(results, browser, open_page):
+    """A mean is infinite if one image is reproduced exactly; what the codec lost of the others still has its curve."""
+    rows = rows_of(results)
+    for row in rows:
+        if (row["image"], row["codec"]) == ("beta", "jpeg"):
+            row["psnr"] = "inf"
+    with open(results / "points.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+    open_page(results)
+    assert "JPEG" in [button.text for button in browser.find_elements(By.CSS_SELECTOR, "#legend button")]
+    assert "JPEG, without loss" not in text(browser, "#notes")
+    assert "PNG, without loss" in text(browser, "#notes")
+    assert not browser.find_elements(By.CSS_SELECTOR, "#chart g[data-codec=jpeg]")
+    find(browser, "#scope button[value=image]").click()  # alpha
+    assert browser.find_elements(By.CSS_SELECTOR, "#chart g[data-codec=jpeg] path")
+
+
 def rows_in(browser):
     return browser.find_elements(By.CSS_SELECTOR, "tbody tr")
 
