@@ -10,11 +10,13 @@ Each image is encoded once and its file decoded iteration by iteration; the byte
 cut to k iterations, bpp counts them over the true pixels, and curves are means over the images at equal setting. What
 has been measured is remembered by the pixels of the image and the exact codec, so that a run that was stopped goes on.
 
-The output folder gets points.csv (every image, codec and setting) and mean.csv, a JSON for each codec in CompressAI's
-shape, rate_distortion.png and .svg, and if asked for coders.csv, the pictures and comparisons.
+The output folder gets points.csv (every image, codec and setting), mean.csv and summary.csv (areas under the curves and
+BD-rate), a JSON for each codec in CompressAI's shape, rate_distortion.png and .svg, and if asked for coders.csv, the
+pictures, comparisons and report.html.
 """
 
 import argparse
+import csv
 import hashlib
 import io
 import json
@@ -62,6 +64,9 @@ PUBLISHED = Path(rnncodec.__file__).parent / "published"
 BROWSERS_SHOW = (".jpg", ".webp", ".avif", ".png")
 WINDOW = (0.25, 1.875)  # bits per pixel between which the area under a curve favours nobody
 COMMON = 0.75  # share of two curves' range of quality below which their BD-rate says little
+SPANS = {"to 2": (None, 2.0), f"{WINDOW[0]}-{WINDOW[1]}": WINDOW}  # bits per pixel; the first as in T17
+AREAS = {"ms_ssim": "MS-SSIM", "psnr_hvs": "PSNR-HVS", "psnr": "PSNR"}  # the first two are those of T17
+BD_RATES = {"psnr": "PSNR", "ms_ssim_db": "MS-SSIM", "psnr_hvs_m": "PSNR-HVS-M"}
 METRICS = (("psnr", 2), ("ms_ssim", 4))  # of the tables, with their digits
 CACHE_VERSION = 1  # of what is remembered: another one forgets it all
 
@@ -372,29 +377,74 @@ def rivals_table(curves: dict[str, list[Point]]) -> Table:
     return result
 
 
-def summary_table(curves: dict[str, list[Point]]) -> Table:
-    """Areas under all curves, and how many more bits the first takes than each other."""
-    (first, mine), *_ = curves.items()
-    low, high = WINDOW
-    result = Table(title=f"area under the curves, and bits that {first} takes more than others for the same quality")
-    spans = {"\nto 2 bpp": (None, 2.0), f"\n{low} to\n{high} bpp": WINDOW}
-    names = [metric + span for metric in ("PSNR", "MS-SSIM") for span in spans]
-    for column in ("codec", *names, "BD-rate\nPSNR", "BD-rate\nMS-SSIM"):
-        result.add_column(column, justify="left" if column == "codec" else "right", overflow="fold")
-    partial = False
+@dataclass(frozen=True)
+class Summary:
+    """A curve in a few numbers.
+
+    Attributes:
+        codec: name of its codec.
+        areas: under the curve of each metric of `AREAS`, over each of `SPANS`.
+        bd_rates: percent more bits that the evaluated codec takes for the same value of each metric of `BD_RATES`,
+            and the share of the values of both that both have; None for that codec itself.
+    """
+
+    codec: str
+    areas: list[list[float]]
+    bd_rates: list[tuple[float, float]] | None
+
+
+def summaries(curves: dict[str, list[Point]]) -> list[Summary]:
+    """The areas under all curves, and the BD-rate of the first against each."""
+    mine = next(iter(curves.values()))
+    result = []
     for name, curve in curves.items():
         # Of others nobody knows here whether the last point measured is the last there is.
         saturates = curve is mine and curve[-1].setting == MAX_ITERATIONS
-        areas = [area(curve, metric, *span, saturates=saturates) for metric, _ in METRICS for span in spans.values()]
-        cells = [number(value, 3) for value in areas]
-        for metric in ("psnr", "ms_ssim_db"):
-            difference, overlap = bd_rate(curve, mine, metric)
-            if curve is mine or np.isnan(difference):
-                cells.append("" if curve is mine else "-")
-            else:
-                partial |= overlap < COMMON
-                cells.append(f"{difference:+.1f} %" + "*" * (overlap < COMMON))
-        result.add_row(name, *cells)
+        areas = [[area(curve, metric, *span, saturates=saturates) for span in SPANS.values()] for metric in AREAS]
+        bd_rates = None if curve is mine else [bd_rate(curve, mine, metric) for metric in BD_RATES]
+        result.append(Summary(name, areas, bd_rates))
+    return result
+
+
+def summary_csv(summaries: Sequence[Summary]) -> str:
+    """One row for each curve; what does not exist is left empty."""
+    names = [f"auc_{metric}_{name}" for metric in AREAS for name in ("to_2", "window")]
+    names += [f"bd_rate_{metric}{end}" for metric in BD_RATES for end in ("", "_overlap")]
+    rows = [["codec", *names]]
+    for each in summaries:
+        values = [value for pair in each.areas for value in pair]
+        values += [value for pair in each.bd_rates or [(NAN, NAN)] * len(BD_RATES) for value in pair]
+        rows.append([each.codec, *("" if np.isnan(value) else repr(float(value)) for value in values)])
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
+
+
+def area_table(summaries: Sequence[Summary]) -> Table:
+    """The areas under all curves."""
+    result = Table(title="area under the curves, over bits per pixel")
+    names = [f"{title}\n{span}" for title in AREAS.values() for span in SPANS]
+    for column in ("codec", *names):
+        result.add_column(column, justify="left" if column == "codec" else "right", overflow="fold")
+    for each in summaries:
+        result.add_row(each.codec, *(number(value, 3) for pair in each.areas for value in pair))
+    return result
+
+
+def bd_rate_table(summaries: Sequence[Summary]) -> Table:
+    """How many more bits the first codec takes than each other."""
+    first, *others = summaries
+    result = Table(title=f"BD-rate: bits that {first.codec} takes more for the same quality")
+    for column in ("than", *BD_RATES.values()):
+        result.add_column(column, justify="left" if column == "than" else "right")
+    partial = False
+    for each in others:
+        cells = []
+        for difference, overlap in each.bd_rates or ():
+            doubtful = not np.isnan(difference) and overlap < COMMON
+            partial |= doubtful
+            cells.append("-" if np.isnan(difference) else f"{difference:+.1f} %" + "*" * doubtful)
+        result.add_row(each.codec, *cells)
     if partial:
         result.caption = f"* the two curves share less than {COMMON:.0%} of their range of quality"
     return result
@@ -566,6 +616,8 @@ def summarize(
     drawing = figure(drawn, list(overlays))
     for format in ("png", "svg"):
         atomic_write(args.output / f"rate_distortion.{format}", rendered(drawing, format))
+    summary = summaries(drawn)
+    atomic_write(args.output / "summary.csv", summary_csv(summary).encode())
     console = Console()
     if sizes:
         mean = {name: np.mean(each, axis=0) for name, each in sizes.items()}
@@ -577,7 +629,8 @@ def summarize(
     console.print(curve_table(drawn[first], f"{count} image{'s' * (count > 1)}{exception}"))
     if rest:
         console.print(rivals_table(drawn))
-        console.print(summary_table(drawn))
+        console.print(area_table(summary))
+        console.print(bd_rate_table(summary))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -148,6 +148,7 @@ def test_a_folder_with_an_unreadable_image(command, tmp_path, capsys):
         "png.json",
         "points.csv",
         "mean.csv",
+        "summary.csv",
         "rate_distortion.png",
         "rate_distortion.svg",
         "report.html",
@@ -255,6 +256,17 @@ def test_curves_of_others_are_drawn_and_compared(command, tmp_path, capsys):
     table = capsys.readouterr().out
     bpp = from_csv((output / "mean.csv").read_text())[0].bpp
     assert f"{np.interp(bpp, theirs['bpp'], theirs['psnr-rgb']):.2f}" in table
+
+    rows = {row["codec"]: row for row in csv.DictReader((output / "summary.csv").read_text().splitlines())}
+    assert list(rows) == ["rnncodec-tiny", published, "Theirs"]
+    assert float(rows["Theirs"]["auc_psnr_to_2"]) == pytest.approx(np.trapezoid([1, 2, 3, 4], [0.001, 0.5, 1, 2]))
+    start = 0.01 + 0.19 * (0.25 - 0.001) / 0.499
+    assert float(rows["Theirs"]["auc_ms_ssim_window"]) == pytest.approx(
+        np.trapezoid([start, 0.2, 0.5, 0.5 + 0.3 * 0.875], [0.25, 0.5, 1, 1.875])
+    )
+    assert rows["Theirs"]["auc_psnr_hvs_to_2"] == ""
+    assert rows["rnncodec-tiny"]["bd_rate_psnr"] == ""
+    assert rows[published]["bd_rate_psnr"] == ""  # no quality in common
 
     path.write_text('{"name": 1}')
     assert evaluate.main(arguments) == 1
