@@ -17,7 +17,7 @@ import pytest
 import torch
 from PIL import Image
 from skimage import data
-from wandb.proto.wandb_internal_pb2 import Record
+from wandb.proto.wandb_internal_pb2 import Record  # pyright: ignore[reportAttributeAccessIssue] - made at run time
 
 from rnncodec import tracking
 from rnncodec.curves import Point
