@@ -5,6 +5,7 @@
     python evaluate.py PHOTOS --baselines jpeg webp         beside these codecs only
     python evaluate.py KODAK --overlay toderici2017 mine/rnncodec-small.json      with curves of others
     python evaluate.py PHOTOS --coders                      the entropy coders on the same bits
+    python evaluate.py PHOTOS --wandb NAME                  as a run of W&B as well, offline unless logged in
 
 Each image is encoded once and its file decoded iteration by iteration; the bytes of iteration k are those of the file
 cut to k iterations, bpp counts them over the true pixels, and curves are means over the images at equal setting. What
@@ -58,6 +59,7 @@ from rnncodec.format import read_header, truncate
 from rnncodec.images import atomic_write, find_images, load_image, save_image
 from rnncodec.metrics import MS_SSIM_MIN_SIDE, RATES, l1, ms_ssim, psnr, psnr_hvs
 from rnncodec.report import write_report
+from rnncodec.tracking import log_evaluation
 
 PANEL = (224, 224)  # pixels of a picture in a comparison, six beside each other
 PUBLISHED = Path(rnncodec.__file__).parent / "published"
@@ -520,6 +522,7 @@ def evaluate(args: argparse.Namespace, console: Console) -> int:
             fail(error)
     args.output.mkdir(parents=True, exist_ok=True)
     points: list[Point] = []
+    sheets: dict[str, Path] = {}
     steps = sum(source.count for source in sources)
     checked = False
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
@@ -548,7 +551,8 @@ def evaluate(args: argparse.Namespace, console: Console) -> int:
                     rival = next(iter(args.baselines), "")
                     sheet = compared(sources[0].name, rival, x, measured, args.output)
                     if sheet is not None:
-                        save_image(sheet, args.output / f"{name}_comparison.png")
+                        sheets[name] = args.output / f"{name}_comparison.png"
+                        save_image(sheet, sheets[name])
             except ValueError as error:
                 fail(error)
                 continue
@@ -562,6 +566,24 @@ def evaluate(args: argparse.Namespace, console: Console) -> int:
     summarize(points, sources, overlays, sizes, args)
     if args.save_images:
         write_report(args.output)
+    if args.wandb:
+        curves = {
+            source.name: mean_curve(point for point in points if point.codec == source.name) for source in sources
+        }
+        names = ["points.csv", "mean.csv", "rate_distortion.png", "rate_distortion.svg"]
+        names += [f"{source.name}.json" for source in sources]
+        names += ["coders.csv"] * bool(sizes) + ["report.html"] * args.save_images
+        config = {
+            "weights": codec.name,
+            "fingerprint": codec.fingerprint.hex(),
+            "context_fingerprint": codec.context_fingerprint.hex(),
+            "iterations": args.iterations,
+            "images": len({point.image for point in points}),
+            "device": str(codec.device),
+            "codecs": {source.name: source.description for source in sources},
+            "versions": {"rnncodec": rnncodec.__version__, "torch": torch.__version__},
+        }
+        log_evaluation(args.output, args.wandb, config, curves, points, [args.output / n for n in names], sheets)
     return failures
 
 
@@ -663,6 +685,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="compare the entropy coders; weights of the same codec add their context models",
     )
     parser.add_argument("--save-images", action="store_true", help="write the decoded images and comparisons")
+    parser.add_argument("--wandb", metavar="NAME", help="log the results to W&B, as a run of this name")
     user_cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     parser.add_argument(
         "--cache-dir",

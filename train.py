@@ -20,18 +20,17 @@ a file; one of them becomes part of that file. Or codec and context model are tr
     python train.py fit --config configs/small_joint.yaml --data.root PHOTOS
 
 A config says only what differs from DEFAULTS below; the command line overrides both. Checkpoints, metrics and
-the complete config.yaml go to runs/NAME (--name, else the config's). W&B runs offline unless you are logged in or
-set WANDB_MODE. The weights that `rnncodec --weights` takes are made from a checkpoint by `rnncodec export`.
+the complete config.yaml go to runs/NAME (--name, else the config's). W&B (docs/wandb.md) runs offline unless you
+are logged in or set WANDB_MODE. The weights that `rnncodec --weights` takes are made from a checkpoint by
+`rnncodec export`.
 """
 
-import netrc
 import os
 import sys
 import uuid
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
 
 import lightning as L
 from jsonargparse import Namespace
@@ -41,7 +40,10 @@ from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
 
-from rnncodec import context_training  # noqa: F401 - its classes may be named in a config
+from rnncodec import (
+    context_training,  # noqa: F401 - its classes may be named in a config
+    tracking,
+)
 from rnncodec.data import PatchDataModule
 from rnncodec.training import Training
 
@@ -57,15 +59,6 @@ DEFAULTS: dict[str, Any] = {
     "log_every_n_steps": 50,
     "num_sanity_val_steps": 0,
 }
-
-
-def wandb_login_exists() -> bool:
-    """Whether `wandb login`, or the environment, has left a key for the W&B server."""
-    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
-    try:
-        return "WANDB_API_KEY" in os.environ or netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
 
 
 class RunConfig(SaveConfigCallback):
@@ -94,6 +87,18 @@ class LastCheckpoint(ModelCheckpoint):
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert self.dirpath is not None
         trainer.save_checkpoint(Path(self.dirpath) / f"{self.filename}.ckpt")
+
+
+class TrackedCheckpoints(L.Callback):
+    """Gives W&B the checkpoints when training ends: each of those on the way would stay on disk as a copy."""
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert isinstance(pl_module, Training)
+        files = [
+            path for name in ("last", "best") if (path := Path(trainer.default_root_dir) / f"{name}.ckpt").exists()
+        ]
+        for logger in pl_module.wandb_loggers():
+            tracking.log_files(logger.experiment, "checkpoints", files)
 
 
 class CodecCLI(LightningCLI):
@@ -128,10 +133,10 @@ class CodecCLI(LightningCLI):
                 WandbLogger(
                     name=config.name,
                     save_dir=folder,
-                    project="rnncodec",
                     id=run_id.read_text() if run_id.exists() else None,
                     resume="allow",
-                    mode=None if "WANDB_MODE" in os.environ or wandb_login_exists() else "offline",
+                    job_type="training",
+                    **tracking.settings(folder),
                 ),
             ]
         monitor, mode = self.model.monitor
@@ -152,7 +157,7 @@ class CodecCLI(LightningCLI):
             ),
         ]
         if config.trainer.logger is not False:
-            callbacks.append(LearningRateMonitor("step"))
+            callbacks += [LearningRateMonitor("step"), TrackedCheckpoints()]
         if config.trainer.enable_progress_bar is not False:
             callbacks.append(RichProgressBar())
         kwargs["callbacks"] = [*callbacks, *(self._get(self.config_init, "trainer").get("callbacks") or [])]

@@ -636,6 +636,11 @@ class PatchDataModule(L.LightningDataModule):
         images = WholeImages(self.cache, self.val_indices)
         return DataLoader(images, batch_size=None, sampler=sampler, pin_memory=torch.cuda.is_available())
 
+    @property
+    def val_names(self) -> list[str]:
+        """Names of all validation images, of which a rank has every world_size-th from its own number on."""
+        return [self.cache.entries[i].name for i in self.val_indices]
+
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Tensor:
         """Patches float32 [B, 3, P, P] or a whole image [1, 3, H, W], in [-1, 1], channels last in memory."""
         if isinstance(batch, Tensor):

@@ -1,20 +1,22 @@
 """Training of the codec network: loss, schedules, guard against divergence, validation on whole images."""
 
 import os
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, ClassVar, Literal
 
 import lightning as L
 import torch
-import wandb
 from lightning.pytorch.loggers import WandbLogger
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torchmetrics import MeanMetric, Metric, MetricCollection
 
+from rnncodec.curves import NAN, Point
+from rnncodec.data import PatchDataModule
 from rnncodec.metrics import RATES, ms_ssim, psnr
 from rnncodec.network import NetworkConfig, RecurrentCodec, Step, pad_to_blocks, to_uint8
 from rnncodec.optim import MuonAdamW, parameter_groups
+from rnncodec.tracking import curve_charts, log_rates, points_table
 
 
 def global_seed() -> int:
@@ -152,6 +154,9 @@ class CodecTraining(Training):
             f"{name}_{k}": MeanMetric(nan_strategy="ignore") for k in RATES for name in ("psnr", "ms_ssim")
         }
         self.val_metrics = MetricCollection(means, compute_groups=False)
+        # Of the validation that runs, on this rank, and of the last one: for W&B.
+        self.val_points: list[Point] = []
+        self.val_curve: list[Point] = []
 
     def current_iterations(self, step: int) -> int:
         """Iterations to unroll at a training step."""
@@ -192,14 +197,21 @@ class CodecTraining(Training):
         height, width = x.shape[-2:]
         padded = pad_to_blocks(x, self.network.config.stride)
         original, pictures, bits, losses = to_uint8(x), [], [], []
+        tracked = any(isinstance(logger, WandbLogger) for logger in self.loggers)  # on every rank alike
         with torch.compiler.set_stance("force_eager"):  # every size of image would be compiled anew
             for k, step in enumerate(self.network.unroll(padded, max(RATES)), start=1):
                 bits.append(step.bits)
                 losses.append((padded - step.x_hat).abs().mean())
                 if k in RATES:
                     x_hat = to_uint8(step.x_hat[..., :height, :width])
-                    self.val_metrics[f"psnr_{k}"].update(psnr(original, x_hat))
-                    self.val_metrics[f"ms_ssim_{k}"].update(ms_ssim(original, x_hat))
+                    qualities = psnr(original, x_hat), ms_ssim(original, x_hat)
+                    for name, quality in zip(("psnr", "ms_ssim"), qualities, strict=True):
+                        self.val_metrics[f"{name}_{k}"].update(quality)
+                    if tracked:
+                        size = sum(plane.numel() for plane in bits) / 8 / len(x)
+                        bpp = 8 * size / (height * width)
+                        means = dict(zip(("psnr", "ms_ssim"), (q.mean().item() for q in qualities), strict=True))
+                        self.val_points.append(Point(self.image_name(batch_idx), "", k, size, bpp, **means))
                     pictures.append(x_hat)
         l1 = torch.stack(losses).mean()
         self.log("val/l1", l1, batch_size=1, sync_dist=True)
@@ -218,7 +230,29 @@ class CodecTraining(Training):
         self.log_dict({f"val/{name}": value for name, value in values.items()})
         self.log("val/psnr", torch.stack([values[f"psnr_{k}"] for k in RATES]).mean(), prog_bar=True)
         bpp = self.network.config.bits / self.network.config.stride**2
-        curve = [[k, k * bpp, values[f"psnr_{k}"].item(), values[f"ms_ssim_{k}"].item()] for k in RATES]
+        measures = {k: {name: values[f"{name}_{k}"].item() for name in ("psnr", "ms_ssim")} for k in RATES}
+        self.val_curve = [Point("mean", "", k, NAN, k * bpp, **measures[k]) for k in RATES]
+        points = self.gather_points()
         for logger in self.wandb_loggers():
-            table = wandb.Table(["iterations", "bpp", "psnr", "ms_ssim"], curve)
-            logger.experiment.log({f"rate/{y}": wandb.plot.line(table, "bpp", y, title=y) for y in ("psnr", "ms_ssim")})
+            run = logger.experiment
+            table = points_table(replace(point, codec=run.name or "") for point in points)
+            run.log({"val/images": table, **curve_charts({run.name or "": self.val_curve})})
+
+    def on_fit_end(self) -> None:
+        for logger in self.wandb_loggers():
+            log_rates(logger.experiment, self.val_curve)
+
+    def image_name(self, batch_idx: int) -> str:
+        """The name of a validation image of this rank, or its number if the data have no names."""
+        number = batch_idx * self.trainer.world_size + self.global_rank
+        data = getattr(self.trainer, "datamodule", None)
+        return data.val_names[number] if isinstance(data, PatchDataModule) else str(number)
+
+    def gather_points(self) -> list[Point]:
+        """The points of the validation images of all ranks, in order of the images' names."""
+        shares: list[Any] = [self.val_points]
+        if self.trainer.world_size > 1 and any(isinstance(logger, WandbLogger) for logger in self.loggers):
+            shares *= self.trainer.world_size
+            torch.distributed.all_gather_object(shares, self.val_points)
+        self.val_points = []
+        return sorted((point for share in shares for point in share), key=lambda point: point.image)

@@ -2,7 +2,6 @@
 
 import csv
 import inspect
-import json
 import math
 import os
 import re
@@ -240,9 +239,7 @@ def test_a_run_leaves_metrics_config_checkpoint_and_wandb_files(crops, tmp_path)
 
     files = next((folder / "wandb").glob("offline-run-*")) / "files" / "media"
     assert list(files.rglob("reconstructions*.png"))
-    table = json.loads(next(files.rglob("*.table.json")).read_text())
-    assert table["columns"] == ["iterations", "bpp", "psnr", "ms_ssim"]
-    assert [row[:2] for row in table["data"]] == [[k, k * 0.125] for k in (1, 2, 4, 8, 16)]
+    assert list(files.rglob("*.table.json"))  # whose content test_tracking.py looks at
 
     refuses(command(crops, tmp_path), tmp_path, "--ckpt_path")  # to start over where a run has been
 

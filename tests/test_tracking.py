@@ -1,0 +1,319 @@
+"""What an offline run of W&B holds after a training and after an evaluation: tables, curves, pictures, artifacts."""
+
+import csv
+import json
+import math
+import os
+import re
+import struct
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from skimage import data
+from wandb.proto.wandb_internal_pb2 import Record  # pyright: ignore[reportAttributeAccessIssue] - made at run time
+
+from rnncodec import tracking
+from rnncodec.curves import Point
+from rnncodec.network import NetworkConfig, RecurrentCodec
+from rnncodec.weights import save_weights
+
+ROOT = Path(__file__).parent.parent
+COUNTS = (1, 2, 4, 8, 16)
+
+
+def records(path):
+    """The records of a .wandb file: a log in LevelDB's format, whose header is of seven bytes, of protocol buffers."""
+    content, position, part, result = path.read_bytes(), 7, b"", defaultdict(list)
+    while position < len(content):
+        left = 32768 - position % 32768
+        if left < 7:  # no header fits into the rest of a block
+            position += left
+            continue
+        length, kind = struct.unpack("<HB", content[position + 4 : position + 7])
+        part += content[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            record = Record.FromString(part)
+            name = record.WhichOneof("record_type")
+            result[name].append(getattr(record, name))
+            part = b""
+    return result
+
+
+class OfflineRun:
+    """An offline run as its files tell it."""
+
+    def __init__(self, folder):
+        (self.folder,) = (folder / "wandb").glob("offline-run-*")
+        (path,) = self.folder.glob("*.wandb")
+        found = records(path)
+        self.start = found["run"][0]
+        self.steps = {metric.name: metric.step_metric for metric in found["metric"]}
+        self.history = [
+            {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in row.item}
+            for row in found["history"]
+        ]
+        self.artifacts = defaultdict(list)
+        for artifact in found["artifact"]:
+            self.artifacts[artifact.name].append(
+                {entry.path: Path(entry.local_path) for entry in artifact.manifest.contents}
+            )
+        self.charts = {}
+        for update in (update for config in found["config"] for update in config.update):
+            if list(update.nested_key[:2]) == ["_wandb", "visualize"]:
+                self.charts[update.nested_key[2]] = json.loads(update.value_json)["panel_config"]
+
+    def tables(self, key):
+        """All tables that were logged under a key, in order: columns and rows."""
+        rows = [row for row in self.history if f"{key}/path" in row]
+        documents = [json.loads((self.folder / "files" / row[f"{key}/path"]).read_text()) for row in rows]
+        return [(document["columns"], document["data"]) for document in documents]
+
+    def pictures(self, key):
+        """All pictures that were logged under a key, in order: captions and sizes."""
+        result = []
+        for row in self.history:
+            for path, caption in zip(row.get(f"{key}/filenames", []), row.get(f"{key}/captions", []), strict=True):
+                result.append((caption, size_of(self.folder / "files" / path)))
+        return result
+
+    def curve(self, metric):
+        """The points of a line over rate/bpp."""
+        return [(row["rate/bpp"], row[metric]) for row in self.history if metric in row]
+
+
+def size_of(path):
+    """Width and height of a picture that opens."""
+    with Image.open(path) as image:
+        image.load()
+        return image.size
+
+
+def environment(folder, **values):
+    """Without a login, and without any trace of this machine's W&B."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
+    return {**clean, "OMP_NUM_THREADS": "1", "HOME": str(folder), "NETRC": str(folder / "no-netrc"), **values}
+
+
+def run(folder, *arguments, status=0, **values):
+    folder.mkdir(parents=True, exist_ok=True)
+    done = subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        env=environment(folder, **values), cwd=folder, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == status, done.stdout[-2000:] + done.stderr[-4000:]
+    return done
+
+
+def rows_of(path):
+    """The rows of a CSV file; numbers as such, None where there is nothing."""
+
+    def read(text):
+        try:
+            return float(text) if text else None
+        except ValueError:
+            return text
+
+    return [{name: read(text) for name, text in row.items()} for row in csv.DictReader(path.read_text().splitlines())]
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory):
+    """Small crops of different sizes, just large enough for MS-SSIM."""
+    folder = tmp_path_factory.mktemp("photographs")
+    Image.fromarray(data.astronaut()[:192, :208]).save(folder / "astronaut.png")
+    Image.fromarray(data.coffee()[:180, :200]).save(folder / "coffee.png")
+    Image.fromarray(data.chelsea()[:192, :192]).save(folder / "chelsea.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def evaluation(photographs, tmp_path_factory):
+    """The results of an evaluation that logged to W&B."""
+    folder = tmp_path_factory.mktemp("evaluation")
+    torch.manual_seed(0)
+    config = NetworkConfig(bits=4, encoder_channels=(4, 4, 4, 4), decoder_channels=(4, 4, 4, 4, 4))
+    save_weights(folder / "tiny.safetensors", RecurrentCodec(config), "tiny")
+    run(
+        folder, ROOT / "evaluate.py", photographs / "astronaut.png", photographs / "coffee.png", "--weights",
+        folder / "tiny.safetensors", "--iterations", 2, "--baselines", "jpeg", "--save-images", "--wandb", "a run",
+        "--cache-dir", folder / "cache", "--output", folder / "results",
+    )  # fmt: skip
+    return folder / "results"
+
+
+def test_an_evaluation_leaves_its_table_curves_and_pictures(evaluation):
+    offline = OfflineRun(evaluation)
+    assert (offline.start.display_name, offline.start.project, offline.start.job_type) == (
+        "a run",
+        "rnncodec",
+        "evaluation",
+    )
+    config = {update.key: json.loads(update.value_json) for update in offline.start.config.update}
+    assert config["weights"] == "tiny"
+    assert config["iterations"] == 2
+    assert re.fullmatch("[0-9a-f]{16}", config["fingerprint"])
+
+    # One row for each image, codec and setting: those of points.csv.
+    points = rows_of(evaluation / "points.csv")
+    ((columns, rows),) = offline.tables("points")
+    assert columns == list(points[0])
+    assert rows == [list(row.values()) for row in points]
+    assert {(row["image"], row["setting"]) for row in points if row["codec"] == "rnncodec-tiny"} == {
+        (image, k) for image in ("astronaut", "coffee") for k in (1, 2)
+    }
+
+    # The curves of all codecs, as a chart and as lines over bpp: those of mean.csv.
+    means = rows_of(evaluation / "mean.csv")
+    for metric in ("psnr", "ms_ssim", "psnr_hvs_m"):
+        ((columns, rows),) = offline.tables(f"curve/{metric}_table")
+        assert columns == ["codec", "setting", "bpp", metric]
+        assert rows == [[row[name] for name in columns] for row in means]
+        chart = offline.charts[f"curve/{metric}"]
+        assert chart["panelDefId"] == "wandb/line/v0"
+        assert chart["fieldSettings"] == {"x": "bpp", "y": metric, "stroke": "codec"}
+        for codec, name in (("rnncodec-tiny", f"rate/{metric}"), ("jpeg", f"rate/{metric}_jpeg")):
+            assert offline.steps[name] == "rate/bpp"
+            assert offline.curve(name) == [(row["bpp"], row[metric]) for row in means if row["codec"] == codec]
+
+    sizes = [size_of(evaluation / f"{name}_comparison.png") for name in ("astronaut", "coffee")]
+    assert offline.pictures("comparisons") == list(zip(("astronaut", "coffee"), sizes, strict=True))
+
+
+def test_an_evaluation_leaves_its_files_as_an_artifact(evaluation):
+    (files,) = OfflineRun(evaluation).artifacts["a-run-results"]
+    assert set(files) == {
+        "points.csv", "mean.csv", "rate_distortion.png", "rate_distortion.svg", "rnncodec-tiny.json", "jpeg.json",
+        "report.html",
+    }  # fmt: skip
+    for name, copy in files.items():
+        assert copy.is_relative_to(evaluation / "wandb")  # nothing is left in the user's home
+        assert copy.read_bytes() == (evaluation / name).read_bytes()
+
+
+@pytest.fixture(scope="module")
+def training(photographs, tmp_path_factory):
+    """The folder of a training in two processes, which share the validation images."""
+    folder = tmp_path_factory.mktemp("training")
+    run(
+        folder, ROOT / "train.py", "fit", "--config", ROOT / "configs" / "debug.yaml", "--name", "tiny",
+        "--data.root", photographs, "--data.cache_dir", folder / "cache", "--data.val_images", 2,
+        "--data.tile_size", 64, "--data.patch_size", 32, "--data.num_workers", 0,
+        "--trainer.default_root_dir", folder, "--trainer.accelerator", "cpu", "--trainer.devices", 2,
+        "--trainer.strategy", "ddp", "--trainer.max_steps", 4, "--trainer.val_check_interval", 2,
+        "--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false",
+    )  # fmt: skip
+    return folder / "tiny"
+
+
+def test_every_validation_leaves_a_table_and_curves(training, photographs):
+    offline = OfflineRun(training)
+    validations = [row for row in rows_of(training / "metrics" / "version_0" / "metrics.csv") if row.get("val/psnr")]
+    assert [row["step"] for row in validations] == [1, 3]
+    tables = offline.tables("val/images")
+    assert len(tables) == 2
+    for validation, (columns, rows) in zip(validations, tables, strict=True):
+        points = [dict(zip(columns, row, strict=True)) for row in rows]
+        # Images of both processes, by name.
+        images = sorted({point["image"] for point in points})
+        assert len(images) == 2
+        assert [(point["image"], point["codec"], point["setting"]) for point in points] == [
+            (image, "tiny", k) for image in images for k in COUNTS
+        ]
+        for point in points:
+            width, height = size_of(photographs / point["image"])
+            bits = point["setting"] * 32 * math.ceil(height / 16) * math.ceil(width / 16)
+            assert point["bytes"] == bits / 8
+            assert point["bpp"] == pytest.approx(bits / (height * width))
+        for metric in ("psnr", "ms_ssim"):
+            for k in COUNTS:
+                mean = np.mean([point[metric] for point in points if point["setting"] == k])
+                assert validation[f"val/{metric}_{k}"] == pytest.approx(mean, rel=1e-5)
+    for metric in ("psnr", "ms_ssim"):
+        charts = offline.tables(f"curve/{metric}_table")
+        for validation, (columns, rows) in zip(validations, charts, strict=True):
+            assert columns == ["codec", "setting", "bpp", metric]
+            assert [row[:3] for row in rows] == [["tiny", k, k * 0.125] for k in COUNTS]
+            assert [row[3] for row in rows] == pytest.approx([validation[f"val/{metric}_{k}"] for k in COUNTS])
+        assert offline.charts[f"curve/{metric}"]["fieldSettings"]["x"] == "bpp"
+        # The line over bpp is that of the last validation.
+        assert offline.steps[f"rate/{metric}"] == "rate/bpp"
+        bpp, values = zip(*offline.curve(f"rate/{metric}"), strict=True)
+        assert bpp == tuple(k * 0.125 for k in COUNTS)
+        assert values == pytest.approx([validations[-1][f"val/{metric}_{k}"] for k in COUNTS])
+
+
+def test_every_validation_leaves_reconstructions(training, photographs):
+    offline = OfflineRun(training)
+    pictures = offline.pictures("val/reconstructions")
+    (first, *_), *_ = offline.tables("val/images")[0][1]
+    width, height = size_of(photographs / first)
+    assert [size for _, size in pictures] == [(6 * width, height)] * 2
+
+
+def test_a_training_leaves_its_checkpoints_as_an_artifact(training):
+    (files,) = OfflineRun(training).artifacts["tiny-checkpoints"]  # of the end alone
+    assert set(files) == {"last.ckpt", "best.ckpt"}
+    for name, copy in files.items():
+        assert copy.is_relative_to(training / "wandb")
+        assert copy.read_bytes() == (training / name).read_bytes()
+
+
+def test_wandb_can_be_turned_off_and_its_errors_are_one_line(evaluation, photographs, tmp_path):
+    command = [
+        ROOT / "evaluate.py", photographs / "astronaut.png", "--weights", evaluation.parent / "tiny.safetensors",
+        "--iterations", 2, "--baselines", "--cache-dir", tmp_path / "cache", "--wandb", "a",
+    ]  # fmt: skip
+    run(tmp_path, *command, "--output", tmp_path / "off", WANDB_MODE="disabled")
+    assert (tmp_path / "off" / "points.csv").exists()
+    assert not (tmp_path / "off" / "wandb").exists()
+    # An online run without a login, and nobody to ask.
+    done = run(tmp_path, *command, "--output", tmp_path / "on", status=1, WANDB_MODE="online")
+    assert "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("evaluate: error: W&B: ")
+    assert (tmp_path / "on" / "points.csv").exists()
+
+
+@pytest.mark.parametrize(
+    ("variables", "content", "mode"),
+    [
+        ({}, "", "offline"),
+        ({"WANDB_API_KEY": "0" * 40}, "", None),
+        ({"WANDB_MODE": "disabled"}, "", None),  # W&B reads it itself
+        ({}, "machine api.wandb.ai login user password 0", None),
+        ({}, "machine api.forge.coreweave.com login user password 0", None),
+        ({}, "machine other.org login user password 0", "offline"),
+        ({"WANDB_BASE_URL": "http://other.org:8080"}, "machine other.org:8080 login user password 0", None),
+        ({"WANDB_BASE_URL": "http://other.org"}, "machine api.wandb.ai login user password 0", "offline"),
+        ({}, "no netrc at all", "offline"),
+    ],
+)
+def test_a_run_is_offline_without_login_or_mode(variables, content, mode, tmp_path, monkeypatch):
+    for name in list(os.environ):
+        if name.startswith("WANDB"):
+            monkeypatch.delenv(name)
+    (tmp_path / "netrc").write_text(content)
+    (tmp_path / "netrc").chmod(0o600)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path))
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert tracking.settings(tmp_path)["mode"] == mode
+
+
+def test_what_is_not_finite_is_left_empty():
+    exact = Point("a", "codec", 2, 100, 0.5, psnr=math.inf)
+    table = tracking.points_table([exact])
+    assert dict(zip(table.columns, table.data[0], strict=True))["psnr"] is None
+    logged, defined = [], {}
+    fake = SimpleNamespace(log=logged.append, define_metric=lambda name, **options: defined.update({name: options}))
+    tracking.log_rates(fake, [exact, Point("a", "codec", 3, 200, 1.0, psnr=40.0)])  # pyright: ignore[reportArgumentType]
+    assert logged == [{"rate/bpp": 0.5}, {"rate/bpp": 1.0, "rate/psnr": 40.0}]
+    assert defined["rate/psnr"] == {"step_metric": "rate/bpp"}
