@@ -329,16 +329,13 @@ def table(results: Sequence[Result]) -> tuple[dict[str, str], list[list[str]]]:
         "psnr_hvs_auc_window": (f"PSNR-HVS AUC {window}", 3),
         **{f"psnr_{k}": (f"PSNR at {k}", 2) for k in PSNR_AT},
     }
-    failed = any(result.error for result in results)
-    head = ["rank", *(c for c in titles[0] if c not in common), *(text for text, _ in columns.values())]
-    rows = [head + ["failed"] * failed]
+    rows = [["rank", *(c for c in titles[0] if c not in common), *(text for text, _ in columns.values())]]
     for place, (result, title) in enumerate(zip(results, titles, strict=True), 1):
         values = dict(result.values)
         if values:
             values["rank"] = NAN if math.isnan(values["psnr_hvs_auc"]) else hvs.index(values["psnr_hvs_auc"]) + 1
         cells = [number(values.get(name, NAN), digits) for name, (_, digits) in columns.items()]
-        first = ["-" if result.error else str(place), *(title[c] for c in title if c not in common)]
-        rows.append(first + cells + [result.error] * failed)
+        rows.append(["failed" if result.error else str(place), *(title[c] for c in title if c not in common), *cells])
     return common, rows
 
 
@@ -351,12 +348,13 @@ def report(study: str, results: list[Result], count: int, args: argparse.Namespa
     printed = Table(title=caption, caption=WARNING)
     text = f"{caption}\n\n| {' | '.join(head)} |\n|{'---|' * len(head)}\n"
     for column in head:
-        names = ("model", "reconstruction", "binarizer", "failed")
+        names = ("model", "reconstruction", "binarizer")
         printed.add_column(column, justify="left" if column in names else "right", overflow="fold")
     for row in rows:
-        printed.add_row(*(cell.replace("[", r"\[") for cell in row))
-        text += "| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |\n"
-    atomic_write(args.output / f"{study}.md", f"{text}\n{WARNING}\n".encode())
+        printed.add_row(*row)
+        text += f"| {' | '.join(row)} |\n"
+    failures = [f"failed: {result.variant.name}: {result.error}" for result in results if result.error]
+    atomic_write(args.output / f"{study}.md", "\n\n".join([text.rstrip(), *failures, WARNING + "\n"]).encode())
     file = io.StringIO()
     numbers = next((list(result.values) for result in results if result.values), [])
     writer = csv.DictWriter(file, ["variant", *COMPARED, *numbers, "failed"], lineterminator="\n")
@@ -373,6 +371,8 @@ def report(study: str, results: list[Result], count: int, args: argparse.Namespa
     if curves:
         atomic_write(args.output / f"{study}.png", rendered(figure(curves), "png"))
     console.print(printed)
+    for failure in failures:
+        console.print(failure, markup=False, highlight=False, soft_wrap=True)
 
 
 def compare(args: argparse.Namespace) -> int:
@@ -396,7 +396,8 @@ def compare(args: argparse.Namespace) -> int:
 
     errors = {}
     for i, variant in enumerate(variants):
-        say(f"training {i + 1} of {len(variants)}: {variant.name}")
+        known = (args.output / variant.name / "weights.safetensors").exists()
+        say(f"{'trained already' if known else 'training'}, {i + 1} of {len(variants)}: {variant.name}")
         errors[variant] = train(variant, i, settings, args)
         if errors[variant]:
             say(f"failed: {variant.name}: {errors[variant]}")
@@ -407,7 +408,7 @@ def compare(args: argparse.Namespace) -> int:
         if errors[variant]:
             results[variant] = Result(variant, errors[variant])
         else:
-            say(f"measuring {i + 1} of {len(variants)}: {variant.name}")
+            say(f"measuring, {i + 1} of {len(variants)}: {variant.name}")
             results[variant] = measure(variant, args)
     # In a file or a pipe, a table is as wide as it needs.
     console = Console(width=None if sys.stdout.isatty() else 200)
