@@ -1,0 +1,463 @@
+"""Trains variants of one codec for the same steps on the same data and compares them as the papers do.
+
+    python compare.py KODAK --root PHOTOS                        three studies, with the budget of configs/small.yaml
+    python compare.py PHOTOS --root PHOTOS --config configs/debug.yaml          minutes on a CPU, to see that it works
+    python compare.py KODAK --root PHOTOS --studies binarizers -- --trainer.max_steps 3000 --model.decay_steps 2000
+
+Whatever the budget, the command is the same: what follows `--` goes to every `train.py fit` as it is. On one machine
+with 8 GPUs, and in a SLURM job (4 nodes, one task per GPU), where rank zero alone exports, measures and prints:
+
+    python compare.py KODAK --root CLIC --config configs/toderici2017_lstm_additive.yaml --studies grid --device cuda \
+        -- --trainer.devices 8 --trainer.strategy ddp
+    srun python compare.py KODAK --root CLIC --config configs/toderici2017_lstm_additive.yaml --studies grid \
+        -- --trainer.num_nodes 4 --trainer.devices 8 --trainer.strategy ddp
+
+A study varies one thing of the base, which is the config: `cells` its recurrent cell (LSTM, residual GRU, associative
+LSTM, the last in the decoder only), `reconstructions` (one-shot, additive, residual scaling) or `binarizers`
+(stochastic, sign, noise); `grid` is each cell with each reconstruction, as in the table of T17. What several studies
+share is trained once. Seed, data, steps and everything else are the same; a smaller --trainer.max_steps also wants
+smaller --model.decay_steps and --model.growth, if the config has them.
+
+The command may be repeated, also by a requeued job: what is finished is kept, a training that was stopped goes on with
+its last checkpoint, and one that failed is tried again. Other settings need another folder. A training that fails is
+reported, and the others go on.
+
+OUTPUT/VARIANT holds each run (train.log, checkpoints, weights.safetensors) and its evaluation (results). OUTPUT gets a
+table for each study, best first, as CSV and Markdown, and its curves (STUDY.png). Areas under the curve are integrals
+over bits per pixel of whole files, which are uncoded bits with a header and checksums: from the first iteration to
+2 bpp, as in T17, which favours whoever starts lower, and over a fixed window. Measured are the averaged weights of the
+last step.
+"""
+
+import argparse
+import contextlib
+import csv
+import io
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+import evaluate
+from evaluate import WINDOW, figure, number, rendered
+from rnncodec.binarizer import BinarizerName
+from rnncodec.curves import NAN, Point, area, from_csv
+from rnncodec.images import atomic_write, find_images, load_image
+from rnncodec.network import ReconstructionName
+from rnncodec.weights import load_checkpoint, load_weights, save_weights
+
+ROOT = Path(__file__).parent
+STUDIES = ("cells", "reconstructions", "binarizers", "grid")
+CELLS = {  # of encoder and decoder; T17 found the associative LSTM useful in the decoder only
+    "lstm": ("lstm", "lstm"),
+    "gru": ("gru", "gru"),
+    "associative_lstm": ("lstm", "associative_lstm"),
+}
+TITLES = {
+    "lstm": "LSTM",
+    "gru": "residual GRU",
+    "associative_lstm": "associative LSTM",
+    "one_shot": "one-shot",
+    "residual_scaling": "residual scaling",
+}
+FREE = {  # settings that change nothing of what is learned
+    "name",
+    "checkpoint_minutes",
+    "data.cache_dir",
+    "data.num_workers",
+    "trainer.enable_model_summary",
+    "trainer.enable_progress_bar",
+    "trainer.log_every_n_steps",
+    "trainer.logger",
+}
+SPANS = {"auc": (None, 2.0), "auc_window": WINDOW}  # in bits per pixel; the first is T17's
+PSNR_AT = (1, 4, 16)  # iterations
+WARNING = "One seed each: a short budget says little of a long one, and small differences say nothing."
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What is compared: fields of `NetworkConfig`."""
+
+    encoder_cell: str
+    decoder_cell: str
+    reconstruction: str
+    binarizer: str
+
+    @property
+    def cell(self) -> str:
+        """One name for the cells of both sides."""
+        pair = self.encoder_cell, self.decoder_cell
+        return next((name for name, cells in CELLS.items() if cells == pair), ".".join(pair))
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        return f"{self.cell}-{self.reconstruction}-{self.binarizer}"
+
+    @property
+    def titles(self) -> dict[str, str]:
+        """What tells it from others, by column of a table."""
+        names = {"model": self.cell, "reconstruction": self.reconstruction, "binarizer": self.binarizer}
+        return {column: TITLES.get(name, name) for column, name in names.items()}
+
+
+COMPARED = tuple(field.name for field in fields(Variant))
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of a variant: its mean curve and its numbers by column, or why there are none."""
+
+    variant: Variant
+    error: str = ""
+    curve: list[Point] = field(default_factory=list)
+    values: dict[str, float] = field(default_factory=dict)
+
+
+def variants_of(study: str, base: Variant) -> list[Variant]:
+    """The variants of a study around a base."""
+    cells = [replace(base, encoder_cell=encoder, decoder_cell=decoder) for encoder, decoder in CELLS.values()]
+    match study:
+        case "cells":
+            return cells
+        case "reconstructions":
+            return [replace(base, reconstruction=name) for name in get_args(ReconstructionName)]
+        case "binarizers":
+            return [replace(base, binarizer=name) for name in get_args(BinarizerName)]
+    return [variant for cell in cells for variant in variants_of("reconstructions", cell)]
+
+
+def rank() -> int:
+    """The number of this process among those that srun has started, 0 without it."""
+    return int(os.environ.get("SLURM_PROCID", "0"))
+
+
+def error_line(text: str, status: int) -> str:
+    """The last line of a program's output that speaks of an error, else its last, else its exit status."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    errors = [line for line in lines if "rror: " in line]
+    return (errors or lines or [f"train.py ended with status {status}"])[-1]
+
+
+def fit_command(args: argparse.Namespace) -> list[str]:
+    """The part that all trainings share."""
+    command = [sys.executable, str(ROOT / "train.py"), "fit", "--config", str(args.config)]
+    return [*command, "--data.root", str(args.root.resolve()), *args.options]
+
+
+def base_settings(args: argparse.Namespace) -> tuple[Variant, dict[str, Any]]:
+    """The base and everything else that config and command line decide.
+
+    Raises:
+        ValueError: train.py does not accept them, or they decide what must be left to this program.
+    """
+    command = [*fit_command(args), "--print_config"]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    if done.returncode:
+        raise ValueError(error_line(done.stderr, done.returncode))
+    settings = yaml.safe_load(done.stdout)
+    network = settings["model"]["init_args"].get("network")
+    if not isinstance(network, dict):
+        raise ValueError(f"{args.config}: not a config of a codec's training")
+    if settings["trainer"]["default_root_dir"] or settings.get("ckpt_path"):
+        raise ValueError("--output decides where the runs are and what is resumed")
+    return Variant(**{name: network.pop(name) for name in COMPARED}), settings
+
+
+def flat(settings: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted name."""
+    result: dict[str, Any] = {}
+    for key, value in settings.items():
+        result |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return result
+
+
+def check_settings(settings: dict[str, Any], output: Path) -> None:
+    """Refuses a folder that holds trainings with other settings; a new one remembers these.
+
+    Raises:
+        ValueError: the settings are others, or what the folder remembers cannot be read.
+        OSError: it cannot be written.
+    """
+    path = output / "settings.yaml"
+    if not path.exists():
+        if rank() == 0:
+            output.mkdir(parents=True, exist_ok=True)
+            atomic_write(path, yaml.safe_dump(settings).encode())
+        return
+    try:
+        old = flat(yaml.safe_load(path.read_text()))
+    except (yaml.YAMLError, AttributeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: cannot be read") from error
+    new = flat(settings)
+    changed = [key for key in sorted(old.keys() | new.keys()) if key not in FREE and old.get(key) != new.get(key)]
+    if changed:
+        differences = ", ".join(f"{key} was {old.get(key)} and is {new.get(key)}" for key in changed)
+        raise ValueError(f"{output} holds trainings with other settings ({differences}): choose another --output")
+
+
+def environment(index: int) -> dict[str, str]:
+    """The environment of the training with this index."""
+    values = dict(os.environ)
+    if int(values.get("SLURM_NTASKS", "1")) > 1:
+        # A rank that is early must not meet the server of the training before, so each has a port of its own.
+        values["MASTER_PORT"] = str(15000 + 16 * int(values.get("SLURM_JOB_ID", "0")[-3:]) + index)
+    return values
+
+
+def run(command: list[str], log: Path, variables: dict[str, str]) -> str:
+    """Runs a training to its end; returns what went wrong, or nothing.
+
+    Its progress is shown, its messages go to the log. Whatever ends this program ends the training and its children.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "ab") as file:
+        start = file.tell()
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=2, stderr=file, env=variables, start_new_session=True
+        )
+        # SLURM announces the end of a job's time by this signal, on which Lightning saves and requeues.
+        before = signal.signal(signal.SIGUSR1, lambda *_: process.send_signal(signal.SIGUSR1))
+        try:
+            status = process.wait()
+        finally:
+            signal.signal(signal.SIGUSR1, before)
+            with contextlib.suppress(ProcessLookupError):
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGTERM)
+                    with contextlib.suppress(subprocess.TimeoutExpired):
+                        process.wait(10)
+                os.killpg(process.pid, signal.SIGKILL)  # workers and ranks that are left
+            process.wait()
+    if not status:
+        return ""
+    with open(log, "rb") as file:
+        file.seek(start)
+        return error_line(file.read().decode(errors="replace"), status)
+
+
+def train(variant: Variant, index: int, settings: dict[str, Any], args: argparse.Namespace) -> str:
+    """Trains a variant and makes its weights, if they are not there; returns what went wrong, or nothing."""
+    folder = args.output / variant.name
+    weights, last = folder / "weights.safetensors", folder / "last.ckpt"
+    if weights.exists():
+        return ""
+    command = [*fit_command(args), "--name", variant.name, "--trainer.default_root_dir", str(args.output)]
+    for name, value in asdict(variant).items():
+        command += [f"--model.network.{name}", value]
+    if last.exists():
+        command += ["--ckpt_path", str(last)]
+    log = folder / (f"train-{rank()}.log" if rank() else "train.log")
+    error = run(command, log, environment(index))
+    if error or rank():
+        return error
+    try:
+        network, provenance = load_checkpoint(last)
+        steps, planned = int(provenance["steps"]), settings["trainer"]["max_steps"]
+        if steps < planned and not settings["trainer"]["max_time"]:
+            return f"training stopped after {steps} of {planned} steps"
+        save_weights(weights, network, variant.name[:32], provenance)  # longer names are not allowed
+    except (ValueError, OSError) as problem:
+        return str(problem)
+    return ""
+
+
+def measure(variant: Variant, args: argparse.Namespace) -> Result:
+    """Evaluates the weights of a variant, as far as that has not been done."""
+    folder = args.output / variant.name
+    weights = folder / "weights.safetensors"
+    command = ["--weights", str(weights), "--output", str(folder / "results"), "--device", args.device, "--baselines"]
+    command += ["--cache-dir", str(args.output / "measured"), "--", *map(str, args.images)]
+    with open(folder / "evaluate.log", "w") as file, contextlib.redirect_stdout(file):
+        status = evaluate.main(command)
+    if status == 130:
+        raise KeyboardInterrupt
+    if status:
+        return Result(variant, "evaluate.py failed, its message is above")
+    curve = from_csv((folder / "results" / "mean.csv").read_text())
+    trained = load_weights(weights.absolute())
+    values = {
+        "parameters": sum(parameter.numel() for parameter in trained.network.parameters()),
+        "steps": int(trained.provenance["steps"]),
+        "patches": json.loads(trained.provenance["data"])["position"],
+    }
+    return Result(variant, "", curve, values | quality(curve))
+
+
+def quality(curve: Sequence[Point]) -> dict[str, float]:
+    """The numbers of a mean curve, by column."""
+    psnr = {point.setting: point.psnr for point in curve}
+    areas = {
+        f"{metric}_{name}": area(curve, metric, *span)
+        for name, span in SPANS.items()
+        for metric in ("ms_ssim", "psnr_hvs")
+    }
+    return areas | {f"psnr_{k}": psnr.get(k, NAN) for k in PSNR_AT}
+
+
+def order(result: Result) -> tuple[float, ...]:
+    """Sorts the best first: by MS-SSIM, then PSNR-HVS, and what failed last."""
+    values = [result.values.get(name, NAN) for name in ("ms_ssim_auc", "psnr_hvs_auc")]
+    return bool(result.error), *(math.inf if math.isnan(value) else -value for value in values)
+
+
+def table(results: Sequence[Result]) -> tuple[dict[str, str], list[list[str]]]:
+    """What the variants have in common, and the rows of their table, the first of which is its head."""
+    titles = [result.variant.titles for result in results]
+    common = {column: title for column, title in titles[0].items() if all(t[column] == title for t in titles)}
+    hvs = sorted((result.values["psnr_hvs_auc"] for result in results if result.values), key=lambda v: (v != v, -v))
+    window = f"{WINDOW[0]} to {WINDOW[1]}"
+    columns = {
+        "parameters": ("parameters", 0),
+        "steps": ("steps", 0),
+        "patches": ("patches", 0),
+        "ms_ssim_auc": ("MS-SSIM AUC to 2 bpp", 4),
+        "psnr_hvs_auc": ("PSNR-HVS AUC to 2 bpp", 3),
+        "rank": ("its rank", 0),
+        "ms_ssim_auc_window": (f"MS-SSIM AUC {window}", 4),
+        "psnr_hvs_auc_window": (f"PSNR-HVS AUC {window}", 3),
+        **{f"psnr_{k}": (f"PSNR at {k}", 2) for k in PSNR_AT},
+    }
+    rows = [["rank", *(c for c in titles[0] if c not in common), *(text for text, _ in columns.values())]]
+    for place, (result, title) in enumerate(zip(results, titles, strict=True), 1):
+        values = dict(result.values)
+        if values:
+            values["rank"] = NAN if math.isnan(values["psnr_hvs_auc"]) else hvs.index(values["psnr_hvs_auc"]) + 1
+        cells = [number(values.get(name, NAN), digits) for name, (_, digits) in columns.items()]
+        rows.append(["failed" if result.error else str(place), *(title[c] for c in title if c not in common), *cells])
+    return common, rows
+
+
+def report(study: str, results: list[Result], count: int, args: argparse.Namespace, console: Console) -> None:
+    """Writes and prints the table of a study, and draws its curves."""
+    results = sorted(results, key=order)
+    common, (head, *rows) = table(results)
+    same = ", ".join(f"{title} {column}" if column != "model" else title for column, title in common.items())
+    caption = f"{study}: {same}; mean of {count} images; bits per pixel of whole files, without entropy coding"
+    printed = Table(title=caption, caption=WARNING)
+    text = f"{caption}\n\n| {' | '.join(head)} |\n|{'---|' * len(head)}\n"
+    for column in head:
+        names = ("model", "reconstruction", "binarizer")
+        printed.add_column(column, justify="left" if column in names else "right", overflow="fold")
+    for row in rows:
+        printed.add_row(*row)
+        text += f"| {' | '.join(row)} |\n"
+    failures = [f"failed: {result.variant.name}: {result.error}" for result in results if result.error]
+    atomic_write(args.output / f"{study}.md", "\n\n".join([text.rstrip(), *failures, WARNING + "\n"]).encode())
+    file = io.StringIO()
+    numbers = next((list(result.values) for result in results if result.values), [])
+    writer = csv.DictWriter(file, ["variant", *COMPARED, *numbers, "failed"], lineterminator="\n")
+    writer.writeheader()
+    for result in results:
+        values = {name: "" if math.isnan(value) else value for name, value in result.values.items()}
+        writer.writerow({"variant": result.variant.name, **asdict(result.variant), **values, "failed": result.error})
+    atomic_write(args.output / f"{study}.csv", file.getvalue().encode())
+    curves = {
+        ", ".join(title for column, title in result.variant.titles.items() if column not in common): result.curve
+        for result in results
+        if result.curve
+    }
+    if curves:
+        atomic_write(args.output / f"{study}.png", rendered(figure(curves), "png"))
+    console.print(printed)
+    for failure in failures:
+        console.print(failure, markup=False, highlight=False, soft_wrap=True)
+
+
+def compare(args: argparse.Namespace) -> int:
+    """Does what the command line asks for; returns the number of variants that failed."""
+    # Bad input should fail now, not after the training, and in every process alike: those that go on would wait.
+    paths = find_images(args.images)
+    if not paths:
+        raise ValueError("no images to measure")
+    for path in paths:
+        load_image(path)
+    base, settings = base_settings(args)
+    if not args.root.is_dir() and not settings["data"]["download"]:
+        raise ValueError(f"{args.root}: no such folder of photographs")
+    check_settings(settings, args.output)
+    studies = {study: variants_of(study, base) for study in args.studies}
+    variants = list(dict.fromkeys(variant for study in studies.values() for variant in study))
+    progress = Console(stderr=True, quiet=rank() > 0)
+
+    def say(text: str) -> None:
+        progress.print(f"compare: {text}", markup=False, highlight=False, soft_wrap=True)
+
+    errors = {}
+    for i, variant in enumerate(variants):
+        known = (args.output / variant.name / "weights.safetensors").exists()
+        say(f"{'trained already' if known else 'training'}, {i + 1} of {len(variants)}: {variant.name}")
+        errors[variant] = train(variant, i, settings, args)
+        if errors[variant]:
+            say(f"failed: {variant.name}: {errors[variant]}")
+    if rank():
+        return sum(map(bool, errors.values()))
+    results = {}
+    for i, variant in enumerate(variants):
+        if errors[variant]:
+            results[variant] = Result(variant, errors[variant])
+        else:
+            say(f"measuring, {i + 1} of {len(variants)}: {variant.name}")
+            results[variant] = measure(variant, args)
+    # In a file or a pipe, a table is as wide as it needs.
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    for study, members in studies.items():
+        report(study, [results[variant] for variant in members], len(paths), args, console)
+    return sum(bool(result.error) for result in results.values())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit status, 1 if anything failed."""
+    parser = argparse.ArgumentParser(
+        prog="compare.py",
+        usage="%(prog)s [options] IMAGES ... --root PHOTOS [-- options of train.py fit]",
+        description="Trains variants of one codec and compares them.",
+    )
+    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGES", help="what is measured: files and folders")
+    parser.add_argument("--root", type=Path, required=True, metavar="PHOTOS", help="photographs to train on")
+    parser.add_argument("--config", type=Path, default=ROOT / "configs/small.yaml", help="the base (default: small)")
+    parser.add_argument(
+        "--studies",
+        nargs="+",
+        choices=STUDIES,
+        default=["cells", "reconstructions", "binarizers"],
+        help="what to compare (default: cells, reconstructions, binarizers)",
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("comparison"), help="folder to write to (default: comparison)"
+    )
+    parser.add_argument("--device", default="cpu", help="of the evaluation; that of the training is train.py's to say")
+    given = list(sys.argv[1:] if argv is None else argv)
+    end = given.index("--") if "--" in given else len(given)
+    args = parser.parse_args(given[:end])
+    args.options = given[end + 1 :]
+    try:
+        return 1 if compare(args) else 0
+    except (ValueError, RuntimeError, OSError, MemoryError) as error:
+        message = str(error).strip().splitlines() or [type(error).__name__]
+        print(f"compare: error: {message[0]}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("compare: interrupted; the same command goes on", file=sys.stderr)
+        return 130
+
+
+def interrupt(*_: object) -> None:
+    """What to do when asked to end: the same as on Ctrl-C."""
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, interrupt)
+    sys.exit(main())
