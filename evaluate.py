@@ -283,7 +283,7 @@ def figure(curves: dict[str, list[Point]], overlays: Sequence[str] = ()) -> Figu
         labels = []
         for i, (name, curve) in enumerate(curves.items()):
             x, y = samples(curve, metric)
-            if len(x) < 2:
+            if not len(x) or x[0] > end:
                 continue
             last = min(end, x[-1])
             visible = x <= last
@@ -299,11 +299,23 @@ def figure(curves: dict[str, list[Point]], overlays: Sequence[str] = ()) -> Figu
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
         low, high = axes.get_ylim()
-        place = low
-        for value, last, name, color in sorted(labels):  # none on top of another
-            place = max(value, place + (high - low) / 22)
-            axes.annotate(name, (last, place), (6, 0), textcoords="offset points", va="center", color=color, fontsize=9)
+        labels.sort()
+        heights = spread([value for value, *_ in labels], (high - low) / 22, high)
+        for (_, last, name, color), height in zip(labels, heights, strict=True):
+            place = last, height
+            axes.annotate(name, place, (6, 0), textcoords="offset points", va="center", color=color, fontsize=9)
     return drawing
+
+
+def spread(heights: Sequence[float], gap: float, top: float) -> list[float]:
+    """Rising heights, moved until no two are closer than the gap and, if there is room, none is above the top."""
+    result: list[float] = []
+    for height in heights:
+        result.append(max(height, result[-1] + gap) if result else height)
+    for i in reversed(range(len(result))):
+        top = result[i] = min(result[i], top)
+        top -= gap
+    return result
 
 
 def rendered(drawing: Figure, format: str) -> bytes:
@@ -634,7 +646,9 @@ def summarize(
         atomic_write(args.output / f"{source.name}.json", text.encode())
     atomic_write(args.output / "points.csv", to_csv(points).encode())
     atomic_write(args.output / "mean.csv", to_csv(point for curve in curves.values() for point in curve).encode())
-    drawn = {source.title: curves[source.name] for source in sources if source.count > 1} | overlays
+    # A codec without settings is a point beyond the range.
+    drawable = [source for i, source in enumerate(sources) if i == 0 or source.count > 1]
+    drawn = {source.title: curves[source.name] for source in drawable} | overlays
     drawing = figure(drawn, list(overlays))
     for format in ("png", "svg"):
         atomic_write(args.output / f"rate_distortion.{format}", rendered(drawing, format))

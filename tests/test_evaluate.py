@@ -125,6 +125,21 @@ def test_ideal_bytes_are_those_of_the_probabilities(weights_with_context):
         assert 0 < c.size - c.ideal_bytes < 0.01 * c.ideal_bytes + 150
 
 
+def test_labels_of_curves_that_coincide_stay_apart_and_inside():
+    assert evaluate.spread([1, 5], 1, 10) == [1, 5]
+    assert evaluate.spread([1, 1.5, 1.6], 1, 10) == [1, 2, 3]
+    assert evaluate.spread([1, 9.5, 9.6, 9.7], 1, 10) == [1, 8, 9, 10]
+    assert evaluate.spread([], 1, 10) == []
+
+
+def test_one_iteration_and_nothing_beside_it(command, tmp_path):
+    options, output = command
+    arguments = [str(photographs(tmp_path / "photos")), *options, "--iterations", "1", "--baselines"]
+    assert evaluate.main(arguments) == 0
+    assert len(from_csv((output / "mean.csv").read_text())) == 1
+    assert ET.parse(output / "rate_distortion.svg").getroot().tag.endswith("svg")
+
+
 def test_names_are_unique():
     paths = map(Path, ["a/x.png", "b/x.png", "b/x-2.png", "x.jpg", "y.png"])
     assert evaluate.unique_names(paths) == ["x", "x-2", "x-2-2", "x-3", "y"]
