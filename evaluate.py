@@ -10,6 +10,7 @@
 Each image is encoded once and its file decoded iteration by iteration; the bytes of iteration k are those of the file
 cut to k iterations, bpp counts them over the true pixels, and curves are means over the images at equal setting. What
 has been measured is remembered by the pixels of the image and the exact codec, so that a run that was stopped goes on.
+With --save-images the other codecs are also measured at the settings that come closest to the bytes of each iteration.
 
 The output folder gets points.csv (every image, codec and setting), mean.csv and summary.csv (areas under the curves and
 BD-rate), a JSON for each codec in CompressAI's shape, rate_distortion.png and .svg, and if asked for coders.csv, the
@@ -104,22 +105,22 @@ class Source:
         title: in plots.
         description: what a reader must know to repeat it.
         suffix: of its pictures.
-        count: how many settings it has.
-        run: an image, uint8 [H, W, 3], to its files at all settings.
+        settings: at which every image is measured.
+        run: an image, uint8 [H, W, 3], and settings to its files at these settings.
     """
 
     name: str
     title: str
     description: str
     suffix: str
-    count: int
-    run: Callable[[np.ndarray], Iterator[Coded]]
+    settings: tuple[float, ...]
+    run: Callable[[np.ndarray, Sequence[float]], Iterator[Coded]]
 
 
 def own(codec: Codec, iterations: int) -> Source:
     """The codec whose evaluation this is."""
 
-    def run(x: np.ndarray) -> Iterator[Coded]:
+    def run(x: np.ndarray, settings: Sequence[float]) -> Iterator[Coded]:
         start = time.perf_counter()
         data = codec.encode(x, iterations)
         middle = time.perf_counter()
@@ -129,13 +130,15 @@ def own(codec: Codec, iterations: int) -> Source:
         ideal = ideal_bytes(codec, data)
         for k, (x_hat, size, least) in enumerate(zip(pictures, sizes, ideal, strict=True), 1):
             times = (middle - start, end - middle) if k == iterations else (NAN, NAN)
-            yield Coded(k, size, x_hat, None, least, *times)
+            if k in settings:
+                yield Coded(k, size, x_hat, None, least, *times)
 
     description = f"weights {codec.name} ({codec.fingerprint.hex()}), "
     if codec.context is not None:
         description += f"{codec.context.config.kind} context model ({codec.context_fingerprint.hex()}), "
     description += f"1 to {iterations} iterations"
-    return Source(f"rnncodec-{codec.name}", f"rnncodec-{codec.name}", description, ".png", iterations, run)
+    name = f"rnncodec-{codec.name}"
+    return Source(name, name, description, ".png", tuple(range(1, iterations + 1)), run)
 
 
 def ideal_bytes(codec: Codec, data: bytes) -> Iterator[float]:
@@ -154,8 +157,8 @@ def other(baseline: Baseline) -> Source:
     """A codec to compare with."""
     shown = baseline.suffix in BROWSERS_SHOW
 
-    def run(x: np.ndarray) -> Iterator[Coded]:
-        for setting in baseline.settings:
+    def run(x: np.ndarray, settings: Sequence[float]) -> Iterator[Coded]:
+        for setting in settings:
             start = time.perf_counter()
             data = baseline.encode(x, setting)
             middle = time.perf_counter()
@@ -165,7 +168,7 @@ def other(baseline: Baseline) -> Source:
 
     description = f"{baseline.description} ({baseline.version})"
     suffix = baseline.suffix if shown else ".png"
-    return Source(baseline.name, baseline.title, description, suffix, len(baseline.settings), run)
+    return Source(baseline.name, baseline.title, description, suffix, baseline.settings, run)
 
 
 class Panel(NamedTuple):
@@ -183,19 +186,18 @@ class Memory:
 
     def path(self, x: np.ndarray, source: Source) -> Path:
         """Where the points of an image and a codec are."""
-        about = [CACHE_VERSION, source.name, source.description, source.count, x.shape, torch.__version__, self.device]
+        about = [CACHE_VERSION, source.name, source.description, x.shape, torch.__version__, self.device]
         key = hashlib.sha256(json.dumps(about).encode() + np.ascontiguousarray(x).tobytes()).hexdigest()
         return self.folder / f"{key[:32]}.csv"
 
-    def recall(self, x: np.ndarray, source: Source) -> list[Point] | None:
-        """The points, if they are known and whole."""
+    def recall(self, x: np.ndarray, source: Source) -> dict[float, Point]:
+        """The known points by setting."""
         try:
-            points = from_csv(self.path(x, source).read_text())
+            return {point.setting: point for point in from_csv(self.path(x, source).read_text())}
         except (OSError, ValueError):  # not there, or not what it was: it is measured again
-            return None
-        return points if len(points) == source.count else None
+            return {}
 
-    def keep(self, x: np.ndarray, source: Source, points: Sequence[Point]) -> None:
+    def keep(self, x: np.ndarray, source: Source, points: Iterable[Point]) -> None:
         """Remembers points."""
         self.folder.mkdir(parents=True, exist_ok=True)
         atomic_write(self.path(x, source), to_csv(points).encode())
@@ -535,11 +537,10 @@ def evaluate(args: argparse.Namespace, console: Console) -> int:
     args.output.mkdir(parents=True, exist_ok=True)
     points: list[Point] = []
     sheets: dict[str, Path] = {}
-    steps = sum(source.count for source in sources)
     checked = False
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns, console=console) as progress:
-        task = progress.add_task("", total=steps * len(paths))
+        task = progress.add_task("", total=len(paths))
         for i, (path, name) in enumerate(zip(paths, unique_names(paths), strict=True)):
             folder = args.output / "pictures" / name
             measured: list[Point] = []
@@ -548,9 +549,12 @@ def evaluate(args: argparse.Namespace, console: Console) -> int:
                 x = load_image(path)
                 for source in sources:
                     progress.update(task, description=f"{name}: {source.title}")
-                    measured += measured_points(
-                        name, source, x, codec.device, memory, args, lambda: progress.advance(task)
-                    )
+                    settings = source.settings
+                    if args.save_images and source.name in BASELINES:
+                        matched = BASELINES[source.name].matched(x, [p.bytes for p in measured[: args.iterations]])
+                        settings = tuple(sorted({*settings, *matched}))
+                    measured += measured_points(name, source, settings, x, codec.device, memory, args)
+                    progress.advance(task, 1 / len(sources))
                 if not checked:
                     check_truncated(codec, x, args.iterations)
                     checked = True
@@ -569,7 +573,7 @@ def evaluate(args: argparse.Namespace, console: Console) -> int:
                 fail(error)
                 continue
             finally:
-                progress.update(task, completed=steps * (i + 1))
+                progress.update(task, completed=i + 1)
             points += measured
             for coder, each in image_sizes.items():
                 sizes[coder].append(each)
@@ -602,29 +606,28 @@ def evaluate(args: argparse.Namespace, console: Console) -> int:
 def measured_points(
     image: str,
     source: Source,
+    settings: Sequence[float],
     x: np.ndarray,
     device: torch.device,
     memory: Memory,
     args: argparse.Namespace,
-    tick: Callable[[], None],
 ) -> list[Point]:
     """The points of an image and a codec, remembered if possible, with its pictures saved if asked for."""
     known = memory.recall(x, source)
-    if known is not None and not args.save_images:
-        return [replace(point, image=image) for point in known]
+    missing = [setting for setting in settings if setting not in known]
     folder = args.output / "pictures" / image
+    pictures = {}
     if args.save_images:
         folder.mkdir(parents=True, exist_ok=True)
-    points = []
-    for i, coded in enumerate(source.run(x)):
-        point = replace(known[i], image=image) if known else measure(image, source.name, x, coded, device)
-        if args.save_images:
-            point = replace(point, picture=f"pictures/{image}/{save_picture(source, coded, folder)}")
-        points.append(point)
-        tick()
-    if known is None:
-        memory.keep(x, source, [replace(point, picture="") for point in points])
-    return points
+    if needed := settings if args.save_images else missing:
+        for coded in source.run(x, needed):
+            if coded.setting in missing:
+                known[coded.setting] = measure(image, source.name, x, coded, device)
+            if args.save_images:
+                pictures[coded.setting] = f"pictures/{image}/{save_picture(source, coded, folder)}"
+    if missing:
+        memory.keep(x, source, known.values())
+    return [replace(known[setting], image=image, picture=pictures.get(setting, "")) for setting in settings]
 
 
 def summarize(
@@ -647,7 +650,7 @@ def summarize(
     atomic_write(args.output / "points.csv", to_csv(points).encode())
     atomic_write(args.output / "mean.csv", to_csv(point for curve in curves.values() for point in curve).encode())
     # A codec without settings is a point beyond the range.
-    drawable = [source for i, source in enumerate(sources) if i == 0 or source.count > 1]
+    drawable = [source for i, source in enumerate(sources) if i == 0 or len(source.settings) > 1]
     drawn = {source.title: curves[source.name] for source in drawable} | overlays
     drawing = figure(drawn, list(overlays))
     for format in ("png", "svg"):

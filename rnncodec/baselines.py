@@ -1,8 +1,10 @@
 """Image codecs to compare with, written by Pillow: whole files at the settings of a grid."""
 
 import io
-from collections.abc import Callable
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -24,7 +26,8 @@ class Baseline:
         format: Pillow's name of the file format.
         suffix: of its files, with the dot.
         options: a setting to Pillow's options for saving.
-        settings: in order of rising quality.
+        settings: at which every image is measured, in order of rising quality.
+        scale: all settings, in order of rising size, among which to look for a file of given bytes.
         description: what a reader must know to repeat it, without versions.
         plugin: module that teaches Pillow the format, if it needs one.
         library: otherwise Pillow's name of the library that does the work.
@@ -36,6 +39,7 @@ class Baseline:
     suffix: str
     options: Callable[[float], dict[str, Any]]
     settings: tuple[float, ...]
+    scale: Sequence[float]
     description: str
     plugin: str = ""
     library: str = ""
@@ -66,6 +70,15 @@ class Baseline:
         Image.fromarray(x).save(file, self.format, **self.options(setting))
         return file.getvalue()
 
+    def matched(self, x: np.ndarray, sizes: Iterable[float]) -> list[float]:
+        """The settings with the largest file that is not larger than given bytes, and the next, for each of the sizes.
+
+        Where sizes do not quite rise with the setting, they are near the best ones.
+        """
+        size = cache(lambda setting: len(self.encode(x, setting)))
+        places = {bisect_right(self.scale, limit, key=size) for limit in sizes}
+        return sorted({self.scale[i] for place in places for i in (place - 1, place) if 0 <= i < len(self.scale)})
+
     def decode(self, data: bytes) -> np.ndarray:
         """The bytes of a file to an image, uint8 [H, W, 3]."""
         if self.plugin:
@@ -84,6 +97,7 @@ BASELINES = {
             ".jpg",
             lambda quality: {"quality": int(quality), "optimize": True, "subsampling": "4:2:0"},
             QUALITIES,
+            range(1, 96),
             "JPEG 4:2:0, optimized Huffman tables",
             library="jpg",
         ),
@@ -94,6 +108,7 @@ BASELINES = {
             ".jpg",
             lambda quality: {"quality": int(quality), "optimize": True, "subsampling": "4:4:4"},
             QUALITIES,
+            range(1, 96),
             "JPEG 4:4:4, optimized Huffman tables",
             library="jpg",
         ),
@@ -104,6 +119,7 @@ BASELINES = {
             ".jp2",
             lambda bpp: {"irreversible": True, "quality_mode": "rates", "quality_layers": [24 / bpp]},
             (0.0625, 0.125, 0.1875, 0.25, 0.375, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0),
+            [i / 256 for i in range(8, 1025)],
             "JPEG 2000, 9/7 wavelet, settings are target bits per pixel",
             library="jpg_2000",
         ),
@@ -114,6 +130,7 @@ BASELINES = {
             ".webp",
             lambda quality: {"quality": int(quality), "method": 6},
             (0, *QUALITIES, 98),
+            range(101),
             "WebP, lossy, method 6",
             library="webp",
         ),
@@ -124,6 +141,7 @@ BASELINES = {
             ".avif",
             lambda quality: {"quality": int(quality), "speed": 6, "subsampling": "4:4:4"},
             (5, *range(10, 96, 5)),
+            range(101),
             "AVIF 4:4:4, speed 6",
             library="avif",
         ),
@@ -134,6 +152,7 @@ BASELINES = {
             ".jxl",
             lambda quality: {"quality": int(quality), "effort": 7},
             (5, *range(10, 96, 5)),
+            range(101),
             "JPEG XL, effort 7",
             plugin="pillow_jxl",
         ),
@@ -144,6 +163,7 @@ BASELINES = {
             ".png",
             lambda _: {"optimize": True},
             (0,),
+            (),
             "PNG, optimized, lossless",
             library="zlib",
         ),

@@ -84,7 +84,7 @@ COMPRESSAI = {
 
 
 def mean_curve(points: Iterable[Point]) -> list[Point]:
-    """The mean over images of one codec's points at each setting, in order of setting.
+    """The mean over images of one codec's points, at each setting that all of them have, in order of setting.
 
     Each measure is the mean over the images that have it. It is infinite if one of them is, as the PSNR of an equal
     picture; `samples`, and with it all that is made of curves, leaves out what is not finite.
@@ -92,8 +92,11 @@ def mean_curve(points: Iterable[Point]) -> list[Point]:
     groups: dict[float, list[Point]] = {}
     for point in points:
         groups.setdefault(point.setting, []).append(point)
+    images = {point.image for group in groups.values() for point in group}
     curve = []
     for setting, group in sorted(groups.items()):
+        if len(group) < len(images):
+            continue  # measured to match the bytes of single files
         means = {}
         for name in MEASURES:
             values = [value for point in group if not math.isnan(value := getattr(point, name))]

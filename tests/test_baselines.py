@@ -53,3 +53,31 @@ def test_grayscale_files_come_back_as_rgb():
     for baseline in BASELINES.values():
         if baseline.available:
             assert baseline.decode(baseline.encode(gray, baseline.settings[-1])).shape == gray.shape
+
+
+@pytest.mark.parametrize("name", [name for name in BASELINES if name not in ("png", "jxl")])
+def test_matched_files_enclose_the_bytes(name):
+    """Against the sizes at all settings, for a codec that is quick enough; else against the promise alone."""
+    baseline = BASELINES[name]
+    if not baseline.available:
+        pytest.skip(f"Pillow cannot write {baseline.title} here")
+    limits = [len(baseline.encode(X, baseline.settings[i])) + 1 for i in (1, len(baseline.settings) // 2)]
+    settings = baseline.matched(X, limits)
+    assert settings == sorted(set(settings))
+    assert set(settings) <= set(baseline.scale)
+    sizes = [len(baseline.encode(X, setting)) for setting in settings]
+    for limit in limits:
+        below, above = (max(s for s in sizes if s <= limit), min(s for s in sizes if s > limit))
+        assert 0.9 * limit < below <= limit < above < 1.1 * limit
+    if name == "jpeg":
+        every = {q: len(baseline.encode(X, q)) for q in range(1, 96)}
+        for limit in limits:
+            largest = max(size for size in every.values() if size <= limit)
+            assert largest in sizes
+
+
+def test_bytes_beyond_all_settings_match_the_nearest():
+    jpeg = BASELINES["jpeg"]
+    assert jpeg.matched(X, [1]) == [1]
+    assert jpeg.matched(X, [10**9]) == [95]
+    assert BASELINES["png"].matched(X, [1000]) == []

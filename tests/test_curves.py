@@ -39,6 +39,7 @@ def test_mean_curve_is_the_mean_at_equal_setting():
         Point("a", "codec", 1, 100, 0.25, psnr=20, ms_ssim=0.8, picture="a.png"),
         Point("b", "codec", 1, 200, 0.75, psnr=26),  # too small for MS-SSIM
         Point("b", "codec", 2, 500, 1.5, psnr=31),
+        Point("b", "codec", 3, 900, 2.5, psnr=35),  # a mean of one image would be another curve
     ]
     first, second = mean_curve(points)
     assert (first.setting, first.bytes, first.bpp, first.psnr, first.ms_ssim) == (1, 150, 0.5, 23, 0.8)
