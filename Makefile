@@ -23,11 +23,11 @@ demo: $(VENV)/installed
 	$(BIN)/rnncodec info demo/coffee.rnc
 	$(BIN)/rnncodec truncate demo/coffee.rnc demo/coffee-small.rnc --iterations 4
 	$(BIN)/rnncodec decode demo/coffee-small.rnc demo/coffee-decoded.png
-	$(BIN)/python evaluate.py demo/photos/coffee.png --save-images --output demo/results
+	$(BIN)/python evaluate.py demo/photos/coffee.png --save-images --baselines jpeg webp --output demo/results
 	$(BIN)/python train.py fit --config configs/debug.yaml --data.root demo/photos --data.cache_dir demo/cache \
 		--data.val_images 1 --trainer.default_root_dir demo/runs --trainer.max_steps -1 --trainer.max_time 00:00:01:00
 	@echo
-	@echo "Look at demo/results/coffee_comparison.png and demo/results/rate_distortion.png"
+	@echo "Look at demo/results/report.html, demo/results/coffee_comparison.png and demo/results/rate_distortion.png"
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest
