@@ -378,18 +378,17 @@ def curve_table(curve: Sequence[Point], images: str) -> Table:
 
 
 def rivals_table(curves: dict[str, list[Point]]) -> Table:
-    """PSNR and MS-SSIM of all mean curves at the bits per pixel of the first, after 1, 2, 4, 8 and 16 iterations."""
-    curve = next(iter(curves.values()))
+    """PSNR and MS-SSIM of all mean curves at the bits per pixel of the first after 1, 2, 4, 8 and 16 iterations."""
+    rates = [(point.setting, point.bpp) for point in next(iter(curves.values())) if point.setting in RATES]
     result = Table(title="PSNR and MS-SSIM at the same bits per pixel")
-    for column in ("", "bpp", *curves):
-        result.add_column(column, justify="right", min_width=5)
-    for point in curve:
-        if point.setting in RATES:
-            cells = [
-                "\n".join(number(interpolate(each, metric, point.bpp), digits) for metric, digits in METRICS)
-                for each in curves.values()
-            ]
-            result.add_row(f"{point.setting:g}", number(point.bpp, 3), *cells, end_section=True)
+    result.add_column("iterations\nbpp", overflow="fold")
+    for setting, bpp in rates:
+        result.add_column(f"{setting:g}\n{bpp:.3f}", justify="right", no_wrap=True)
+    for name, curve in curves.items():
+        cells = [
+            "\n".join(number(interpolate(curve, metric, bpp), digits) for metric, digits in METRICS) for _, bpp in rates
+        ]
+        result.add_row(name, *cells, end_section=True)
     return result
 
 

@@ -117,10 +117,10 @@ BASELINES = {
             "JPEG 2000",
             "JPEG2000",
             ".jp2",
-            lambda bpp: {"irreversible": True, "quality_mode": "rates", "quality_layers": [24 / bpp]},
+            lambda bpp: {"irreversible": True, "mct": 1, "quality_mode": "rates", "quality_layers": [24 / bpp]},
             (0.0625, 0.125, 0.1875, 0.25, 0.375, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0),
             [i / 256 for i in range(8, 1025)],
-            "JPEG 2000, 9/7 wavelet, settings are target bits per pixel",
+            "JPEG 2000, 9/7 wavelet, color transform, settings are target bits per pixel",
             library="jpg_2000",
         ),
         Baseline(

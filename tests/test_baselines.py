@@ -43,6 +43,11 @@ def test_options_reach_the_encoders():
         np.testing.assert_array_equal(
             BASELINES[name].decode(BASELINES[name].encode(X, 50)), np.asarray(Image.open(plain))
         )
+    # Colors are decorrelated first (mct), which a marker segment of the codestream says (ISO 15444-1, A.6.1).
+    codestream = BASELINES["jpeg2000"].encode(X, 1.0)
+    style = codestream.index(b"\xff\x52")
+    assert codestream[style + 8] == 1
+    assert codestream[style + 13] == 0  # the 9/7 wavelet
     # The 9/7 wavelet at a given rate: the file has at most that many bits, and nearly as many.
     size = 8 * len(BASELINES["jpeg2000"].encode(X, 1.0)) / X[..., 0].size
     assert 0.9 < size < 1.1
