@@ -172,8 +172,8 @@ def autocast(mode: Mode) -> AbstractContextManager[Any]:
 
 def unrolled(config: dict[str, Any]) -> list[int]:
     """The fewest iterations of a training and all of them, one number where they are the same."""
-    full = config.get("iterations", 16)
-    return sorted({min([full, *(config.get("growth") or {}).values()]), full})
+    training = CodecTraining(**config)
+    return sorted({training.fewest_iterations(), training.iterations})
 
 
 def compare_stream(

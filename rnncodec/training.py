@@ -1,6 +1,7 @@
 """Training of the codec network: loss, schedules, guard against divergence, validation on whole images."""
 
 import os
+import random
 from dataclasses import asdict, replace
 from typing import Any, ClassVar, Literal
 
@@ -110,8 +111,8 @@ class CodecTraining(Training):
     Args:
         network: shapes and equations of the network.
         iterations: steps of the unrolled loop, each weighted equally.
-        growth: iterations by the training step from which on they are unrolled: {0: 2, 1000: 4, 5000: 16}. They never
-            exceed `iterations`, which an empty mapping unrolls from the start.
+        growth: iterations by the training step from which on they are unrolled: {0: 2, 1000: 4, 5000: [4, 8, 16]}. Of
+            several, each step draws one. They never exceed `iterations`, which an empty mapping unrolls from the start.
         optimizer: `adam` (the papers'), or `muon`: Muon for the recurrent kernels beside AdamW for the rest.
         learning_rate: of Adam or AdamW.
         muon_learning_rate: of Muon.
@@ -128,7 +129,7 @@ class CodecTraining(Training):
         self,
         network: NetworkConfig = NetworkConfig(),  # noqa: B008 - frozen
         iterations: int = 16,
-        growth: dict[int, int] | None = None,
+        growth: dict[int, int | list[int]] | None = None,
         optimizer: Literal["adam", "muon"] = "adam",
         learning_rate: float = 5e-4,
         muon_learning_rate: float = 0.02,
@@ -145,7 +146,7 @@ class CodecTraining(Training):
         self.plain_hyperparameters(network=asdict(self.network.config))
         self.network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         self.iterations = iterations
-        self.growth = {int(step): k for step, k in (growth or {}).items()}
+        self.growth = {int(step): [k] if isinstance(k, int) else list(k) for step, k in (growth or {}).items()}
         self.optimizer, self.muon_learning_rate = optimizer, muon_learning_rate
         if compile:
             self.network.compile(dynamic=False)
@@ -159,13 +160,14 @@ class CodecTraining(Training):
         self.val_curve: list[Point] = []
 
     def current_iterations(self, step: int) -> int:
-        """Iterations to unroll at a training step."""
+        """Iterations to unroll at a training step: a function of seed and step, so that all ranks draw the same."""
         start = max((start for start in self.growth if start <= step), default=None)
-        return self.iterations if start is None else min(self.iterations, self.growth[start])
+        choices = [self.iterations] if start is None else self.growth[start]
+        return min(self.iterations, random.Random(f"{global_seed()} {step}").choice(choices))
 
     def fewest_iterations(self) -> int:
         """Iterations that are unrolled at some time, at the least."""
-        return min([self.iterations, *self.growth.values()])
+        return min(k for choices in [[self.iterations], *self.growth.values()] for k in choices)
 
     def configure_optimizers(self) -> Any:
         if self.optimizer == "muon":

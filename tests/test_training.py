@@ -44,6 +44,19 @@ def test_iterations_grow_by_step_up_to_the_configured_number():
     assert CodecTraining(TINY, iterations=6).current_iterations(0) == 6
 
 
+def test_each_step_draws_one_of_several_numbers_of_iterations(monkeypatch):
+    module = CodecTraining(TINY, iterations=6, growth={0: 2, 10: [2, 4, 8]})
+    assert module.fewest_iterations() == 2
+    drawn = [module.current_iterations(step) for step in range(10, 3010)]
+    # A third each, within five standard deviations of the count.
+    assert set(drawn) == {2, 4, 6}
+    assert all(abs(drawn.count(k) - 1000) < 130 for k in set(drawn))
+    again = CodecTraining(TINY, iterations=6, growth={0: 2, 10: [2, 4, 8]})  # as on another rank, or resumed
+    assert [again.current_iterations(step) for step in range(10, 3010)] == drawn
+    monkeypatch.setenv("PL_GLOBAL_SEED", "1")
+    assert [module.current_iterations(step) for step in range(10, 3010)] != drawn
+
+
 def test_learning_rate_rises_stays_and_falls_to_zero():
     module = CodecTraining(TINY, warmup_steps=4, decay_steps=10)
     module._trainer = SimpleNamespace(max_steps=100)  # pyright: ignore[reportAttributeAccessIssue]
