@@ -66,7 +66,7 @@ PANEL = (224, 224)  # pixels of a picture in a comparison, six beside each other
 PUBLISHED = Path(rnncodec.__file__).parent / "published"
 BROWSERS_SHOW = (".jpg", ".webp", ".avif", ".png")
 WINDOW = (0.25, 1.875)  # bits per pixel between which the area under a curve favours nobody
-COMMON = 0.75  # share of two curves' range of quality below which their BD-rate says little
+COMMON = 0.75  # share of a curve's range of quality below which a BD-rate over it says little
 SPANS = {"to 2": (None, 2.0), f"{WINDOW[0]}-{WINDOW[1]}": WINDOW}  # bits per pixel; the first as in T17
 AREAS = {"ms_ssim": "MS-SSIM", "psnr_hvs": "PSNR-HVS", "psnr": "PSNR"}  # the first two are those of T17
 BD_RATES = {"psnr": "PSNR", "ms_ssim_db": "MS-SSIM", "psnr_hvs_m": "PSNR-HVS-M"}
@@ -400,7 +400,7 @@ class Summary:
         codec: name of its codec.
         areas: under the curve of each metric of `AREAS`, over each of `SPANS`.
         bd_rates: percent more bits that the evaluated codec takes for the same value of each metric of `BD_RATES`,
-            and the share of the values of both that both have; None for that codec itself.
+            and the share of its values that the other has too; None for that codec itself.
     """
 
     codec: str
@@ -461,7 +461,7 @@ def bd_rate_table(summaries: Sequence[Summary]) -> Table:
             cells.append("-" if np.isnan(difference) else f"{difference:+.1f} %" + "*" * doubtful)
         result.add_row(each.codec, *cells)
     if partial:
-        result.caption = f"* the two curves share less than {COMMON:.0%} of their range of quality"
+        result.caption = f"* over less than {COMMON:.0%} of the range of quality of {first.codec}"
     return result
 
 

@@ -159,8 +159,8 @@ def bd_rate(anchor: Sequence[Point], curve: Sequence[Point], metric: str) -> tup
         metric: an attribute of `Point` that rises with quality.
 
     Returns:
-        The difference in percent, and the share of all values of the metric that both curves have; nan and 0 if they
-        share none or have too few points.
+        The difference in percent, and the share of the curve's values of the metric that the anchor has too, over
+        which the difference is a mean; nan and 0 if they share none or have too few points.
     """
     import bjontegaard  # with SciPy and pyplot, which nothing else here needs
 
@@ -174,7 +174,7 @@ def bd_rate(anchor: Sequence[Point], curve: Sequence[Point], metric: str) -> tup
     if min(len(rates), len(anchor_rates)) < 4:
         return NAN, 0.0
     low, high = max(values[0], anchor_values[0]), min(values[-1], anchor_values[-1])
-    overlap = (high - low) / (max(values[-1], anchor_values[-1]) - min(values[0], anchor_values[0]))
+    overlap = (high - low) / (values[-1] - values[0])
     if overlap <= 0:
         return NAN, 0.0
     with warnings.catch_warnings():
