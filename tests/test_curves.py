@@ -58,7 +58,8 @@ def test_an_equal_picture_takes_its_setting_out_of_the_curve():
     assert samples(with_equal, "psnr")[1].tolist() == [20, 22, 24, 26]
     assert interpolate(with_equal, "psnr", 0.875) == 25
     assert math.isnan(interpolate(with_equal, "psnr", 1.1))
-    assert bd_rate(finite, with_equal, "psnr") == (pytest.approx(0, abs=0.1), 6 / 8)
+    assert bd_rate(finite, with_equal, "psnr") == (pytest.approx(0, abs=0.1), 1)
+    assert bd_rate(with_equal, finite, "psnr") == (pytest.approx(0, abs=0.1), 6 / 8)
     assert json.loads(to_json(with_equal, "a", ""))["results"]["psnr-rgb"] == [20, 22, 24, 26, None]
 
 
