@@ -579,13 +579,15 @@ def evaluate(args: argparse.Namespace, console: Console) -> int:
                 sizes[coder].append(each)
     if not points:
         raise ValueError("no image could be measured")
-    summarize(points, sources, overlays, sizes, args)
+    # Not of the settings that match single files: a codec's curve does not depend on what it is compared with.
+    curves = {
+        source.name: mean_curve(p for p in points if p.codec == source.name and p.setting in source.settings)
+        for source in sources
+    }
+    summarize(points, curves, sources, overlays, sizes, args)
     if args.save_images:
         write_report(args.output)
     if args.wandb:
-        curves = {
-            source.name: mean_curve(point for point in points if point.codec == source.name) for source in sources
-        }
         names = ["points.csv", "mean.csv", "rate_distortion.png", "rate_distortion.svg"]
         names += [f"{source.name}.json" for source in sources]
         names += ["coders.csv"] * bool(sizes) + ["report.html"] * args.save_images
@@ -632,13 +634,13 @@ def measured_points(
 
 def summarize(
     points: Sequence[Point],
+    curves: dict[str, list[Point]],
     sources: Sequence[Source],
     overlays: dict[str, list[Point]],
     sizes: dict[str, list[list[int]]],
     args: argparse.Namespace,
 ) -> None:
     """Writes tables, curves and plots, and prints the tables."""
-    curves = {source.name: mean_curve(point for point in points if point.codec == source.name) for source in sources}
     mine = [point for point in points if point.codec == sources[0].name]
     count = len({point.image for point in mine})
     large = len({point.image for point in mine if not np.isnan(point.ms_ssim)})

@@ -204,14 +204,25 @@ def test_a_folder_with_an_unreadable_image(command, tmp_path, capsys):
     settings = {(point.image, point.setting) for point in points if point.codec == "jpeg"}
     assert settings == {(image, q) for image in ("astronaut", "coffee") for q in (1, *BASELINES["jpeg"].settings)}
 
-    for codec, count in (("rnncodec-tiny", 2), ("jpeg", 1 + len(BASELINES["jpeg"].settings))):
+    for codec, count in (("rnncodec-tiny", 2), ("jpeg", len(BASELINES["jpeg"].settings))):
         results = json.loads((output / f"{codec}.json").read_text())["results"]
         assert set(results) == {"bpp", "psnr-rgb", "ms-ssim-rgb", "psnr-hvs", "psnr-hvs-m", "l1"}
         assert {len(values) for values in results.values()} == {count}
-        first = [point for point in points if point.codec == codec and point.setting == 1]
+        first = [p for p in points if p.codec == codec and p.setting == (5 if codec == "jpeg" else 1)]
         assert [point.image for point in first] == ["astronaut", "coffee"]
         assert results["psnr-rgb"][0] == pytest.approx(np.mean([point.psnr for point in first]))
         assert results["bpp"][0] == pytest.approx(np.mean([point.bpp for point in first]))
+
+
+def test_saved_pictures_change_no_curve(command, tmp_path):
+    """Whether or not the other codecs are also measured at the bytes of single files."""
+    options, output = command
+    arguments = [str(photographs(tmp_path / "photos")), *options, "--baselines", "jpeg"]
+    names = ["mean.csv", "summary.csv", "jpeg.json", "rnncodec-tiny.json"]
+    assert evaluate.main(arguments) == 0
+    before = {name: (output / name).read_text() for name in names}
+    assert evaluate.main([*arguments, "--save-images"]) == 0
+    assert {name: (output / name).read_text() for name in names} == before
 
 
 def test_what_was_measured_is_remembered(command, tmp_path, monkeypatch):
