@@ -500,13 +500,13 @@ def entropy_coders(codec: Codec, args: argparse.Namespace) -> dict[str, tuple[Co
     return coders
 
 
-def overlays_of(args: argparse.Namespace) -> dict[str, list[Point]]:
-    """The curves of others that are to be drawn."""
-    curves = {}
+def overlays_of(args: argparse.Namespace, taken: Iterable[str]) -> dict[str, list[Point]]:
+    """The curves of others that are to be drawn; those whose names are taken also bear that of their file."""
+    curves: dict[str, list[Point]] = {}
     for text in args.overlay:
         shipped = PUBLISHED / f"{text}.json"
         name, points = from_json(shipped if shipped.is_file() else Path(text))
-        curves[name] = points
+        curves[f"{name} ({text})" if name in (*taken, *curves) else name] = points
     return curves
 
 
@@ -517,7 +517,7 @@ def evaluate(args: argparse.Namespace, console: Console) -> int:
     if missing:
         raise ValueError(f"this Pillow cannot write {', '.join(missing)}")
     sources = [own(codec, args.iterations), *(other(BASELINES[name]) for name in args.baselines)]
-    overlays = overlays_of(args)
+    overlays = overlays_of(args, [source.title for source in sources])
     coders = entropy_coders(codec, args)
     sizes: dict[str, list[list[int]]] = {name: [] for name in coders}
     memory = Memory(args.cache_dir, str(codec.device))

@@ -303,6 +303,23 @@ def test_curves_of_others_are_drawn_and_compared(command, tmp_path, capsys):
     assert "theirs.json: not a rate curve" in capsys.readouterr().err
 
 
+def test_an_overlay_of_the_same_name_replaces_no_curve(command, tmp_path):
+    options, output = command
+    arguments = [str(photographs(tmp_path / "photos")), *options, "--baselines"]
+    results = {"bpp": [0.001, 3], "psnr-rgb": [1, 4]}
+    paths = [tmp_path / "a.json", tmp_path / "b.json"]
+    for path in paths:
+        path.write_text(json.dumps({"name": "rnncodec-tiny", "results": results}))
+    assert evaluate.main([*arguments, "--overlay", *map(str, paths)]) == 0
+    rows = {row["codec"]: row for row in csv.DictReader((output / "summary.csv").read_text().splitlines())}
+    assert list(rows) == ["rnncodec-tiny", *(f"rnncodec-tiny ({path})" for path in paths)]
+    assert rows["rnncodec-tiny"]["auc_psnr_window"] == ""  # two iterations do not reach so far
+    for path in paths:
+        assert float(rows[f"rnncodec-tiny ({path})"]["auc_psnr_window"]) == pytest.approx(
+            1.625 * (1 + 3 * (1.0625 - 0.001) / 2.999)
+        )
+
+
 def test_the_comparison_shows_the_middle_of_both_pictures_at_the_same_bytes(tmp_path):
     x = data.astronaut()[:300, :400]
     points, colors = [], {}
