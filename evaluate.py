@@ -37,6 +37,7 @@ from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 import rnncodec
 from rnncodec.baselines import BASELINES, Baseline
@@ -305,7 +306,8 @@ def figure(curves: dict[str, list[Point]], overlays: Sequence[str] = ()) -> Figu
         heights = spread([value for value, *_ in labels], (high - low) / 22, high)
         for (_, last, name, color), height in zip(labels, heights, strict=True):
             place = last, height
-            axes.annotate(name, place, (6, 0), textcoords="offset points", va="center", color=color, fontsize=9)
+            text = axes.annotate(name, place, (6, 0), textcoords="offset points", va="center", color=color, fontsize=9)
+            text.set_parse_math(False)  # a name may hold dollars
     return drawing
 
 
@@ -382,7 +384,7 @@ def rivals_table(curves: dict[str, list[Point]]) -> Table:
     curve = next(iter(curves.values()))
     result = Table(title="PSNR and MS-SSIM at the same bits per pixel")
     for column in ("", "bpp", *curves):
-        result.add_column(column, justify="right", min_width=5)
+        result.add_column(Text(column), justify="right", min_width=5)
     for point in curve:
         if point.setting in RATES:
             cells = [
@@ -443,7 +445,7 @@ def area_table(summaries: Sequence[Summary]) -> Table:
     for column in ("codec", *names):
         result.add_column(column, justify="left" if column == "codec" else "right", overflow="fold")
     for each in summaries:
-        result.add_row(each.codec, *(number(value, 3) for pair in each.areas for value in pair))
+        result.add_row(Text(each.codec), *(number(value, 3) for pair in each.areas for value in pair))
     return result
 
 
@@ -460,7 +462,7 @@ def bd_rate_table(summaries: Sequence[Summary]) -> Table:
             doubtful = not np.isnan(difference) and overlap < COMMON
             partial |= doubtful
             cells.append("-" if np.isnan(difference) else f"{difference:+.1f} %" + "*" * doubtful)
-        result.add_row(each.codec, *cells)
+        result.add_row(Text(each.codec), *cells)
     if partial:
         result.caption = f"* the two curves share less than {COMMON:.0%} of their range of quality"
     return result
@@ -538,7 +540,7 @@ def evaluate(args: argparse.Namespace, console: Console) -> int:
     points: list[Point] = []
     sheets: dict[str, Path] = {}
     checked = False
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("", total=len(paths))
         for i, (path, name) in enumerate(zip(paths, unique_names(paths), strict=True)):

@@ -320,6 +320,16 @@ def test_an_overlay_of_the_same_name_replaces_no_curve(command, tmp_path):
         )
 
 
+def test_names_of_others_are_text(command, tmp_path, capsys):
+    """Neither Rich's markup nor Matplotlib's mathematics."""
+    options, output = command
+    path = tmp_path / "theirs.json"
+    path.write_text(json.dumps({"name": "[/b][ours] $_$", "results": {"bpp": [0.001, 3], "psnr-rgb": [1, 4]}}))
+    assert evaluate.main([str(photographs(tmp_path / "[b]")), *options, "--baselines", "--overlay", str(path)]) == 0
+    assert "[/b][ours] $_$" in capsys.readouterr().out
+    assert "<!-- [/b][ours] $_$ -->" in (output / "rate_distortion.svg").read_text()
+
+
 def test_the_comparison_shows_the_middle_of_both_pictures_at_the_same_bytes(tmp_path):
     x = data.astronaut()[:300, :400]
     points, colors = [], {}
