@@ -72,6 +72,7 @@ SPANS = {"to 2": (None, 2.0), f"{WINDOW[0]}-{WINDOW[1]}": WINDOW}  # bits per pi
 AREAS = {"ms_ssim": "MS-SSIM", "psnr_hvs": "PSNR-HVS", "psnr": "PSNR"}  # the first two are those of T17
 BD_RATES = {"psnr": "PSNR", "ms_ssim_db": "MS-SSIM", "psnr_hvs_m": "PSNR-HVS-M"}
 METRICS = (("psnr", 2), ("ms_ssim", 4))  # of the tables, with their digits
+NAME_BYTES = 200  # of an image's name, which leaves room for what is appended
 CACHE_VERSION = 1  # of what is remembered: another one forgets it all
 
 
@@ -474,15 +475,17 @@ def number(value: float, digits: int) -> str:
 
 
 def unique_names(paths: Iterable[Path]) -> list[str]:
-    """The files' names without suffix, numbered where one comes again."""
-    names: list[str] = []
+    """The files' names without suffix, as text and folders can have them, numbered where one comes again."""
+    names: dict[str, None] = {}
     for path in paths:
-        name, number = path.stem, 1
+        printable = "".join(c if c.isprintable() else "_" for c in path.stem).lstrip(".") or "_"
+        stem = printable.encode()[:NAME_BYTES].decode(errors="ignore")
+        name, number = stem, 1
         while name in names:
             number += 1
-            name = f"{path.stem}-{number}"
-        names.append(name)
-    return names
+            name = f"{stem}-{number}"
+        names[name] = None
+    return list(names)
 
 
 def entropy_coders(codec: Codec, args: argparse.Namespace) -> dict[str, tuple[Codec, EntropyName]]:

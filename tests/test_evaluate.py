@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import os
 import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
@@ -143,6 +144,12 @@ def test_one_iteration_and_nothing_beside_it(command, tmp_path):
 def test_names_are_unique():
     paths = map(Path, ["a/x.png", "b/x.png", "b/x-2.png", "x.jpg", "y.png"])
     assert evaluate.unique_names(paths) == ["x", "x-2", "x-2-2", "x-3", "y"]
+
+
+def test_names_that_no_text_or_folder_can_have():
+    """Bytes that are not UTF-8, line breaks, the folder above, and more bytes than a longer name may have."""
+    paths = [Path(os.fsdecode(b"a\xff\xfe.png")), Path("a\n\r.png"), Path("...png"), Path("..png"), Path("ä" * 125)]
+    assert evaluate.unique_names(paths) == ["a__", "a__-2", "_", "_-2", "ä" * 100]
 
 
 def test_a_folder_with_an_unreadable_image(command, tmp_path, capsys):
