@@ -528,9 +528,10 @@ def evaluate(args: argparse.Namespace, console: Console) -> int:
     memory = Memory(args.cache_dir, str(codec.device))
     failures = 0
 
-    def fail(message: object) -> None:
+    def fail(path: Path, error: ValueError) -> None:
         nonlocal failures
         failures += 1
+        message = str(error) if str(path) in str(error) else f"{path}: {error}"
         console.print(f"evaluate: skipped: {message}", markup=False, highlight=False, soft_wrap=True)
 
     paths = []
@@ -538,7 +539,7 @@ def evaluate(args: argparse.Namespace, console: Console) -> int:
         try:
             paths += find_images([path])
         except ValueError as error:
-            fail(error)
+            fail(path, error)
     args.output.mkdir(parents=True, exist_ok=True)
     points: list[Point] = []
     sheets: dict[str, Path] = {}
@@ -575,7 +576,7 @@ def evaluate(args: argparse.Namespace, console: Console) -> int:
                         sheets[name] = args.output / f"{name}_comparison.png"
                         save_image(sheet, sheets[name])
             except ValueError as error:
-                fail(error)
+                fail(path, error)
                 continue
             finally:
                 progress.update(task, completed=i + 1)

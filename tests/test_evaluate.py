@@ -232,6 +232,18 @@ def test_saved_pictures_change_no_curve(command, tmp_path):
     assert {name: (output / name).read_text() for name in names} == before
 
 
+@pytest.mark.parametrize(("codec", "side"), [("jpeg", 65535), ("webp", 16384)])
+def test_an_image_that_another_codec_cannot_hold_is_named(command, tmp_path, capsys, codec, side):
+    options, output = command
+    folder = photographs(tmp_path / "photos")
+    Image.new("RGB", (side, 1)).save(folder / "long.png")
+    assert evaluate.main([str(folder), *options, "--baselines", codec]) == 1
+    error = capsys.readouterr().err
+    assert f"skipped: {folder / 'long.png'}: {BASELINES[codec].title}: " in error
+    assert "could not be measured: 1" in error
+    assert {point.image for point in from_csv((output / "points.csv").read_text())} == {"astronaut", "coffee"}
+
+
 def test_what_was_measured_is_remembered(command, tmp_path, monkeypatch):
     options, output = command
     folder = photographs(tmp_path / "photos")
