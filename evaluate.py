@@ -594,7 +594,7 @@ def evaluate(args: argparse.Namespace, console: Console) -> int:
     if args.save_images:
         write_report(args.output)
     if args.wandb:
-        names = ["points.csv", "mean.csv", "rate_distortion.png", "rate_distortion.svg"]
+        names = ["points.csv", "mean.csv", "summary.csv", "rate_distortion.png", "rate_distortion.svg"]
         names += [f"{source.name}.json" for source in sources]
         names += ["coders.csv"] * bool(sizes) + ["report.html"] * args.save_images
         config = {
