@@ -37,6 +37,7 @@ from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 import rnncodec
 from rnncodec.baselines import BASELINES, Baseline
@@ -71,6 +72,7 @@ SPANS = {"to 2": (None, 2.0), f"{WINDOW[0]}-{WINDOW[1]}": WINDOW}  # bits per pi
 AREAS = {"ms_ssim": "MS-SSIM", "psnr_hvs": "PSNR-HVS", "psnr": "PSNR"}  # the first two are those of T17
 BD_RATES = {"psnr": "PSNR", "ms_ssim_db": "MS-SSIM", "psnr_hvs_m": "PSNR-HVS-M"}
 METRICS = (("psnr", 2), ("ms_ssim", 4))  # of the tables, with their digits
+NAME_BYTES = 200  # of an image's name, which leaves room for what is appended
 CACHE_VERSION = 1  # of what is remembered: another one forgets it all
 
 
@@ -305,7 +307,8 @@ def figure(curves: dict[str, list[Point]], overlays: Sequence[str] = ()) -> Figu
         heights = spread([value for value, *_ in labels], (high - low) / 22, high)
         for (_, last, name, color), height in zip(labels, heights, strict=True):
             place = last, height
-            axes.annotate(name, place, (6, 0), textcoords="offset points", va="center", color=color, fontsize=9)
+            text = axes.annotate(name, place, (6, 0), textcoords="offset points", va="center", color=color, fontsize=9)
+            text.set_parse_math(False)  # a name may hold dollars
     return drawing
 
 
@@ -388,7 +391,7 @@ def rivals_table(curves: dict[str, list[Point]]) -> Table:
         cells = [
             "\n".join(number(interpolate(curve, metric, bpp), digits) for metric, digits in METRICS) for _, bpp in rates
         ]
-        result.add_row(name, *cells, end_section=True)
+        result.add_row(Text(name), *cells, end_section=True)
     return result
 
 
@@ -442,7 +445,7 @@ def area_table(summaries: Sequence[Summary]) -> Table:
     for column in ("codec", *names):
         result.add_column(column, justify="left" if column == "codec" else "right", overflow="fold")
     for each in summaries:
-        result.add_row(each.codec, *(number(value, 3) for pair in each.areas for value in pair))
+        result.add_row(Text(each.codec), *(number(value, 3) for pair in each.areas for value in pair))
     return result
 
 
@@ -459,7 +462,7 @@ def bd_rate_table(summaries: Sequence[Summary]) -> Table:
             doubtful = not np.isnan(difference) and overlap < COMMON
             partial |= doubtful
             cells.append("-" if np.isnan(difference) else f"{difference:+.1f} %" + "*" * doubtful)
-        result.add_row(each.codec, *cells)
+        result.add_row(Text(each.codec), *cells)
     if partial:
         result.caption = f"* over less than {COMMON:.0%} of the range of quality of {first.codec}"
     return result
@@ -471,15 +474,17 @@ def number(value: float, digits: int) -> str:
 
 
 def unique_names(paths: Iterable[Path]) -> list[str]:
-    """The files' names without suffix, numbered where one comes again."""
-    names: list[str] = []
+    """The files' names without suffix, as text and folders can have them, numbered where one comes again."""
+    names: dict[str, None] = {}
     for path in paths:
-        name, number = path.stem, 1
+        printable = "".join(c if c.isprintable() else "_" for c in path.stem).lstrip(".") or "_"
+        stem = printable.encode()[:NAME_BYTES].decode(errors="ignore")
+        name, number = stem, 1
         while name in names:
             number += 1
-            name = f"{path.stem}-{number}"
-        names.append(name)
-    return names
+            name = f"{stem}-{number}"
+        names[name] = None
+    return list(names)
 
 
 def entropy_coders(codec: Codec, args: argparse.Namespace) -> dict[str, tuple[Codec, EntropyName]]:
@@ -499,13 +504,13 @@ def entropy_coders(codec: Codec, args: argparse.Namespace) -> dict[str, tuple[Co
     return coders
 
 
-def overlays_of(args: argparse.Namespace) -> dict[str, list[Point]]:
-    """The curves of others that are to be drawn."""
-    curves = {}
+def overlays_of(args: argparse.Namespace, taken: Iterable[str]) -> dict[str, list[Point]]:
+    """The curves of others that are to be drawn; those whose names are taken also bear that of their file."""
+    curves: dict[str, list[Point]] = {}
     for text in args.overlay:
         shipped = PUBLISHED / f"{text}.json"
         name, points = from_json(shipped if shipped.is_file() else Path(text))
-        curves[name] = points
+        curves[f"{name} ({text})" if name in (*taken, *curves) else name] = points
     return curves
 
 
@@ -516,15 +521,16 @@ def evaluate(args: argparse.Namespace, console: Console) -> int:
     if missing:
         raise ValueError(f"this Pillow cannot write {', '.join(missing)}")
     sources = [own(codec, args.iterations), *(other(BASELINES[name]) for name in args.baselines)]
-    overlays = overlays_of(args)
+    overlays = overlays_of(args, [source.title for source in sources])
     coders = entropy_coders(codec, args)
     sizes: dict[str, list[list[int]]] = {name: [] for name in coders}
     memory = Memory(args.cache_dir, str(codec.device))
     failures = 0
 
-    def fail(message: object) -> None:
+    def fail(path: Path, error: ValueError) -> None:
         nonlocal failures
         failures += 1
+        message = str(error) if str(path) in str(error) else f"{path}: {error}"
         console.print(f"evaluate: skipped: {message}", markup=False, highlight=False, soft_wrap=True)
 
     paths = []
@@ -532,12 +538,12 @@ def evaluate(args: argparse.Namespace, console: Console) -> int:
         try:
             paths += find_images([path])
         except ValueError as error:
-            fail(error)
+            fail(path, error)
     args.output.mkdir(parents=True, exist_ok=True)
     points: list[Point] = []
     sheets: dict[str, Path] = {}
     checked = False
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("", total=len(paths))
         for i, (path, name) in enumerate(zip(paths, unique_names(paths), strict=True)):
@@ -569,7 +575,7 @@ def evaluate(args: argparse.Namespace, console: Console) -> int:
                         sheets[name] = args.output / f"{name}_comparison.png"
                         save_image(sheet, sheets[name])
             except ValueError as error:
-                fail(error)
+                fail(path, error)
                 continue
             finally:
                 progress.update(task, completed=i + 1)
@@ -578,14 +584,16 @@ def evaluate(args: argparse.Namespace, console: Console) -> int:
                 sizes[coder].append(each)
     if not points:
         raise ValueError("no image could be measured")
-    summarize(points, sources, overlays, sizes, args)
+    # Not of the settings that match single files: a codec's curve does not depend on what it is compared with.
+    curves = {
+        source.name: mean_curve(p for p in points if p.codec == source.name and p.setting in source.settings)
+        for source in sources
+    }
+    summarize(points, curves, sources, overlays, sizes, args)
     if args.save_images:
         write_report(args.output)
     if args.wandb:
-        curves = {
-            source.name: mean_curve(point for point in points if point.codec == source.name) for source in sources
-        }
-        names = ["points.csv", "mean.csv", "rate_distortion.png", "rate_distortion.svg"]
+        names = ["points.csv", "mean.csv", "summary.csv", "rate_distortion.png", "rate_distortion.svg"]
         names += [f"{source.name}.json" for source in sources]
         names += ["coders.csv"] * bool(sizes) + ["report.html"] * args.save_images
         config = {
@@ -631,13 +639,13 @@ def measured_points(
 
 def summarize(
     points: Sequence[Point],
+    curves: dict[str, list[Point]],
     sources: Sequence[Source],
     overlays: dict[str, list[Point]],
     sizes: dict[str, list[list[int]]],
     args: argparse.Namespace,
 ) -> None:
     """Writes tables, curves and plots, and prints the tables."""
-    curves = {source.name: mean_curve(point for point in points if point.codec == source.name) for source in sources}
     mine = [point for point in points if point.codec == sources[0].name]
     count = len({point.image for point in mine})
     large = len({point.image for point in mine if not np.isnan(point.ms_ssim)})

@@ -13,6 +13,8 @@ import numpy as np
 import PIL
 from PIL import Image, features
 
+from rnncodec.images import one_line
+
 QUALITIES = (5, 10, 15, 20, 30, 40, 50, 60, 70, 80, 85, 90, 95)
 
 
@@ -63,11 +65,18 @@ class Baseline:
         return f"{name} {version}, Pillow {PIL.__version__}"
 
     def encode(self, x: np.ndarray, setting: float) -> bytes:
-        """An image, uint8 [H, W, 3], to the bytes of a file."""
+        """An image, uint8 [H, W, 3], to the bytes of a file.
+
+        Raises:
+            ValueError: the format cannot hold it, as most have a longest side; the message is one line.
+        """
         if self.plugin:
             import_module(self.plugin)
         file = io.BytesIO()
-        Image.fromarray(x).save(file, self.format, **self.options(setting))
+        try:
+            Image.fromarray(x).save(file, self.format, **self.options(setting))
+        except Exception as error:  # of any kind, depending on the encoder
+            raise ValueError(f"{self.title}: {one_line(error)}") from error
         return file.getvalue()
 
     def matched(self, x: np.ndarray, sizes: Iterable[float]) -> list[float]:
@@ -119,7 +128,7 @@ BASELINES = {
             ".jp2",
             lambda bpp: {"irreversible": True, "mct": 1, "quality_mode": "rates", "quality_layers": [24 / bpp]},
             (0.0625, 0.125, 0.1875, 0.25, 0.375, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0),
-            [i / 256 for i in range(8, 1025)],
+            [i / 250 for i in range(8, 1001)],  # which few digits tell exactly
             "JPEG 2000, 9/7 wavelet, color transform, settings are target bits per pixel",
             library="jpg_2000",
         ),

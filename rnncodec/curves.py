@@ -239,13 +239,13 @@ def _from_row(row: dict[str, str]) -> Point:
     return point
 
 
-def read_points(results: Path) -> list[Point]:
-    """The points that an evaluation left in its folder, as points.csv.
+def read_points(results: Path, name: str = "points.csv") -> list[Point]:
+    """The points that an evaluation left in its folder, or with mean.csv as name their means.
 
     Raises:
         ValueError: the file is missing, faulty or without points; the message is one line and names it.
     """
-    path = results / "points.csv"
+    path = results / name
     try:
         points = from_csv(path.read_bytes().decode())
     except OSError as error:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
-from rnncodec.curves import Point, largest_within, mean_curve, picture_path, read_points
+from rnncodec.curves import Point, largest_within, picture_path, read_points
 from rnncodec.images import atomic_write
 
 TEMPLATE = Path(__file__).with_name("report.html")
@@ -26,7 +26,7 @@ def write_report(results: Path, path: Path | None = None, images: int = 4) -> Pa
     files that `match` chooses for some iteration; of other codecs their numbers.
 
     Args:
-        results: folder with points.csv, and the pictures it names.
+        results: folder with points.csv, mean.csv and the pictures that the first names.
         path: the file; None writes `report.html` into the folder.
         images: how many images to embed at most, spread evenly over their sorted names.
 
@@ -40,7 +40,6 @@ def write_report(results: Path, path: Path | None = None, images: int = 4) -> Pa
     if images < 1:
         raise ValueError(f"a report shows at least 1 image, not {images}")
     points = read_points(results)
-    codecs = dict.fromkeys(point.codec for point in points)
     codec = next((point.codec for point in points if point.evaluated), None)
     if codec is None:
         raise ValueError(f"{results / 'points.csv'}: no codec's name begins with rnncodec")
@@ -81,7 +80,7 @@ def write_report(results: Path, path: Path | None = None, images: int = 4) -> Pa
         "count": len({point.image for point in points}),
         "columns": COLUMNS,
         "points": [_values(point) for point in points],
-        "mean": [_values(p) for name in codecs for p in mean_curve(point for point in points if point.codec == name)],
+        "mean": [_values(point) for point in read_points(results, "mean.csv")],
         "images": embedded,
         "size": sum(len(url) for url in urls.values()),
     }

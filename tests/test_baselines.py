@@ -9,6 +9,7 @@ from skimage import data
 from skimage.metrics import peak_signal_noise_ratio
 
 from rnncodec.baselines import BASELINES
+from rnncodec.curves import Point, from_csv, to_csv
 
 X = data.astronaut()[60:204, 100:260]
 
@@ -51,6 +52,13 @@ def test_options_reach_the_encoders():
     # The 9/7 wavelet at a given rate: the file has at most that many bits, and nearly as many.
     size = 8 * len(BASELINES["jpeg2000"].encode(X, 1.0)) / X[..., 0].size
     assert 0.9 < size < 1.1
+
+
+def test_settings_survive_the_table():
+    """Where they have six digits; what comes back as another setting would be measured again."""
+    for baseline in BASELINES.values():
+        for setting in (*baseline.settings, *baseline.scale):
+            assert from_csv(to_csv([Point("a", baseline.name, setting, 1, 1)]))[0].setting == setting
 
 
 def test_grayscale_files_come_back_as_rgb():

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import os
 import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
@@ -145,6 +146,12 @@ def test_names_are_unique():
     assert evaluate.unique_names(paths) == ["x", "x-2", "x-2-2", "x-3", "y"]
 
 
+def test_names_that_no_text_or_folder_can_have():
+    """Bytes that are not UTF-8, line breaks, the folder above, and more bytes than a longer name may have."""
+    paths = [Path(os.fsdecode(b"a\xff\xfe.png")), Path("a\n\r.png"), Path("...png"), Path("..png"), Path("ä" * 125)]
+    assert evaluate.unique_names(paths) == ["a__", "a__-2", "_", "_-2", "ä" * 100]
+
+
 def test_a_folder_with_an_unreadable_image(command, tmp_path, capsys):
     options, output = command
     folder = photographs(tmp_path / "photos")
@@ -204,14 +211,37 @@ def test_a_folder_with_an_unreadable_image(command, tmp_path, capsys):
     settings = {(point.image, point.setting) for point in points if point.codec == "jpeg"}
     assert settings == {(image, q) for image in ("astronaut", "coffee") for q in (1, *BASELINES["jpeg"].settings)}
 
-    for codec, count in (("rnncodec-tiny", 2), ("jpeg", 1 + len(BASELINES["jpeg"].settings))):
+    for codec, count in (("rnncodec-tiny", 2), ("jpeg", len(BASELINES["jpeg"].settings))):
         results = json.loads((output / f"{codec}.json").read_text())["results"]
         assert set(results) == {"bpp", "psnr-rgb", "ms-ssim-rgb", "psnr-hvs", "psnr-hvs-m", "l1"}
         assert {len(values) for values in results.values()} == {count}
-        first = [point for point in points if point.codec == codec and point.setting == 1]
+        first = [p for p in points if p.codec == codec and p.setting == (5 if codec == "jpeg" else 1)]
         assert [point.image for point in first] == ["astronaut", "coffee"]
         assert results["psnr-rgb"][0] == pytest.approx(np.mean([point.psnr for point in first]))
         assert results["bpp"][0] == pytest.approx(np.mean([point.bpp for point in first]))
+
+
+def test_saved_pictures_change_no_curve(command, tmp_path):
+    """Whether or not the other codecs are also measured at the bytes of single files."""
+    options, output = command
+    arguments = [str(photographs(tmp_path / "photos")), *options, "--baselines", "jpeg"]
+    names = ["mean.csv", "summary.csv", "jpeg.json", "rnncodec-tiny.json"]
+    assert evaluate.main(arguments) == 0
+    before = {name: (output / name).read_text() for name in names}
+    assert evaluate.main([*arguments, "--save-images"]) == 0
+    assert {name: (output / name).read_text() for name in names} == before
+
+
+@pytest.mark.parametrize(("codec", "side"), [("jpeg", 65535), ("webp", 16384)])
+def test_an_image_that_another_codec_cannot_hold_is_named(command, tmp_path, capsys, codec, side):
+    options, output = command
+    folder = photographs(tmp_path / "photos")
+    Image.new("RGB", (side, 1)).save(folder / "long.png")
+    assert evaluate.main([str(folder), *options, "--baselines", codec]) == 1
+    error = capsys.readouterr().err
+    assert f"skipped: {folder / 'long.png'}: {BASELINES[codec].title}: " in error
+    assert "could not be measured: 1" in error
+    assert {point.image for point in from_csv((output / "points.csv").read_text())} == {"astronaut", "coffee"}
 
 
 def test_what_was_measured_is_remembered(command, tmp_path, monkeypatch):
@@ -290,6 +320,33 @@ def test_curves_of_others_are_drawn_and_compared(command, tmp_path, capsys):
     path.write_text('{"name": 1}')
     assert evaluate.main(arguments) == 1
     assert "theirs.json: not a rate curve" in capsys.readouterr().err
+
+
+def test_an_overlay_of_the_same_name_replaces_no_curve(command, tmp_path):
+    options, output = command
+    arguments = [str(photographs(tmp_path / "photos")), *options, "--baselines"]
+    results = {"bpp": [0.001, 3], "psnr-rgb": [1, 4]}
+    paths = [tmp_path / "a.json", tmp_path / "b.json"]
+    for path in paths:
+        path.write_text(json.dumps({"name": "rnncodec-tiny", "results": results}))
+    assert evaluate.main([*arguments, "--overlay", *map(str, paths)]) == 0
+    rows = {row["codec"]: row for row in csv.DictReader((output / "summary.csv").read_text().splitlines())}
+    assert list(rows) == ["rnncodec-tiny", *(f"rnncodec-tiny ({path})" for path in paths)]
+    assert rows["rnncodec-tiny"]["auc_psnr_window"] == ""  # two iterations do not reach so far
+    for path in paths:
+        assert float(rows[f"rnncodec-tiny ({path})"]["auc_psnr_window"]) == pytest.approx(
+            1.625 * (1 + 3 * (1.0625 - 0.001) / 2.999)
+        )
+
+
+def test_names_of_others_are_text(command, tmp_path, capsys):
+    """Neither Rich's markup nor Matplotlib's mathematics."""
+    options, output = command
+    path = tmp_path / "theirs.json"
+    path.write_text(json.dumps({"name": "[/b][ours] $_$", "results": {"bpp": [0.001, 3], "psnr-rgb": [1, 4]}}))
+    assert evaluate.main([str(photographs(tmp_path / "[b]")), *options, "--baselines", "--overlay", str(path)]) == 0
+    assert "[/b][ours] $_$" in capsys.readouterr().out
+    assert "<!-- [/b][ours] $_$ -->" in (output / "rate_distortion.svg").read_text()
 
 
 def test_the_comparison_shows_the_middle_of_both_pictures_at_the_same_bytes(tmp_path):

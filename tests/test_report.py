@@ -22,7 +22,7 @@ from selenium.webdriver.common.actions.wheel_input import ScrollOrigin
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import Select, WebDriverWait
 
-from rnncodec.curves import Point
+from rnncodec.curves import Point, mean_curve, read_points, to_csv
 from rnncodec.report import match, write_report
 
 COLUMNS = ["image", "codec", "setting", "bytes", "bpp", "ideal_bpp", "l1", "psnr", "ms_ssim", "psnr_hvs", "psnr_hvs_m"]
@@ -81,7 +81,15 @@ def make_results(folder, sizes=SIZES, codec=CODEC, webp="webp"):
             add(codec, t, size, 20 + 2 * t + seed, path)
     with open(folder / "points.csv", "w", newline="") as file:
         csv.writer(file).writerows([COLUMNS, *rows])
+    write_means(folder)
     return folder
+
+
+def write_means(folder):
+    points = read_points(folder)
+    codecs = dict.fromkeys(point.codec for point in points)
+    means = [point for codec in codecs for point in mean_curve(p for p in points if p.codec == codec)]
+    (folder / "mean.csv").write_text(to_csv(means))
 
 
 @pytest.fixture(scope="module")
@@ -254,6 +262,7 @@ def edit(change):
     ("damage", "message"),
     [
         (lambda folder: (folder / "points.csv").unlink(), "points.csv: No such file or directory"),
+        (lambda folder: (folder / "mean.csv").unlink(), "mean.csv: No such file or directory"),
         (edit(lambda text: ""), "there is no column image"),
         (edit(lambda text: text.replace("psnr_hvs_m", "other", 1)), "there is no column psnr_hvs_m"),
         (edit(lambda text: text.splitlines()[0]), "there are no points"),
@@ -626,6 +635,7 @@ def test_a_codec_that_is_exact_for_one_image_is_not_called_lossless(results, bro
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         writer.writerows(rows)
+    write_means(results)
     open_page(results)
     assert "JPEG" in [button.text for button in browser.find_elements(By.CSS_SELECTOR, "#legend button")]
     assert "JPEG, without loss" not in text(browser, "#notes")

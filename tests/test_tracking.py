@@ -190,8 +190,8 @@ def test_an_evaluation_leaves_its_table_curves_and_pictures(evaluation):
 def test_an_evaluation_leaves_its_files_as_an_artifact(evaluation):
     (files,) = OfflineRun(evaluation).artifacts["a-run-results"]
     assert set(files) == {
-        "points.csv", "mean.csv", "rate_distortion.png", "rate_distortion.svg", "rnncodec-tiny.json", "jpeg.json",
-        "report.html",
+        "points.csv", "mean.csv", "summary.csv", "rate_distortion.png", "rate_distortion.svg", "rnncodec-tiny.json",
+        "jpeg.json", "report.html",
     }  # fmt: skip
     for name, copy in files.items():
         assert copy.is_relative_to(evaluation / "wandb")  # nothing is left in the user's home
