@@ -52,7 +52,7 @@ import evaluate
 from evaluate import WINDOW, figure, number, rendered
 from rnncodec.binarizer import BinarizerName
 from rnncodec.curves import NAN, Point, area, from_csv
-from rnncodec.images import atomic_write, find_images, load_image
+from rnncodec.images import atomic_write, find_images, load_image, one_line
 from rnncodec.network import ReconstructionName
 from rnncodec.weights import load_checkpoint, load_weights, save_weights
 
@@ -445,8 +445,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return 1 if compare(args) else 0
     except (ValueError, RuntimeError, OSError, MemoryError) as error:
-        message = str(error).strip().splitlines() or [type(error).__name__]
-        print(f"compare: error: {message[0]}", file=sys.stderr)
+        print(f"compare: error: {one_line(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("compare: interrupted; the same command goes on", file=sys.stderr)

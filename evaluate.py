@@ -58,7 +58,7 @@ from rnncodec.curves import (
 )
 from rnncodec.entropy import CLASSICAL, ContextSession, EntropyName
 from rnncodec.format import read_header, truncate
-from rnncodec.images import atomic_write, find_images, load_image, save_image
+from rnncodec.images import atomic_write, find_images, load_image, one_line, save_image
 from rnncodec.metrics import MS_SSIM_MIN_SIDE, RATES, l1, ms_ssim, psnr, psnr_hvs
 from rnncodec.report import write_report
 from rnncodec.tracking import log_evaluation
@@ -68,7 +68,7 @@ PUBLISHED = Path(rnncodec.__file__).parent / "published"
 BROWSERS_SHOW = (".jpg", ".webp", ".avif", ".png")
 WINDOW = (0.25, 1.875)  # bits per pixel between which the area under a curve favours nobody
 COMMON = 0.75  # share of a curve's range of quality below which a BD-rate over it says little
-SPANS = {"to 2": (None, 2.0), f"{WINDOW[0]}-{WINDOW[1]}": WINDOW}  # bits per pixel; the first as in T17
+SPANS = {"to 2": (None, 2.0), f"{WINDOW[0]} to\n{WINDOW[1]}": WINDOW}  # bits per pixel; the first as in T17
 AREAS = {"ms_ssim": "MS-SSIM", "psnr_hvs": "PSNR-HVS", "psnr": "PSNR"}  # the first two are those of T17
 BD_RATES = {"psnr": "PSNR", "ms_ssim_db": "MS-SSIM", "psnr_hvs_m": "PSNR-HVS-M"}
 METRICS = (("psnr", 2), ("ms_ssim", 4))  # of the tables, with their digits
@@ -201,7 +201,6 @@ class Memory:
 
     def keep(self, x: np.ndarray, source: Source, points: Iterable[Point]) -> None:
         """Remembers points."""
-        self.folder.mkdir(parents=True, exist_ok=True)
         atomic_write(self.path(x, source), to_csv(points).encode())
 
 
@@ -539,7 +538,8 @@ def evaluate(args: argparse.Namespace, console: Console) -> int:
             paths += find_images([path])
         except ValueError as error:
             fail(path, error)
-    args.output.mkdir(parents=True, exist_ok=True)
+    for folder in (args.output, args.cache_dir):  # if this fails, then before the work
+        folder.mkdir(parents=True, exist_ok=True)
     points: list[Point] = []
     sheets: dict[str, Path] = {}
     checked = False
@@ -724,8 +724,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         failures = evaluate(args, console)
     except (ValueError, RuntimeError, OSError, MemoryError) as error:
-        message = str(error).strip().splitlines() or [type(error).__name__]
-        console.print(f"evaluate: error: {message[0]}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"evaluate: error: {one_line(error)}", markup=False, highlight=False, soft_wrap=True)
         return 1
     except KeyboardInterrupt:
         return 130

@@ -21,6 +21,7 @@ from rich.text import Text
 
 from rnncodec import __version__, format, images
 from rnncodec.format import FormatError, Header
+from rnncodec.images import one_line
 
 if TYPE_CHECKING:
     from rnncodec.codec import Codec  # imported only by what needs a network, as torch takes seconds
@@ -71,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stdout.flush()
         return status
     except UsageError as error:
-        parser.error(_message(error))
+        parser.error(one_line(error))
     except KeyboardInterrupt:
         _complain("interrupted")
         return 130
@@ -79,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(error, OSError) and sys.stdout is sys.__stdout__:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - what failed once must not fail again at exit
         if not isinstance(error, BrokenPipeError):  # whoever read our output has left and wants no more words
-            _complain(f"error: {_message(error)}")
+            _complain(f"error: {one_line(error)}")
         return 1
 
 
@@ -394,7 +395,7 @@ def _each(jobs: Sequence[Job], work: Callable[[str, str, Report], str | None]) -
             except BrokenPipeError:
                 raise
             except FAILURES as error:
-                message = _message(error)
+                message = one_line(error)
                 _complain(f"error: {message}" if job.source in message else f"error: {job.source}: {message}")
                 failed = True
     return int(failed)
@@ -519,15 +520,6 @@ def _port(text: str) -> int:
 def _complain(message: str) -> None:
     """One line on standard error."""
     print(f"rnncodec: {_printable(message)}", file=sys.stderr)
-
-
-def _message(error: BaseException) -> str:
-    """The message of an error without its traceback, line breaks and numbers of the operating system."""
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
-    if isinstance(error, MemoryError):
-        return "not enough memory"
-    return (str(error).strip() or type(error).__name__).splitlines()[0]  # PyTorch's go on for pages
 
 
 def _printable(text: str) -> str:

@@ -306,5 +306,9 @@ def _quiet() -> Iterator[None]:
 
 
 def one_line(error: BaseException) -> str:
-    """The message of an error without line breaks, or its kind if it has none."""
-    return " ".join(str(error).split()) or type(error).__name__
+    """What an error says: its first line, as PyTorch's go on for pages, or its kind if it says nothing."""
+    if isinstance(error, OSError) and error.strerror:  # without numbers of the operating system
+        return f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
+    if isinstance(error, MemoryError):
+        return "not enough memory"
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

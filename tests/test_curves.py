@@ -8,10 +8,12 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+import rnncodec
 from rnncodec.curves import (
     Point,
     area,
@@ -252,3 +254,23 @@ def test_ms_ssim_in_decibels():
 def test_does_without_torch_and_pyplot():
     code = "import sys, rnncodec.curves; sys.exit(bool({'torch', 'scipy', 'matplotlib'} & {*sys.modules}))"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),  # as read off the published tables, at bits per pixel
+    [
+        ("toderici2017", {0.125: (23.01, 0.8191), 0.5: (28.27, 0.9538), 2.0: (34.63, 0.9887)}),
+        ("johnston2018", {0.125: (25.90, 0.9068), 0.5: (30.54, 0.9736), 1.5: (36.22, 0.9926)}),
+        ("bpg", {0.25: (30.16, 0.9459), 0.5: (33.02, 0.9706), 1.0: (36.75, 0.9862)}),
+    ],
+)
+def test_published_curves(name, expected):
+    path = Path(rnncodec.__file__).parent / "published" / f"{name}.json"
+    _, points = from_json(path)
+    for metric in ("bpp", "psnr", "ms_ssim"):
+        values = [getattr(point, metric) for point in points]
+        assert values == sorted(set(values))
+    for bpp, (psnr, ms_ssim) in expected.items():
+        assert interpolate(points, "psnr", bpp) == pytest.approx(psnr, abs=0.06)
+        assert interpolate(points, "ms_ssim", bpp) == pytest.approx(ms_ssim, abs=6e-4)
+    assert "tensorflow/compression" in json.loads(path.read_text())["description"]

@@ -158,7 +158,11 @@ def test_matching_rule():
             with pytest.raises(ValueError, match="within 5%"):
                 match(points(*own, ("jpeg", size)), [0.2])
     everything = points(*own, ("jpeg", 402), ("jpeg", 395), ("jpeg", 800))
-    assert sizes_at(match(everything, [0.55])) == {(0.55, 402, 400)}  # 0.4 is nearer than 0.8
+    assert sizes_at(match(everything, [0.53])) == {(0.53, 402, 400)}
+    # What is far from the target does not go by its name.
+    for rate in (0.15, 0.55, 1.1, 100):
+        with pytest.raises(ValueError, match=f"near {rate:g} bpp"):
+            match(everything, [rate])
     # One reconstruction is not rated twice: 0.8 is the nearest to both targets, and nearer to 1.
     assert sizes_at(match(everything, [0.4, 1.0, 4.0])) == {(0.4, 402, 400), (1.0, 800, 800)}
     # Codecs that match are compared among themselves too, and only within an image.
