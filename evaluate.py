@@ -278,7 +278,7 @@ def save_picture(source: Source, coded: Coded, folder: Path) -> str:
 
 
 def figure(curves: dict[str, list[Point]], overlays: Sequence[str] = ()) -> Figure:
-    """Mean curves over bpp, each labelled at its right end; the first sets the range, overlays are dashed."""
+    """Mean curves over bpp, each labelled on the right; the first sets the range, overlays are dashed."""
     end = next(iter(curves.values()))[-1].bpp
     drawing = Figure(figsize=(15, 4.8), dpi=110, layout="constrained")
     panels = {"PSNR (dB)": "psnr", "MS-SSIM (dB)": "ms_ssim_db", "PSNR-HVS-M (dB)": "psnr_hvs_m"}
@@ -295,7 +295,7 @@ def figure(curves: dict[str, list[Point]], overlays: Sequence[str] = ()) -> Figu
             style = "--" if name in overlays else "-"
             axes.plot(x_visible, y_visible, style, color=f"C{i}", linewidth=2.2 if i == 0 else 1.4)
             axes.plot(x[visible], y[visible], "o" if i == 0 else ".", color=f"C{i}", markersize=4)
-            labels.append([y_visible[-1], last, name, f"C{i}"])
+            labels.append([y_visible[-1], name, f"C{i}"])
         axes.set_xlim(0, end * 1.02)
         axes.set_xlabel("bits per pixel, whole files")
         axes.set_title(title, loc="left", fontsize=11)
@@ -304,8 +304,8 @@ def figure(curves: dict[str, list[Point]], overlays: Sequence[str] = ()) -> Figu
         low, high = axes.get_ylim()
         labels.sort()
         heights = spread([value for value, *_ in labels], (high - low) / 22, high)
-        for (_, last, name, color), height in zip(labels, heights, strict=True):
-            place = last, height
+        for (_, name, color), height in zip(labels, heights, strict=True):
+            place = end, height
             text = axes.annotate(name, place, (6, 0), textcoords="offset points", va="center", color=color, fontsize=9)
             text.set_parse_math(False)  # a name may hold dollars
     return drawing
