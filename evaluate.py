@@ -60,12 +60,11 @@ from rnncodec.entropy import CLASSICAL, ContextSession, EntropyName
 from rnncodec.format import read_header, truncate
 from rnncodec.images import atomic_write, find_images, load_image, one_line, save_image
 from rnncodec.metrics import MS_SSIM_MIN_SIDE, RATES, l1, ms_ssim, psnr, psnr_hvs
-from rnncodec.report import write_report
+from rnncodec.report import TYPES, write_report
 from rnncodec.tracking import log_evaluation
 
 PANEL = (224, 224)  # pixels of a picture in a comparison, six beside each other
 PUBLISHED = Path(rnncodec.__file__).parent / "published"
-BROWSERS_SHOW = (".jpg", ".webp", ".avif", ".png")
 WINDOW = (0.25, 1.875)  # bits per pixel between which the area under a curve favours nobody
 COMMON = 0.75  # share of a curve's range of quality below which a BD-rate over it says little
 SPANS = {"to 2": (None, 2.0), f"{WINDOW[0]} to\n{WINDOW[1]}": WINDOW}  # bits per pixel; the first as in T17
@@ -157,7 +156,7 @@ def ideal_bytes(codec: Codec, data: bytes) -> Iterator[float]:
 
 def other(baseline: Baseline) -> Source:
     """A codec to compare with."""
-    shown = baseline.suffix in BROWSERS_SHOW
+    shown = baseline.suffix in TYPES
 
     def run(x: np.ndarray, settings: Sequence[float]) -> Iterator[Coded]:
         for setting in settings:

@@ -10,6 +10,7 @@ from rnncodec.curves import Point, largest_within, picture_path, read_points
 from rnncodec.images import atomic_write
 
 TEMPLATE = Path(__file__).with_name("report.html")
+# The pictures that browsers show, by suffix.
 TYPES = {".png": "image/png", ".jpg": "image/jpeg", ".webp": "image/webp", ".avif": "image/avif"}
 
 # Baselines whose own files a browser shows. Others would come as PNG, each a hundred times the size of its file.

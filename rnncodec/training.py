@@ -100,6 +100,11 @@ class Training(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.bad_steps = checkpoint["bad_steps"]
 
+    @property
+    def tracked(self) -> bool:
+        """Whether there is a W&B logger, on every rank alike."""
+        return any(isinstance(logger, WandbLogger) for logger in self.loggers)
+
     def wandb_loggers(self) -> list[WandbLogger]:
         """The W&B loggers of this process; none on ranks above zero."""
         return [logger for logger in self.loggers if isinstance(logger, WandbLogger) and self.global_rank == 0]
@@ -199,7 +204,6 @@ class CodecTraining(Training):
         height, width = x.shape[-2:]
         padded = pad_to_blocks(x, self.network.config.stride)
         original, pictures, bits, losses = to_uint8(x), [], [], []
-        tracked = any(isinstance(logger, WandbLogger) for logger in self.loggers)  # on every rank alike
         with torch.compiler.set_stance("force_eager"):  # every size of image would be compiled anew
             for k, step in enumerate(self.network.unroll(padded, max(RATES)), start=1):
                 bits.append(step.bits)
@@ -209,7 +213,7 @@ class CodecTraining(Training):
                     qualities = psnr(original, x_hat), ms_ssim(original, x_hat)
                     for name, quality in zip(("psnr", "ms_ssim"), qualities, strict=True):
                         self.val_metrics[f"{name}_{k}"].update(quality)
-                    if tracked:
+                    if self.tracked:
                         size = sum(plane.numel() for plane in bits) / 8 / len(x)
                         bpp = 8 * size / (height * width)
                         means = dict(zip(("psnr", "ms_ssim"), (q.mean().item() for q in qualities), strict=True))
@@ -253,7 +257,7 @@ class CodecTraining(Training):
     def gather_points(self) -> list[Point]:
         """The points of the validation images of all ranks, in order of the images' names."""
         shares: list[Any] = [self.val_points]
-        if self.trainer.world_size > 1 and any(isinstance(logger, WandbLogger) for logger in self.loggers):
+        if self.trainer.world_size > 1 and self.tracked:
             shares *= self.trainer.world_size
             torch.distributed.all_gather_object(shares, self.val_points)
         self.val_points = []
