@@ -42,6 +42,8 @@ class ContextTraining(Training):
     Args:
         contexts: shapes of the models, by name; `bits` is the codec's.
         codec: name of shipped weights, or path of a .safetensors file.
+        weights: likewise, with a context model that those of the same shape start from instead of random weights; it
+            may be that of another codec.
         iterations: of the codec to learn from.
         learning_rate: of AdamW.
         weight_decay: decoupled.
@@ -56,6 +58,7 @@ class ContextTraining(Training):
         self,
         contexts: dict[str, ContextConfig],
         codec: str = "small",
+        weights: str | None = None,
         iterations: int = 16,
         learning_rate: float = 5e-4,
         weight_decay: float = 0.0,
@@ -66,14 +69,22 @@ class ContextTraining(Training):
         super().__init__(learning_rate, weight_decay, warmup_steps, decay_steps, max_bad_steps)
         if not contexts or iterations < 1:
             raise ValueError("training a context model needs at least one of them and one iteration")
-        weights = load_weights(codec)
-        network = weights.network.requires_grad_(False).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        coded = load_weights(codec)
+        network = coded.network.requires_grad_(False).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         self._codec = (network,)  # no submodule: it is neither averaged nor saved
         configs = {name: _config(config, network.config.bits) for name, config in contexts.items()}
         self.contexts = nn.ModuleDict({name: ContextModel(config) for name, config in configs.items()})
+        if weights is not None:
+            start = load_weights(weights)
+            same = [name for name, config in configs.items() if start.context and start.context.config == config]
+            if start.context is None or not same:
+                raise ValueError(f"{weights} has no context model of the shape of one that is to be trained")
+            for name in same:
+                self.contexts[name].load_state_dict(start.context.state_dict())
+            self.started_from = start.context_fingerprint.hex()
         self.save_hyperparameters()
         self.plain_hyperparameters(contexts={name: asdict(config) for name, config in configs.items()})
-        self.fingerprint = weights.fingerprint.hex()
+        self.fingerprint = coded.fingerprint.hex()
         self.hparams["fingerprint"] = self.fingerprint
         self.iterations = iterations
         self.stride = network.config.stride

@@ -18,6 +18,7 @@ from rnncodec.metrics import RATES, ms_ssim, psnr
 from rnncodec.network import NetworkConfig, RecurrentCodec, Step, pad_to_blocks, to_uint8
 from rnncodec.optim import MuonAdamW, parameter_groups
 from rnncodec.tracking import curve_charts, log_rates, points_table
+from rnncodec.weights import load_weights
 
 
 def global_seed() -> int:
@@ -48,6 +49,7 @@ class Training(L.LightningModule):
         self.learning_rate, self.weight_decay = learning_rate, weight_decay
         self.warmup_steps, self.decay_steps = warmup_steps, decay_steps
         self.max_bad_steps = max_bad_steps
+        self.started_from = ""  # the fingerprint of given weights, whose name may stand for others one day
         self.bad_steps = self.bad_steps_in_a_row = 0
 
     def plain_hyperparameters(self, **values: Any) -> None:
@@ -96,6 +98,7 @@ class Training(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["bad_steps"], checkpoint["seed"] = self.bad_steps, global_seed()
+        checkpoint["started_from"] = self.started_from
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.bad_steps = checkpoint["bad_steps"]
@@ -111,11 +114,15 @@ class Training(L.LightningModule):
 
 
 class CodecTraining(Training):
-    """Trains a `RecurrentCodec` on patches for the mean L1 of all iterations (T17 sec. 3.3).
+    """Trains a `RecurrentCodec` on patches for the distortion of all iterations (T17 sec. 3.3).
 
     Args:
         network: shapes and equations of the network.
+        weights: to start from instead of random ones: a name of shipped weights, or path of a .safetensors file, whose
+            network has the same shapes and equations.
         iterations: steps of the unrolled loop, each weighted equally.
+        distortion: `l1`, the mean of the L1 of all iterations (T17), or `rmse`, the geometric mean of their root mean
+            square errors: a decibel counts the same in each iteration, however small its error.
         growth: iterations by the training step from which on they are unrolled: {0: 2, 1000: 4, 5000: [4, 8, 16]}. Of
             several, each step draws one. They never exceed `iterations`, which an empty mapping unrolls from the start.
         optimizer: `adam` (the papers'), or `muon`: Muon for the recurrent kernels beside AdamW for the rest.
@@ -133,7 +140,9 @@ class CodecTraining(Training):
     def __init__(
         self,
         network: NetworkConfig = NetworkConfig(),  # noqa: B008 - frozen
+        weights: str | None = None,
         iterations: int = 16,
+        distortion: Literal["l1", "rmse"] = "l1",
         growth: dict[int, int | list[int]] | None = None,
         optimizer: Literal["adam", "muon"] = "adam",
         learning_rate: float = 5e-4,
@@ -147,10 +156,16 @@ class CodecTraining(Training):
         super().__init__(learning_rate, weight_decay, warmup_steps, decay_steps, max_bad_steps)
         # A checkpoint holds plain values: a mapping for the network, and possibly text for the steps of growth.
         self.network = RecurrentCodec(network if isinstance(network, NetworkConfig) else NetworkConfig(**network))
+        if weights is not None:
+            start = load_weights(weights)
+            if start.network.config != self.network.config:
+                raise ValueError(f"the network of {weights} has other shapes or equations than the one to be trained")
+            self.network.load_state_dict(start.network.state_dict())
+            self.started_from = start.fingerprint.hex()
         self.save_hyperparameters()
         self.plain_hyperparameters(network=asdict(self.network.config))
         self.network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-        self.iterations = iterations
+        self.iterations, self.distortion = iterations, distortion
         self.growth = {int(step): [k] if isinstance(k, int) else list(k) for step, k in (growth or {}).items()}
         self.optimizer, self.muon_learning_rate = optimizer, muon_learning_rate
         if compile:
@@ -195,10 +210,12 @@ class CodecTraining(Training):
         return loss
 
     def loss(self, x: Tensor, steps: list[Step]) -> Tensor:
-        """The mean L1 of the steps of the unrolled loop."""
+        """The distortion of the steps of the unrolled loop."""
         losses = torch.stack([(x - step.x_hat).abs().mean() for step in steps])
         self.log_dict({f"train/l1_{k}": losses[k - 1] for k in RATES if k <= len(steps)})
-        return losses.mean()
+        if self.distortion == "l1":
+            return losses.mean()
+        return (torch.stack([(x - step.x_hat).square().mean() for step in steps]).log().mean() / 2).exp()
 
     def validation_step(self, x: Tensor, batch_idx: int) -> None:
         height, width = x.shape[-2:]

@@ -205,6 +205,8 @@ def load_checkpoint(path: str | os.PathLike[str]) -> tuple[RecurrentCodec, dict[
             "torch": torch.__version__,
             "lightning": checkpoint["pytorch-lightning_version"],
         }
+        if checkpoint.get("started_from"):
+            provenance["started_from"] = checkpoint["started_from"]
     except (pickle.UnpicklingError, EOFError, KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
         # PyTorch's message is long and advises to unpickle what should not be.
         raise WeightsError(f"{os.fspath(path)}: not a checkpoint of train.py ({type(error).__name__})") from error
@@ -230,6 +232,8 @@ def add_context(checkpoint: str | os.PathLike[str], path: str | os.PathLike[str]
         loaded = torch.load(checkpoint, map_location="cpu", weights_only=True)
         settings = json.loads(json.dumps(loaded["hyper_parameters"]))
         record = {"model": name, "steps": loaded["global_step"], "seed": loaded["seed"], "settings": settings}
+        if loaded.get("started_from"):
+            record["started_from"] = loaded["started_from"]
         if "contexts" in settings:
             configs, prefix, trained_on = settings["contexts"], f"contexts.{name}.", settings["fingerprint"]
         else:

@@ -29,7 +29,7 @@ from rnncodec.images import load_image, save_image
 from rnncodec.metrics import ms_ssim
 from rnncodec.network import NetworkConfig, RecurrentCodec, to_uint8
 from rnncodec.training import CodecTraining
-from rnncodec.weights import add_context, load_weights, save_weights
+from rnncodec.weights import WeightsError, add_context, load_checkpoint, load_weights, save_weights
 
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT))  # train.py is a script, not part of the package
@@ -117,17 +117,23 @@ def test_training_stops_after_many_bad_steps_in_a_row():
         fit(module, Patches(10, bad=set(range(2, 10))))
 
 
-def test_loss_is_the_mean_l1_of_all_iterations():
+@pytest.mark.parametrize("distortion", ["l1", "rmse"])
+def test_loss_is_the_mean_distortion_of_all_iterations(distortion):
     torch.manual_seed(0)
-    module = CodecTraining(TINY, iterations=3)
+    module = CodecTraining(TINY, iterations=3, distortion=distortion)
     module.log = lambda *args, **kwargs: None
     module._trainer = SimpleNamespace(global_step=0)  # pyright: ignore[reportAttributeAccessIssue]
     x = torch.rand(2, 3, 32, 32) * 2 - 1
     torch.manual_seed(5)
     loss = module.training_step(x, 0)
     torch.manual_seed(5)  # the same stochastic bits
-    errors = [(x - step.x_hat).abs().double().mean().item() for step in module.network.unroll(x, 3)]
-    assert loss.item() == pytest.approx(sum(errors) / 3, abs=1e-6)
+    errors = [(x - step.x_hat).detach().double().numpy() for step in module.network.unroll(x, 3)]
+    if distortion == "l1":
+        assert loss.item() == pytest.approx(np.mean([np.abs(error).mean() for error in errors]), abs=1e-6)
+    else:  # the mean PSNR of values in [-1, 1]
+        images = [(x.double().numpy(), x.double().numpy() - error) for error in errors]
+        mean = np.mean([peak_signal_noise_ratio(image, x_hat, data_range=2) for image, x_hat in images])
+        assert 20 * math.log10(2 / loss.item()) == pytest.approx(mean, abs=1e-4)
 
 
 @pytest.fixture(scope="module")
@@ -345,6 +351,34 @@ def test_a_module_made_in_python_has_a_checkpoint_that_can_be_exported(tmp_path)
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     loaded = CodecTraining.load_from_checkpoint(tmp_path / "a.ckpt", map_location="cpu", weights_only=True)
     assert loaded.network.config == TINY
+
+
+def test_training_starts_from_given_weights_and_the_checkpoint_says_from_which(tmp_path):
+    network = RecurrentCodec(TINY)
+    save_weights(tmp_path / "a.safetensors", network, "a")
+    start = load_weights(tmp_path / "a.safetensors")
+    module = CodecTraining(TINY, weights=str(tmp_path / "a.safetensors"), iterations=2)
+    assert module.network.training
+    for key, tensor in network.state_dict().items():  # as half precision holds them
+        assert torch.equal(module.network.state_dict()[key], tensor.half().float()), key
+    fit(module, Patches(2)).save_checkpoint(tmp_path / "a.ckpt")
+    fit(CodecTraining(TINY, iterations=2), Patches(2)).save_checkpoint(tmp_path / "b.ckpt")
+    for name in ("a.ckpt", "b.ckpt"):  # as if the patches came from the data module
+        checkpoint = torch.load(tmp_path / name, weights_only=True)
+        torch.save(checkpoint | {"PatchDataModule": {}}, tmp_path / name)
+    moved, provenance = load_checkpoint(tmp_path / "a.ckpt")
+    assert provenance["started_from"] == start.fingerprint.hex()
+    assert not torch.equal(moved.decoder.output.weight, start.network.decoder.output.weight)
+    assert "started_from" not in load_checkpoint(tmp_path / "b.ckpt")[1]
+
+
+def test_weights_of_another_network_are_refused(tmp_path):
+    save_weights(tmp_path / "a.safetensors", RecurrentCodec(TINY), "a")
+    for other in (replace(TINY, encoder_channels=(8, 8, 8, 16)), replace(TINY, reconstruction="one_shot")):
+        with pytest.raises(ValueError, match=r"a\.safetensors has other shapes or equations"):
+            CodecTraining(other, weights=str(tmp_path / "a.safetensors"))
+    with pytest.raises(WeightsError, match="no weights are named 'nothing'"):
+        CodecTraining(TINY, weights="nothing")
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
