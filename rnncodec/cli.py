@@ -87,12 +87,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 def encode(args: argparse.Namespace) -> int:
     """Compresses images."""
     jobs = _jobs(args, ".rnc", {".rnc"}, lambda folder: images.find_images([folder]))
+    from rnncodec.codec import MAX_EFFORT
+
     _check_iterations(args)
+    if args.effort > MAX_EFFORT:
+        raise UsageError(f"--effort must be in 0..{MAX_EFFORT}, not {args.effort}")
     codec = _codec(args.weights or "small", args)
 
     def work(source: str, target: str, report: Report) -> str:
         image = images.load_image(_stdin() if source == "-" else source, args.max_pixels)
-        data = codec.encode(image, args.iterations, bpp=args.bpp, psnr=args.psnr, entropy=args.entropy, progress=report)
+        goal = {"iterations": args.iterations, "bpp": args.bpp, "psnr": args.psnr}
+        data = codec.encode(image, **goal, entropy=args.entropy, effort=args.effort, progress=report)
         _write(target, data)
         header = format.read_header(data)
         return f"{len(header.iterations)} iterations, {len(data)} bytes, {header.bpp[-1]:.4f} bpp"
@@ -272,6 +277,13 @@ def _parser() -> argparse.ArgumentParser:
         "--bpp", metavar="B", type=_positive, help="at most so many bits per pixel, the file as a whole"
     )
     target.add_argument("--psnr", metavar="DB", type=_positive, help="as few iterations as reach so many dB")
+    sub.add_argument(
+        "--effort",
+        metavar="N",
+        type=_natural,
+        default=0,
+        help="0 to 100 steps of a search for better bits, each of which takes about two encodings (default: 0)",
+    )
     coder = sub.add_mutually_exclusive_group()
     coder.add_argument(
         "--entropy",
@@ -508,6 +520,13 @@ def _positive_int(text: str) -> int:
         if (value := int(text)) >= 1:
             return value
     raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, not {text}")
+
+
+def _natural(text: str) -> int:
+    with suppress(ValueError):
+        if (value := int(text)) >= 0:
+            return value
+    raise argparse.ArgumentTypeError(f"must be a whole number of at least 0, not {text}")
 
 
 def _port(text: str) -> int:

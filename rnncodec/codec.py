@@ -4,6 +4,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import NamedTuple, TypedDict
 
 import numpy as np
@@ -11,14 +12,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from rnncodec import format
+from rnncodec import format, search
 from rnncodec.entropy import CLASSICAL, NAMES, ContextSession, EntropyName, Session
 from rnncodec.format import CONTEXT, Container, FormatError, Header, Iteration
 from rnncodec.images import MAX_PIXELS, to_rgb
-from rnncodec.network import NetworkConfig, pad_to_blocks, to_uint8
+from rnncodec.network import NetworkConfig, Step, pad_to_blocks, to_uint8
 from rnncodec.weights import Weights, WeightsError
 
 MAX_ITERATIONS = 16
+MAX_EFFORT = 100
 MAX_SIDE = 65535  # two bytes in the header
 MEMORY = (
     2 * 2**30
@@ -26,6 +28,7 @@ MEMORY = (
 MIN_CORE = 256  # pixels; smaller tiles would spend nearly all their time on halos
 
 Progress = Callable[[int, int], None]
+Unroll = Callable[[Tensor, int], Iterator[Step]]
 Box = tuple[slice, slice]
 
 
@@ -80,6 +83,7 @@ class Codec:
         bpp: float | None = None,
         psnr: float | None = None,
         entropy: EntropyName | None = None,
+        effort: int = 0,
         progress: Progress | None = None,
     ) -> bytes:
         """Compresses an image; at most one of iterations, bpp and psnr says how far.
@@ -91,13 +95,15 @@ class Codec:
             psnr: as few iterations as bring the decoded image to so many dB; if 16 do not, those and a warning.
             entropy: coder of the bits (see `rnncodec.entropy`), or `none` for raw bits; None takes the context model
                 if the weights have one. What a coder does not shorten is stored raw.
+            effort: 0 to 100 steps of the search for better bits in every iteration (see `rnncodec.search`). Encoding
+                takes about 2 + 2 effort times as long, decoding as long as ever.
             progress: is called with the steps done and the steps in all.
 
         Returns:
             The bytes of a file, see the specification of the format.
 
         Raises:
-            ValueError: the image or the target is not as above, or not even one iteration fits bpp.
+            ValueError: the image, the target or the effort is not as above, or not even one iteration fits bpp.
         """
         if sum(target is not None for target in (iterations, bpp, psnr)) > 1:
             raise ValueError("give one of iterations, bpp and psnr, not several")
@@ -108,10 +114,13 @@ class Codec:
         pixels = torch.from_numpy(array).permute(2, 0, 1)[None]
         if bpp is not None and not bpp > 0:
             raise ValueError(f"bpp must be positive, not {bpp}")
+        entropy = entropy or ("context" if self.context else "none")
+        unroll = self._unroll(effort, entropy)
+        tiles = self._tiles(height, width, searching=effort > 0)
         if psnr is None:
-            planes: Iterable[np.ndarray] = self._analyse(pixels, _check_iterations(iterations), progress)
+            planes: Iterable[np.ndarray] = self._analyse(pixels, _check_iterations(iterations), unroll, tiles, progress)
         else:
-            planes = self._analyse_to(psnr, pixels, progress)
+            planes = self._analyse_to(psnr, pixels, unroll, tiles, progress)
         return self.write_bits((plane[0] for plane in planes), height, width, entropy, bpp)
 
     def write_bits(
@@ -195,21 +204,23 @@ class Codec:
             if (y.stop, x.stop) == (header.height, header.width):  # the last tile
                 yield arrays[t]
 
-    def compress(self, x: Tensor, iterations: int = MAX_ITERATIONS) -> Compressed:
+    def compress(self, x: Tensor, iterations: int = MAX_ITERATIONS, *, effort: int = 0) -> Compressed:
         """Codes a batch to bare payloads, without header and checksums.
 
         Args:
             x: [B, 3, H, W] in [0, 1].
             iterations: 1 to 16.
+            effort: as in `encode`.
 
         Raises:
-            ValueError: x or iterations is not as above.
+            ValueError: x, iterations or effort is not as above.
         """
         if x.ndim != 4 or x.shape[1] != 3 or 0 in x.shape or not x.is_floating_point():
             raise ValueError(f"a batch is floating-point [B, 3, H, W], not {x.dtype} {list(x.shape)}")
         if not bool(((x >= 0) & (x <= 1)).all()):
             raise ValueError("a batch holds values in [0, 1]")
-        planes = np.stack(list(self._analyse(x.detach(), _check_iterations(iterations), None)))
+        unroll, tiles = self._unroll(effort, "none"), self._tiles(*x.shape[2:], searching=effort > 0)
+        planes = np.stack(list(self._analyse(x.detach(), _check_iterations(iterations), unroll, tiles, None)))
         strings = [[format.pack_bits(plane) for plane in planes[:, i]] for i in range(len(x))]
         return {"strings": strings, "shape": (x.shape[2], x.shape[3])}
 
@@ -290,35 +301,44 @@ class Codec:
             raise WeightsError(f"the weights {self.name!r} have no context model")
         return ContextSession(self.context, self.config.bits, rows, columns)
 
-    def _analyse(self, images: Tensor, iterations: int, progress: Progress | None) -> Iterator[np.ndarray]:
+    def _unroll(self, effort: int, entropy: EntropyName) -> Unroll:
+        """What encodes: the network as it is, or with a search for better bits."""
+        if not 0 <= effort <= MAX_EFFORT:
+            raise ValueError(f"effort must be in 0..{MAX_EFFORT}, not {effort}")
+        if not effort:
+            return self.network.unroll
+        context = self.context.relaxed() if self.context and entropy == "context" else None
+        return partial(search.unroll, self.network, effort=effort, context=context)
+
+    def _analyse(
+        self, images: Tensor, iterations: int, unroll: Unroll, tiles: Sequence[Tile], progress: Progress | None
+    ) -> Iterator[np.ndarray]:
         """The bits of images [B, 3, H, W], bool [B, bits, rows, columns] for each iteration."""
-        height, width = images.shape[-2:]
-        tiles = self._tiles(height, width)
         if len(tiles) == 1:  # an iteration costs nothing before it is asked for
-            x, state = self._input(images, tiles[0].area), None
+            steps = unroll(self._input(images, tiles[0].area), iterations)
             for t in range(iterations):
                 with _exact():  # not around `yield`, where it would be in force for the caller, too
-                    step = self.network(state, x=x)
-                state = step.state
+                    step = next(steps)
                 if progress:
                     progress(t + 1, iterations)
                 yield (step.bits > 0).cpu().numpy()
             return
-        planes = np.empty((iterations, len(images), self.config.bits, *self._grid(height, width)), bool)
+        planes = np.empty((iterations, len(images), self.config.bits, *self._grid(*images.shape[-2:])), bool)
         with _exact():
             for i, tile in enumerate(tiles):
-                for t, step in enumerate(self.network.unroll(self._input(images, tile.area), iterations)):
+                for t, step in enumerate(unroll(self._input(images, tile.area), iterations)):
                     planes[t][..., *tile.core] = (step.bits > 0)[..., *_inside(tile)].cpu().numpy()
                     if progress:
                         progress(i * iterations + t + 1, len(tiles) * iterations)
         yield from planes
 
-    def _analyse_to(self, target: float, image: Tensor, progress: Progress | None) -> np.ndarray:
+    def _analyse_to(
+        self, target: float, image: Tensor, unroll: Unroll, tiles: Sequence[Tile], progress: Progress | None
+    ) -> np.ndarray:
         """As `_analyse`, for one image and with the fewest iterations that reach a PSNR."""
         if not target > 0 or math.isinf(target):
             raise ValueError(f"psnr must be a positive number of dB, not {target}")
         height, width = image.shape[-2:]
-        tiles = self._tiles(height, width)
         best = -math.inf
 
         def squared_error(x_hat: Tensor, box: Box) -> int:
@@ -330,7 +350,7 @@ class Codec:
         if len(tiles) == 1:  # the encoder's reconstruction is the decoder's
             found = []
             with _exact():
-                for t, step in enumerate(self.network.unroll(self._input(image, tiles[0].area), MAX_ITERATIONS)):
+                for t, step in enumerate(unroll(self._input(image, tiles[0].area), MAX_ITERATIONS)):
                     found.append((step.bits > 0).cpu().numpy())
                     reached = decibel(squared_error(step.x_hat[..., :height, :width], (slice(None), slice(None))))
                     if progress:
@@ -342,7 +362,7 @@ class Codec:
         else:
             steps = MAX_ITERATIONS * len(tiles)
             first = progress and (lambda done, _: progress(done, 2 * steps))
-            planes = np.stack(list(self._analyse(image, MAX_ITERATIONS, first)))
+            planes = np.stack(list(self._analyse(image, MAX_ITERATIONS, unroll, tiles, first)))
             errors = [0] * MAX_ITERATIONS
             later = progress and (lambda done, _: progress(steps + done, 2 * steps))
             for t, box, x_hat in self._synthesise(planes, height, width, later):
@@ -389,13 +409,16 @@ class Codec:
         """Rows and columns of the code of an image."""
         return math.ceil(height / self.config.stride), math.ceil(width / self.config.stride)
 
-    def _tiles(self, height: int, width: int) -> list[Tile]:
-        """The tiles of an image: they depend on its size and the network alone, so that every prefix decodes alike."""
+    def _tiles(self, height: int, width: int, searching: bool = False) -> list[Tile]:
+        """The tiles of an image: they depend on its size and the network alone, so that every prefix decodes alike.
+
+        Those of an encoder that searches for better bits may be smaller.
+        """
         rows, columns = self._grid(height, width)
         halo, block = receptive_field(self.config)
         side = self.tile
         if side is None:
-            affordable = int(MEMORY / activation_bytes(self.config))
+            affordable = int(MEMORY / activation_bytes(self.config, searching))
             if rows * columns * self.config.stride**2 <= affordable:
                 side = max(rows, columns) * self.config.stride
             else:
@@ -439,8 +462,11 @@ class Codec:
             raise FormatError(f"{len(header.iterations)} iterations, this program decodes up to {MAX_ITERATIONS}")
 
 
-def activation_bytes(config: NetworkConfig) -> float:
-    """Roughly how much memory one pixel takes while its tile is coded: the state, and the largest cell at work."""
+def activation_bytes(config: NetworkConfig, searching: bool = False) -> float:
+    """Roughly how much memory one pixel takes while its tile is coded: the state, and the largest cell at work.
+
+    A search for better bits takes the gradient of the decoder, for which all its cells are at work at once.
+    """
     layers = len(config.decoder_hidden_kernels)
     patches = config.patch_size > 1
     cells = []  # channels for each pixel, of each cell
@@ -452,7 +478,8 @@ def activation_bytes(config: NetworkConfig) -> float:
         for i, width in enumerate(widths):
             scale = config.stride if patches else 2 ** (i + 2 if side == "encoder" else layers - i)
             cells.append(copies * width / scale**2)
-    return 4 * (4 * sum(cells) + 16 * max(cells, default=0) + 32)
+    working = sum(cells) if searching else max(cells, default=0)
+    return 4 * (4 * sum(cells) + 16 * working + 32)
 
 
 def receptive_field(config: NetworkConfig) -> tuple[int, int]:
@@ -523,7 +550,7 @@ def _inside(tile: Tile) -> Box:
 def _exact() -> Iterator[None]:
     """No gradients, and float32 in full: encoder and decoder must agree, and tilings differ as little as can be."""
     with (
-        torch.inference_mode(),
+        torch.no_grad(),
         torch.backends.cudnn.flags(
             enabled=torch.backends.cudnn.enabled, benchmark=False, deterministic=True, allow_tf32=False
         ),
