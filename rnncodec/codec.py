@@ -4,7 +4,6 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import NamedTuple, TypedDict
 
 import numpy as np
@@ -28,7 +27,8 @@ MEMORY = (
 MIN_CORE = 256  # pixels; smaller tiles would spend nearly all their time on halos
 
 Progress = Callable[[int, int], None]
-Unroll = Callable[[Tensor, int], Iterator[Step]]
+Unroll = Callable[[Tensor, tuple[int, int], int], Iterator[Step]]
+"""Encodes padded images, of which a height and width count, in so many steps."""
 Box = tuple[slice, slice]
 
 
@@ -49,14 +49,15 @@ class Tile(NamedTuple):
 class Codec:
     """A network ready to code images; `rnncodec.load` makes one.
 
-    On one device, encoding t iterations, decoding t iterations and the t-th step of `network.unroll` agree exactly.
+    On one device, encoding t iterations, decoding t iterations and, without effort, the t-th step of `network.unroll`
+    agree exactly.
 
     Args:
         weights: from `rnncodec.weights.load_weights`; their network moves to the device.
         device: where to compute, `cpu` or `cuda`.
         tile: side in pixels, rounded up to whole blocks, of the tiles that images are cut into; None cuts only images
             whose activations would take more than 2 GiB. Files do not depend on it beyond the choice of bits along
-            borders, and decoded images only in the last bits of floating-point sums.
+            borders (with effort, within tiles), and decoded images only in the last bits of floating-point sums.
 
     Raises:
         ValueError: the device is not available.
@@ -95,8 +96,9 @@ class Codec:
             psnr: as few iterations as bring the decoded image to so many dB; if 16 do not, those and a warning.
             entropy: coder of the bits (see `rnncodec.entropy`), or `none` for raw bits; None takes the context model
                 if the weights have one. What a coder does not shorten is stored raw.
-            effort: 0 to 100 steps of the search for better bits in every iteration (see `rnncodec.search`). Encoding
-                takes about 2 + 2 effort times as long, decoding as long as ever.
+            effort: 0 to 100 steps of a search for bits that make a smaller error or a shorter code of the context model
+                (see `rnncodec.search`), in every iteration. Other coders may take more bytes for its bits. Encoding
+                takes about 1 + effort times as long, decoding as long as ever.
             progress: is called with the steps done and the steps in all.
 
         Returns:
@@ -115,6 +117,7 @@ class Codec:
         if bpp is not None and not bpp > 0:
             raise ValueError(f"bpp must be positive, not {bpp}")
         entropy = entropy or ("context" if self.context else "none")
+        self._session(entropy, *self._grid(height, width))  # what it refuses is refused before the work
         unroll = self._unroll(effort, entropy)
         tiles = self._tiles(height, width, searching=effort > 0)
         if psnr is None:
@@ -306,16 +309,18 @@ class Codec:
         if not 0 <= effort <= MAX_EFFORT:
             raise ValueError(f"effort must be in 0..{MAX_EFFORT}, not {effort}")
         if not effort:
-            return self.network.unroll
-        context = self.context.relaxed() if self.context and entropy == "context" else None
-        return partial(search.unroll, self.network, effort=effort, context=context)
+            return lambda x, size, iterations: self.network.unroll(x, iterations)
+        with _exact():
+            context = self.context.relaxed() if self.context and entropy == "context" else None
+        return lambda x, size, iterations: search.unroll(self.network, x, iterations, effort, context, size)
 
     def _analyse(
         self, images: Tensor, iterations: int, unroll: Unroll, tiles: Sequence[Tile], progress: Progress | None
     ) -> Iterator[np.ndarray]:
         """The bits of images [B, 3, H, W], bool [B, bits, rows, columns] for each iteration."""
         if len(tiles) == 1:  # an iteration costs nothing before it is asked for
-            steps = unroll(self._input(images, tiles[0].area), iterations)
+            with _exact():
+                steps = unroll(*self._input(images, tiles[0].area), iterations)
             for t in range(iterations):
                 with _exact():  # not around `yield`, where it would be in force for the caller, too
                     step = next(steps)
@@ -326,7 +331,7 @@ class Codec:
         planes = np.empty((iterations, len(images), self.config.bits, *self._grid(*images.shape[-2:])), bool)
         with _exact():
             for i, tile in enumerate(tiles):
-                for t, step in enumerate(unroll(self._input(images, tile.area), iterations)):
+                for t, step in enumerate(unroll(*self._input(images, tile.area), iterations)):
                     planes[t][..., *tile.core] = (step.bits > 0)[..., *_inside(tile)].cpu().numpy()
                     if progress:
                         progress(i * iterations + t + 1, len(tiles) * iterations)
@@ -350,7 +355,7 @@ class Codec:
         if len(tiles) == 1:  # the encoder's reconstruction is the decoder's
             found = []
             with _exact():
-                for t, step in enumerate(unroll(self._input(image, tiles[0].area), MAX_ITERATIONS)):
+                for t, step in enumerate(unroll(*self._input(image, tiles[0].area), MAX_ITERATIONS)):
                     found.append((step.bits > 0).cpu().numpy())
                     reached = decibel(squared_error(step.x_hat[..., :height, :width], (slice(None), slice(None))))
                     if progress:
@@ -361,10 +366,11 @@ class Codec:
             planes = np.stack(found)
         else:
             steps = MAX_ITERATIONS * len(tiles)
-            first = progress and (lambda done, _: progress(done, 2 * steps))
+            total = steps + MAX_ITERATIONS * len(self._tiles(height, width))
+            first = progress and (lambda done, _: progress(done, total))
             planes = np.stack(list(self._analyse(image, MAX_ITERATIONS, unroll, tiles, first)))
             errors = [0] * MAX_ITERATIONS
-            later = progress and (lambda done, _: progress(steps + done, 2 * steps))
+            later = progress and (lambda done, _: progress(steps + done, total))
             for t, box, x_hat in self._synthesise(planes, height, width, later):
                 errors[t] += squared_error(x_hat, box)
             for t, error in enumerate(errors):
@@ -396,14 +402,17 @@ class Codec:
                     progress(i * len(planes) + t + 1, len(tiles) * len(planes))
                 yield t, box, step.x_hat[..., y, x]
 
-    def _input(self, images: Tensor, area: Box) -> Tensor:
-        """What the network sees of images: an area in [-1, 1], its last pixels repeated up to whole blocks."""
+    def _input(self, images: Tensor, area: Box) -> tuple[Tensor, tuple[int, int]]:
+        """What the network sees of images: an area in [-1, 1], its last pixels repeated up to whole blocks.
+
+        Beside it, the height and width of the area without what is repeated.
+        """
         stride = self.config.stride
         rows, columns = area
         x = images[..., rows.start * stride : rows.stop * stride, columns.start * stride : columns.stop * stride]
         x = x.to(self.device)
         x = 2 * x.float() / 255 - 1 if x.dtype == torch.uint8 else 2 * x.float() - 1
-        return pad_to_blocks(x, stride).contiguous(memory_format=torch.channels_last)
+        return pad_to_blocks(x, stride).contiguous(memory_format=torch.channels_last), (x.shape[2], x.shape[3])
 
     def _grid(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of the code of an image."""
@@ -548,8 +557,12 @@ def _inside(tile: Tile) -> Box:
 
 @contextmanager
 def _exact() -> Iterator[None]:
-    """No gradients, and float32 in full: encoder and decoder must agree, and tilings differ as little as can be."""
+    """No gradients, and float32 in full: encoder and decoder must agree, and tilings differ as little as can be.
+
+    It is not inference mode, whatever the caller's is: a search for better bits takes gradients inside.
+    """
     with (
+        torch.inference_mode(False),
         torch.no_grad(),
         torch.backends.cudnn.flags(
             enabled=torch.backends.cudnn.enabled, benchmark=False, deterministic=True, allow_tf32=False

@@ -42,8 +42,8 @@ class ContextTraining(Training):
     Args:
         contexts: shapes of the models, by name; `bits` is the codec's.
         codec: name of shipped weights, or path of a .safetensors file.
-        weights: likewise, with a context model that those of the same shape start from instead of random weights; it
-            may be that of another codec.
+        weights: likewise, with a context model that all start from instead of random weights; it may be that of another
+            codec.
         iterations: of the codec to learn from.
         learning_rate: of AdamW.
         weight_decay: decoupled.
@@ -76,11 +76,10 @@ class ContextTraining(Training):
         self.contexts = nn.ModuleDict({name: ContextModel(config) for name, config in configs.items()})
         if weights is not None:
             start = load_weights(weights)
-            same = [name for name, config in configs.items() if start.context and start.context.config == config]
-            if start.context is None or not same:
-                raise ValueError(f"{weights} has no context model of the shape of one that is to be trained")
-            for name in same:
-                self.contexts[name].load_state_dict(start.context.state_dict())
+            if start.context is None or any(config != start.context.config for config in configs.values()):
+                raise ValueError(f"{weights} has no context model of the shape of those that are to be trained")
+            for context in self.contexts.values():
+                context.load_state_dict(start.context.state_dict())
             self.started_from = start.context_fingerprint.hex()
         self.save_hyperparameters()
         self.plain_hyperparameters(contexts={name: asdict(config) for name, config in configs.items()})
@@ -150,13 +149,13 @@ class ContextTraining(Training):
 
 
 class JointTraining(CodecTraining):
-    """Trains a codec for distortion and rate together: mean L1 + rate_weight * bits per pixel.
+    """Trains a codec for distortion and rate together: distortion + rate_weight * bits per pixel.
 
     The rate is what a context model, trained along with the codec, estimates for the bits of all iterations.
 
     Args:
         context: shape of the context model; `bits` is the codec's.
-        rate_weight: lambda, L1 for each bit per pixel.
+        rate_weight: lambda, distortion for each bit per pixel.
         others: as in `CodecTraining`.
     """
 
@@ -183,9 +182,10 @@ class JointTraining(CodecTraining):
         self.log("train/bpp", rate, prog_bar=True)
         return super().loss(x, steps) + self.rate_weight * rate
 
-    def validate_rate(self, bits: list[Tensor], l1: Tensor) -> None:
+    def validate_rate(self, bits: list[Tensor], distortion: Tensor) -> None:
         rate = self.rate(torch.stack(bits))
-        self.log_dict({"val/bpp": rate, "val/loss": l1 + self.rate_weight * rate}, batch_size=1, sync_dist=True)
+        loss = distortion + self.rate_weight * rate
+        self.log_dict({"val/bpp": rate, "val/loss": loss}, batch_size=1, sync_dist=True)
 
     def rate(self, planes: Tensor) -> Tensor:
         """Estimated bits per pixel of all iterations together, for bits [T, B, bits, rows, cols]."""

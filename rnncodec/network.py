@@ -109,7 +109,7 @@ class State(NamedTuple):
 class Step(NamedTuple):
     """What one iteration yields: bits [B, bits, H / stride, W / stride], reconstruction [B, 3, H, W] and state.
 
-    An encoder also yields the features y in (-1, 1), of the shape of the bits, whose signs they are at inference.
+    The encoder also yields the features y in (-1, 1), of the shape of the bits, whose signs they are at inference.
     """
 
     bits: Tensor

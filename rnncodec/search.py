@@ -22,8 +22,14 @@ RATE = 0.1  # of Adam, on features in (-1, 1)
 LENGTH_WEIGHT = 0.7
 
 
+@torch.no_grad()
 def unroll(
-    network: RecurrentCodec, x: Tensor, iterations: int, effort: int, context: ContextModel | None = None
+    network: RecurrentCodec,
+    x: Tensor,
+    iterations: int,
+    effort: int,
+    context: ContextModel | None = None,
+    size: tuple[int, int] | None = None,
 ) -> Iterator[Step]:
     """The steps that encode images as `RecurrentCodec.unroll` does, with bits that have been searched for.
 
@@ -37,7 +43,9 @@ def unroll(
         iterations: how many steps.
         effort: steps of the descent in each iteration, each of which costs a pass of the decoder and one back.
         context: in floats (`ContextModel.relaxed`), predicts the code length; None if all bits cost the same.
+        size: height and width of what counts of x, from the top left; None for all. The rest is padding.
     """
+    height, width = size or x.shape[-2:]
     state = memory = None
     spent = torch.zeros(len(x), device=x.device)  # length of the code of the earlier iterations in nats
     for t in range(iterations):
@@ -50,23 +58,22 @@ def unroll(
                 return torch.ones(len(bits), device=bits.device)
             return F.softplus(-context.predictor(t)(bits, prior) * bits).sum((1, 2, 3))
 
-        y = start.y.detach().clone().requires_grad_()
+        y = start.y.clone().requires_grad_()
         optimizer = torch.optim.Adam([y], RATE)
         best, least = start.bits, torch.full_like(spent, torch.inf)
         for i in range(effort + 1):
-            with torch.enable_grad():
+            with torch.set_grad_enabled(i < effort):
                 bits = binarize(y, training=False)
-                error = (x - network(state, bits=bits).x_hat).square().sum((1, 2, 3))
-                costs = error.clamp(min=1e-9).log() + LENGTH_WEIGHT * (spent + length(bits)).log()
-                total = costs.sum()
-            better = costs < least
+                error = (x - network(state, bits=bits).x_hat)[..., :height, :width].square().sum((1, 2, 3))
+                cost = error.clamp(min=1e-9).log() + LENGTH_WEIGHT * (spent + length(bits)).log()
+                if i < effort:
+                    (y.grad,) = torch.autograd.grad(cost.sum(), y)
+                    optimizer.step()
+            better = cost < least
             best = torch.where(better[:, None, None, None], bits.detach(), best)
-            least = torch.where(better, costs.detach(), least)
-            if i < effort:
-                (y.grad,) = torch.autograd.grad(total, y)
-                optimizer.step()
+            least = torch.where(better, cost.detach(), least)
         step = network(state, bits=best)
         state = State(start.state.encoder, step.state.decoder, step.x_hat)
-        yield step._replace(state=state, y=start.y)
+        yield step._replace(state=state)
         spent = spent + length(best)
         memory = context and context.history(best, memory)

@@ -102,6 +102,7 @@ class Training(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.bad_steps = checkpoint["bad_steps"]
+        self.started_from = checkpoint.get("started_from", "")  # not in those of former versions
 
     @property
     def tracked(self) -> bool:
@@ -211,20 +212,25 @@ class CodecTraining(Training):
 
     def loss(self, x: Tensor, steps: list[Step]) -> Tensor:
         """The distortion of the steps of the unrolled loop."""
-        losses = torch.stack([(x - step.x_hat).abs().mean() for step in steps])
-        self.log_dict({f"train/l1_{k}": losses[k - 1] for k in RATES if k <= len(steps)})
+        residuals = [x - step.x_hat for step in steps]
+        self.log_dict({f"train/l1_{k}": residuals[k - 1].detach().abs().mean() for k in RATES if k <= len(steps)})
+        return self.mean_distortion(residuals)
+
+    def mean_distortion(self, residuals: list[Tensor]) -> Tensor:
+        """What the distortion makes of the residuals after each iteration, in units of x."""
         if self.distortion == "l1":
-            return losses.mean()
-        return (torch.stack([(x - step.x_hat).square().mean() for step in steps]).log().mean() / 2).exp()
+            return torch.stack([residual.abs().mean() for residual in residuals]).mean()
+        errors = torch.stack([residual.square().mean() for residual in residuals])
+        return (errors.clamp(min=1e-12).log().mean() / 2).exp()
 
     def validation_step(self, x: Tensor, batch_idx: int) -> None:
         height, width = x.shape[-2:]
         padded = pad_to_blocks(x, self.network.config.stride)
-        original, pictures, bits, losses = to_uint8(x), [], [], []
+        original, pictures, bits, residuals = to_uint8(x), [], [], []
         with torch.compiler.set_stance("force_eager"):  # every size of image would be compiled anew
             for k, step in enumerate(self.network.unroll(padded, max(RATES)), start=1):
                 bits.append(step.bits)
-                losses.append((padded - step.x_hat).abs().mean())
+                residuals.append(padded - step.x_hat)
                 if k in RATES:
                     x_hat = to_uint8(step.x_hat[..., :height, :width])
                     qualities = psnr(original, x_hat), ms_ssim(original, x_hat)
@@ -236,16 +242,16 @@ class CodecTraining(Training):
                         means = dict(zip(("psnr", "ms_ssim"), (q.mean().item() for q in qualities), strict=True))
                         self.val_points.append(Point(self.image_name(batch_idx), "", k, size, bpp, **means))
                     pictures.append(x_hat)
-        l1 = torch.stack(losses).mean()
+        l1 = torch.stack([residual.abs().mean() for residual in residuals]).mean()
         self.log("val/l1", l1, batch_size=1, sync_dist=True)
-        self.validate_rate(bits, l1)
+        self.validate_rate(bits, self.mean_distortion(residuals))
         if batch_idx == 0:
             strip = torch.cat([original, *pictures], dim=-1)[0].permute(1, 2, 0).cpu().numpy()
             for logger in self.wandb_loggers():
                 logger.log_image("val/reconstructions", [strip], caption=[f"original, then {RATES} iterations"])
 
-    def validate_rate(self, bits: list[Tensor], l1: Tensor) -> None:
-        """What a training that counts bits adds to the validation of an image, given its bits and its mean L1."""
+    def validate_rate(self, bits: list[Tensor], distortion: Tensor) -> None:
+        """What a training that counts bits adds to the validation of an image, given its bits and its distortion."""
 
     def on_validation_epoch_end(self) -> None:
         values = self.val_metrics.compute()

@@ -232,9 +232,9 @@ def add_context(checkpoint: str | os.PathLike[str], path: str | os.PathLike[str]
         loaded = torch.load(checkpoint, map_location="cpu", weights_only=True)
         settings = json.loads(json.dumps(loaded["hyper_parameters"]))
         record = {"model": name, "steps": loaded["global_step"], "seed": loaded["seed"], "settings": settings}
-        if loaded.get("started_from"):
-            record["started_from"] = loaded["started_from"]
         if "contexts" in settings:
+            if loaded.get("started_from"):
+                record["started_from"] = loaded["started_from"]
             configs, prefix, trained_on = settings["contexts"], f"contexts.{name}.", settings["fingerprint"]
         else:
             configs, prefix = {"context": settings["context"]}, "context."

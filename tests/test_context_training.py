@@ -111,21 +111,23 @@ def test_training_starts_from_a_given_context_model(trained, codec_file, tmp_pat
     add_context(trained[0], path, "board")
     other = make_weights(tmp_path / "other.safetensors", seed=1)
     start = load_weights(path)
-    module = ContextTraining(CONTEXTS, str(other), weights=str(path), iterations=4, learning_rate=0.0)
+    board = {"board": CONTEXTS["board"]}
+    module = ContextTraining(board, str(other), weights=str(path), iterations=4, learning_rate=0.0)
     assert start.context is not None
     planes = Patches(1)[0][:1, :1].sign().expand(3, 1, 8, 64, 64)[..., :5, :7]
     with torch.inference_mode():  # the same predictions, but for the grid of the exact model's activations
         exact = start.context(planes.double())
         torch.testing.assert_close(module.contexts["board"](planes), exact.float(), atol=0.05, rtol=0)
-        assert not torch.allclose(module.contexts["lines"](planes), exact.float(), atol=0.05)
+        other_model = ContextTraining(board, str(other), iterations=4).contexts["board"]
+        assert not torch.allclose(other_model(planes), exact.float(), atol=0.05)
     fit(module, 1, tmp_path).save_checkpoint(tmp_path / "a.ckpt")
     add_context(tmp_path / "a.ckpt", other, "board")
     record = json.loads(load_weights(other).provenance["context"])
     assert record["started_from"] == start.context_fingerprint.hex()
     with pytest.raises(ValueError, match="no context model of the shape"):
-        ContextTraining({"board": ContextConfig(kind="parallel", channels=8)}, str(other), weights=str(path))
+        ContextTraining(CONTEXTS, str(other), weights=str(path))
     with pytest.raises(ValueError, match=r"tiny\.safetensors has no context model"):
-        ContextTraining(CONTEXTS, str(other), weights=str(codec_file))
+        ContextTraining(board, str(other), weights=str(codec_file))
 
 
 @pytest.mark.parametrize("name", list(CONTEXTS))

@@ -366,6 +366,9 @@ def test_training_starts_from_given_weights_and_the_checkpoint_says_from_which(t
     for name in ("a.ckpt", "b.ckpt"):  # as if the patches came from the data module
         checkpoint = torch.load(tmp_path / name, weights_only=True)
         torch.save(checkpoint | {"PatchDataModule": {}}, tmp_path / name)
+    resumed = CodecTraining(TINY, iterations=2)  # as when the command that resumes no longer names the weights
+    resumed.on_load_checkpoint(torch.load(tmp_path / "a.ckpt", weights_only=True))
+    assert resumed.started_from == start.fingerprint.hex()
     moved, provenance = load_checkpoint(tmp_path / "a.ckpt")
     assert provenance["started_from"] == start.fingerprint.hex()
     assert not torch.equal(moved.decoder.output.weight, start.network.decoder.output.weight)
