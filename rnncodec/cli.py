@@ -282,7 +282,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         type=_natural,
         default=0,
-        help="0 to 100 steps of a search for better bits, each of which takes about two encodings (default: 0)",
+        help="0 to 100 steps of a search for bits that make less error, each about as slow as encoding (default: 0)",
     )
     coder = sub.add_mutually_exclusive_group()
     coder.add_argument(

@@ -98,7 +98,7 @@ class Codec:
                 if the weights have one. What a coder does not shorten is stored raw.
             effort: 0 to 100 steps of a search for bits that make a smaller error or a shorter code of the context model
                 (see `rnncodec.search`), in every iteration. Other coders may take more bytes for its bits. Encoding
-                takes about 1 + effort times as long, decoding as long as ever.
+                takes about 2 + effort times as long, decoding as long as ever.
             progress: is called with the steps done and the steps in all.
 
         Returns:
