@@ -477,6 +477,11 @@ class ContextModel(nn.Module):
         return model
 
 
+def code_nats(logits: Tensor, planes: Tensor) -> Tensor:
+    """Code length in nats of each bit of planes of -1 and +1, with a gradient to both (T17 sec. 4)."""
+    return F.softplus(-logits.float() * planes.float())
+
+
 def code_length(logits: Tensor, planes: Tensor) -> Tensor:
     """Mean code length in bits for each bit of planes of -1 and +1, with a gradient to both (T17 sec. 4)."""
-    return F.softplus(-logits.float() * planes.float()).mean() / math.log(2)
+    return code_nats(logits, planes).mean() / math.log(2)

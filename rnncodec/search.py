@@ -8,11 +8,10 @@ do for other codecs).
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from rnncodec.binarizer import binarize
-from rnncodec.context import ContextModel
+from rnncodec.context import ContextModel, code_nats
 from rnncodec.network import RecurrentCodec, State, Step
 
 RATE = 0.1  # of Adam, on features in (-1, 1)
@@ -52,12 +51,6 @@ def unroll(
         start = network(state, x=x)
         assert start.y is not None
         prior = context and context.history.look(memory, start.bits)
-
-        def length(bits: Tensor, t: int = t, prior: Tensor | None = prior) -> Tensor:
-            if context is None or prior is None:
-                return torch.ones(len(bits), device=bits.device)
-            return F.softplus(-context.predictor(t)(bits, prior) * bits).sum((1, 2, 3))
-
         y = start.y.clone().requires_grad_()
         optimizer = torch.optim.Adam([y], RATE)
         best, least = start.bits, torch.full_like(spent, torch.inf)
@@ -65,7 +58,7 @@ def unroll(
             with torch.set_grad_enabled(i < effort):
                 bits = binarize(y, training=False)
                 error = (x - network(state, bits=bits).x_hat)[..., :height, :width].square().sum((1, 2, 3))
-                cost = error.clamp(min=1e-9).log() + LENGTH_WEIGHT * (spent + length(bits)).log()
+                cost = error.clamp(min=1e-9).log() + LENGTH_WEIGHT * (spent + _length(bits, context, t, prior)).log()
                 if i < effort:
                     (y.grad,) = torch.autograd.grad(cost.sum(), y)
                     optimizer.step()
@@ -75,5 +68,12 @@ def unroll(
         step = network(state, bits=best)
         state = State(start.state.encoder, step.state.decoder, step.x_hat)
         yield step._replace(state=state)
-        spent = spent + length(best)
+        spent = spent + _length(best, context, t, prior)
         memory = context and context.history(best, memory)
+
+
+def _length(bits: Tensor, context: ContextModel | None, t: int, prior: Tensor | None) -> Tensor:
+    """Code length of an iteration in nats, [B], or always the same without a context model."""
+    if context is None or prior is None:
+        return torch.ones(len(bits), device=bits.device)
+    return code_nats(context.predictor(t)(bits, prior), bits).sum((1, 2, 3))

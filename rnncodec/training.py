@@ -212,25 +212,29 @@ class CodecTraining(Training):
 
     def loss(self, x: Tensor, steps: list[Step]) -> Tensor:
         """The distortion of the steps of the unrolled loop."""
-        residuals = [x - step.x_hat for step in steps]
-        self.log_dict({f"train/l1_{k}": residuals[k - 1].detach().abs().mean() for k in RATES if k <= len(steps)})
-        return self.mean_distortion(residuals)
+        l1 = {k: (x - steps[k - 1].x_hat.detach()).abs().mean() for k in RATES if k <= len(steps)}
+        self.log_dict({f"train/l1_{k}": value for k, value in l1.items()})
+        return self.mean_distortion([self.error(x - step.x_hat) for step in steps])
 
-    def mean_distortion(self, residuals: list[Tensor]) -> Tensor:
-        """What the distortion makes of the residuals after each iteration, in units of x."""
-        if self.distortion == "l1":
-            return torch.stack([residual.abs().mean() for residual in residuals]).mean()
-        errors = torch.stack([residual.square().mean() for residual in residuals])
-        return (errors.clamp(min=1e-12).log().mean() / 2).exp()
+    def error(self, residual: Tensor) -> Tensor:
+        """What the distortion counts of an iteration: the mean absolute or squared residual."""
+        return residual.abs().mean() if self.distortion == "l1" else residual.square().mean()
+
+    def mean_distortion(self, errors: list[Tensor]) -> Tensor:
+        """The distortion of all iterations, in units of x, of the `error` after each."""
+        stacked = torch.stack(errors)
+        return stacked.mean() if self.distortion == "l1" else (stacked.clamp(min=1e-12).log().mean() / 2).exp()
 
     def validation_step(self, x: Tensor, batch_idx: int) -> None:
         height, width = x.shape[-2:]
         padded = pad_to_blocks(x, self.network.config.stride)
-        original, pictures, bits, residuals = to_uint8(x), [], [], []
+        original, pictures, bits, losses, errors = to_uint8(x), [], [], [], []
         with torch.compiler.set_stance("force_eager"):  # every size of image would be compiled anew
             for k, step in enumerate(self.network.unroll(padded, max(RATES)), start=1):
                 bits.append(step.bits)
-                residuals.append(padded - step.x_hat)
+                residual = padded - step.x_hat
+                losses.append(residual.abs().mean())
+                errors.append(self.error(residual))
                 if k in RATES:
                     x_hat = to_uint8(step.x_hat[..., :height, :width])
                     qualities = psnr(original, x_hat), ms_ssim(original, x_hat)
@@ -242,9 +246,8 @@ class CodecTraining(Training):
                         means = dict(zip(("psnr", "ms_ssim"), (q.mean().item() for q in qualities), strict=True))
                         self.val_points.append(Point(self.image_name(batch_idx), "", k, size, bpp, **means))
                     pictures.append(x_hat)
-        l1 = torch.stack([residual.abs().mean() for residual in residuals]).mean()
-        self.log("val/l1", l1, batch_size=1, sync_dist=True)
-        self.validate_rate(bits, self.mean_distortion(residuals))
+        self.log("val/l1", torch.stack(losses).mean(), batch_size=1, sync_dist=True)
+        self.validate_rate(bits, self.mean_distortion(errors))
         if batch_idx == 0:
             strip = torch.cat([original, *pictures], dim=-1)[0].permute(1, 2, 0).cpu().numpy()
             for logger in self.wandb_loggers():
