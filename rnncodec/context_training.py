@@ -1,5 +1,6 @@
 """Training of context models: on the codes of a frozen codec, or together with a codec that learns predictable bits."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
@@ -9,7 +10,7 @@ import wandb
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric, MetricCollection
 
-from rnncodec.context import ContextConfig, ContextModel, code_length
+from rnncodec.context import ContextConfig, ContextModel, code_length, code_nats
 from rnncodec.metrics import RATES
 from rnncodec.network import Step, pad_to_blocks
 from rnncodec.training import CodecTraining, Training
@@ -149,13 +150,19 @@ class ContextTraining(Training):
 
 
 class JointTraining(CodecTraining):
-    """Trains a codec for distortion and rate together: distortion + rate_weight * bits per pixel.
+    """Trains a codec for distortion and rate together.
 
-    The rate is what a context model, trained along with the codec, estimates for the bits of all iterations.
+    The rate is what a context model, trained along with the codec, estimates for the bits: added to an arithmetic mean,
+    and multiplied with a geometric one, in which a percent of the bits counts the same after each iteration.
+
+        l1      distortion + rate_weight * bits per pixel of all iterations together
+        rmse    distortion * (geometric mean of the bits per pixel up to each iteration) ** rate_weight
 
     Args:
-        context: shape of the context model; `bits` is the codec's.
-        rate_weight: lambda, distortion for each bit per pixel.
+        context: shape of the context model; `bits` is the codec's. It starts from that of the given `weights` if this
+            has the same shape.
+        rate_weight: lambda, see above. Where quality grows by 6 dB with each doubling of the rate, 1 is neutral in
+            `rmse`: the loss of twice the bits and half the error is the same.
         others: as in `CodecTraining`.
     """
 
@@ -169,6 +176,10 @@ class JointTraining(CodecTraining):
     ) -> None:
         super().__init__(**others)
         self.context = ContextModel(_config(context, self.network.config.bits))
+        if others.get("weights") is not None:
+            start = load_weights(others["weights"]).context
+            if start is not None and start.config == self.context.config:
+                self.context.load_state_dict(start.state_dict())
         self.save_hyperparameters()
         self.plain_hyperparameters(network=asdict(self.network.config), context=asdict(self.context.config))
         self.rate_weight = rate_weight
@@ -178,16 +189,23 @@ class JointTraining(CodecTraining):
         _check_unroll(self, self.fewest_iterations(), [self.context.config])
 
     def loss(self, x: Tensor, steps: list[Step]) -> Tensor:
-        rate = self.rate(torch.stack([step.bits for step in steps]))
-        self.log("train/bpp", rate, prog_bar=True)
-        return super().loss(x, steps) + self.rate_weight * rate
+        rates = self.rates(torch.stack([step.bits for step in steps]))
+        self.log("train/bpp", rates[-1], prog_bar=True)
+        return self.weighed(super().loss(x, steps), rates)
 
     def validate_rate(self, bits: list[Tensor], distortion: Tensor) -> None:
-        rate = self.rate(torch.stack(bits))
-        loss = distortion + self.rate_weight * rate
-        self.log_dict({"val/bpp": rate, "val/loss": loss}, batch_size=1, sync_dist=True)
+        rates = self.rates(torch.stack(bits))
+        losses = {"val/bpp": rates[-1], "val/loss": self.weighed(distortion, rates)}
+        self.log_dict(losses, batch_size=1, sync_dist=True)
 
-    def rate(self, planes: Tensor) -> Tensor:
-        """Estimated bits per pixel of all iterations together, for bits [T, B, bits, rows, cols]."""
+    def weighed(self, distortion: Tensor, rates: Tensor) -> Tensor:
+        """The loss of a distortion and the bits per pixel up to each iteration."""
+        if self.distortion == "l1":
+            return distortion + self.rate_weight * rates[-1]
+        return distortion * (self.rate_weight * rates.log().mean()).exp()
+
+    def rates(self, planes: Tensor) -> Tensor:
+        """Estimated bits per pixel up to each iteration [T], for bits [T, B, bits, rows, columns]."""
         config = self.network.config
-        return code_length(self.context(planes), planes) * len(planes) * config.bits / config.stride**2
+        nats = code_nats(self.context(planes), planes).mean((1, 2, 3, 4))
+        return nats.cumsum(0) / math.log(2) * config.bits / config.stride**2

@@ -8,7 +8,7 @@ Training, encoding and decoding all run `RecurrentCodec.forward`, one step, in a
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from typing import Literal, NamedTuple, cast, get_args
 
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rnncodec.binarizer import Binarizer, BinarizerName
-from rnncodec.cells import CELLS, CellName, CellState, conv
+from rnncodec.cells import CELLS, CellName, CellState, GateConv, conv
 
 ReconstructionName = Literal["one_shot", "additive", "residual_scaling"]
 
@@ -245,3 +245,45 @@ class RecurrentCodec(nn.Module):
             step = self(state, x=x)
             state = step.state
             yield step
+
+
+@torch.no_grad()
+def widened(network: RecurrentCodec, config: NetworkConfig) -> RecurrentCodec:
+    """The same function with more channels, from which training can go on (as Chen et al. 2016 do for other networks).
+
+    No old channel listens to a new one yet. A new one listens to all: its weights are half an old one's and half noise
+    about as large.
+
+    Args:
+        network: whose channels become the first ones.
+        config: with at least as many channels of every layer; another binarizer may follow, all else is the same.
+
+    Raises:
+        ValueError: the config asks for more than that.
+    """
+    old, widths = network.config, ("encoder_channels", "decoder_channels", "gain_channels")
+    same = replace(config, binarizer=old.binarizer, **{name: getattr(old, name) for name in widths}) == old
+    if not same or "associative_lstm" in (old.encoder_cell, old.decoder_cell):
+        raise ValueError("a network can only become wider, its cells and all else stay, and no associative LSTM can")
+    wide = RecurrentCodec(config)
+    layers = dict(network.named_modules())
+    for name, layer in wide.named_modules():
+        if not isinstance(layer, nn.Conv2d):
+            continue
+        before, gates = cast(nn.Conv2d, layers[name]), layer.gates if isinstance(layer, GateConv) else 1
+        start = before.weight.unflatten(0, (gates, -1))
+        kernel = layer.weight.unflatten(0, (gates, -1))
+        more, (_, out, channels) = kernel.shape[1] - start.shape[1], start.shape[:3]
+        if more < 0 or kernel.shape[2] < channels:
+            raise ValueError(f"{name} would have fewer channels")
+        twins = torch.arange(more) % out
+        kernel[:, :out, channels:] = 0
+        kernel[:, :out, :channels] = start
+        # Noise that gives a sum over all inputs the variance of the sum over the old ones.
+        scale = start.square().mean((1, 2, 3, 4), keepdim=True).sqrt() * (channels / kernel.shape[2]) ** 0.5
+        kernel[:, out:] = torch.randn_like(kernel[:, out:]) * scale
+        kernel[:, out:, :channels] = (kernel[:, out:, :channels] + start[:, twins]) / 2**0.5
+        if layer.bias is not None and before.bias is not None:
+            bias = before.bias.unflatten(0, (gates, -1))
+            layer.bias.copy_(torch.cat([bias, bias[:, twins]], 1).flatten())
+    return wide

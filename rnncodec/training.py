@@ -15,7 +15,7 @@ from torchmetrics import MeanMetric, Metric, MetricCollection
 from rnncodec.curves import NAN, Point
 from rnncodec.data import PatchDataModule
 from rnncodec.metrics import RATES, ms_ssim, psnr
-from rnncodec.network import NetworkConfig, RecurrentCodec, Step, pad_to_blocks, to_uint8
+from rnncodec.network import NetworkConfig, RecurrentCodec, Step, pad_to_blocks, to_uint8, widened
 from rnncodec.optim import MuonAdamW, parameter_groups
 from rnncodec.tracking import curve_charts, log_rates, points_table
 from rnncodec.weights import load_weights
@@ -119,8 +119,8 @@ class CodecTraining(Training):
 
     Args:
         network: shapes and equations of the network.
-        weights: to start from instead of random ones: a name of shipped weights, or path of a .safetensors file, whose
-            network has the same shapes and equations.
+        weights: to start from instead of random ones: a name of shipped weights, or path of a .safetensors file. Their
+            network may have fewer channels (see `rnncodec.network.widened`) and another binarizer.
         iterations: steps of the unrolled loop, each weighted equally.
         distortion: `l1`, the mean of the L1 of all iterations (T17), or `rmse`, the geometric mean of their root mean
             square errors: a decibel counts the same in each iteration, however small its error.
@@ -159,9 +159,7 @@ class CodecTraining(Training):
         self.network = RecurrentCodec(network if isinstance(network, NetworkConfig) else NetworkConfig(**network))
         if weights is not None:
             start = load_weights(weights)
-            if start.network.config != self.network.config:
-                raise ValueError(f"the network of {weights} has other shapes or equations than the one to be trained")
-            self.network.load_state_dict(start.network.state_dict())
+            self.network = widened(start.network, self.network.config).train()
             self.started_from = start.fingerprint.hex()
         self.save_hyperparameters()
         self.plain_hyperparameters(network=asdict(self.network.config))

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import lightning as L
@@ -200,10 +201,43 @@ def test_joint_loss_is_distortion_and_weighted_rate():
     assert loss.item() == pytest.approx(l1 + 0.25 * length / (2 * 64 * 64), rel=1e-5)
 
 
+def test_joint_loss_with_geometric_means_is_a_product():
+    module = joint(rate_weight=0.25, distortion="rmse")
+    module.log = module.log_dict = lambda *args, **kwargs: None
+    module._trainer = SimpleNamespace(global_step=0)  # pyright: ignore[reportAttributeAccessIssue]
+    x = Patches(1)[0]
+    torch.manual_seed(5)
+    loss = module.training_step(x, 0)
+    torch.manual_seed(5)  # the same stochastic bits
+    steps = list(module.network.unroll(x, 3))
+    bits = torch.stack([step.bits for step in steps])
+    p = torch.sigmoid(module.context(bits).double())
+    lengths = -torch.log2(torch.where(bits > 0, p, 1 - p)).sum((1, 2, 3, 4)).cumsum(0) / (2 * 64 * 64)
+    expected = 1.0
+    for step, length in zip(steps, lengths.tolist(), strict=True):
+        rmse = math.sqrt((x - step.x_hat).double().square().mean().item())
+        expected *= (rmse * length**0.25) ** (1 / 3)
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_joint_training_starts_from_given_weights_and_their_context_model(trained, codec_file, tmp_path):
+    path = tmp_path / "w.safetensors"
+    path.write_bytes(codec_file.read_bytes())
+    add_context(trained[0], path, "board")
+    start = load_weights(path)
+    assert start.context is not None
+    module = JointTraining(context=CONTEXTS["board"], network=TINY, weights=str(path))
+    for ours, theirs in ((module.network, start.network), (module.context, start.context)):
+        expected = theirs.state_dict()
+        assert all(torch.equal(tensor, expected[key].float()) for key, tensor in ours.state_dict().items())
+    other = JointTraining(context=replace(CONTEXTS["board"], channels=4), network=TINY, weights=str(path))
+    assert other.context.config.channels == 4
+
+
 def test_the_rate_has_a_gradient_to_the_encoder():
     module = joint(rate_weight=1.0)
     bits = torch.stack([step.bits for step in module.network.unroll(Patches(1)[0], 3)])
-    module.rate(bits).backward()
+    module.rates(bits)[-1].backward()
     gradient = module.network.encoder.stem.weight.grad
     assert gradient is not None
     assert gradient.abs().sum() > 0

@@ -1,5 +1,6 @@
 """The codec network against hand counts, the papers' residual loop written out, and itself decoding its own bits."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from rnncodec.network import GainNetwork, NetworkConfig, RecurrentCodec
+from rnncodec.network import GainNetwork, NetworkConfig, RecurrentCodec, widened
 
 CELLS = ["none", "lstm", "gru", "associative_lstm"]
 RECONSTRUCTIONS = ["one_shot", "additive", "residual_scaling"]
@@ -381,3 +382,56 @@ def test_cpu_and_gpu_agree(cell, reconstruction):
         decoded = network(state, bits=step.bits.cuda())
         state = decoded.state
         torch.testing.assert_close(decoded.x_hat.cpu(), step.x_hat, rtol=0, atol=5e-3)
+
+
+# Wider networks
+
+
+@pytest.mark.parametrize("cell", ["none", "lstm", "gru"])
+@pytest.mark.parametrize("reconstruction", RECONSTRUCTIONS)
+def test_a_widened_network_codes_alike_and_every_new_channel_can_learn(cell, reconstruction):
+    network = narrow(cell, reconstruction).eval()
+    channels: dict[str, Any] = dict(
+        encoder_channels=(6, 8, 20, 12), decoder_channels=(12, 16, 8, 12, 16), gain_channels=(4, 6, 4, 5)
+    )
+    config = replace(network.config, binarizer="sign", **channels)
+    wide = widened(network, config)
+    assert wide.config == config
+    x = images()
+    steps = list(wide.eval().unroll(x, 3))
+    for step, expected in zip(steps, network.unroll(x, 3), strict=True):
+        assert torch.equal(step.bits, expected.bits)
+        torch.testing.assert_close(step.x_hat, expected.x_hat, atol=1e-5, rtol=1e-4)
+    optimizer = torch.optim.SGD(wide.parameters(), 0.1)
+    for _ in range(2):  # the first step gives the new channels listeners, which lead gradients to them in the second
+        optimizer.zero_grad()
+        torch.stack([(x - step.x_hat).abs().mean() for step in wide.train().unroll(x, 2)]).mean().backward()
+        optimizer.step()
+    for name, parameter in wide.named_parameters():
+        gradient = parameter.grad
+        assert gradient is not None
+        assert gradient.flatten(1).abs().sum(1).ne(0).all() if gradient.ndim > 1 else gradient.ne(0).all(), name
+
+
+def test_fresh_kernels_are_about_as_large_as_the_old_ones():
+    network = narrow().eval()
+    wide = widened(network, replace(network.config, encoder_channels=(4, 128, 16, 128)))
+    for cell in (0, 2):  # one gets more outputs, the other more inputs as well
+        old, new = (net.encoder.cells[cell].get_parameter("input.weight") for net in (network, wide))
+        for before, after in zip(old.chunk(4), new.chunk(4), strict=True):
+            assert torch.equal(after[: before.shape[0], : before.shape[1]], before)
+            fresh = after[before.shape[0] :]
+            ratio = fresh.square().mean() * fresh.shape[1] / (before.square().mean() * before.shape[1])
+            assert 0.8 < ratio < 1.6
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"bits": 8}, {"reconstruction": "one_shot"}, {"decoder_cell": "gru"}, {"encoder_channels": (4, 8, 8, 4)}],
+)
+def test_what_is_not_wider_is_refused(changes):
+    network = narrow()
+    with pytest.raises(ValueError, match=r"can only become wider|fewer channels"):
+        widened(network, replace(network.config, **changes))
+    with pytest.raises(ValueError, match="no associative LSTM"):
+        widened(narrow("associative_lstm"), narrow("associative_lstm").config)
