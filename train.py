@@ -5,7 +5,7 @@ On a laptop or one GPU; a run that was stopped goes on where it was with --ckpt_
     python train.py fit --config configs/small.yaml --data.root PHOTOS
     python train.py fit --config configs/small.yaml --data.root PHOTOS --ckpt_path runs/small/last.ckpt
 
-From given weights instead of random ones, as the second half of the training of `small`:
+From given weights instead of random ones, as the second part of the training of `small`:
 
     python train.py fit --config configs/small_64.yaml --data.root PHOTOS --model.weights first.safetensors
 

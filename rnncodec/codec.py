@@ -97,8 +97,9 @@ class Codec:
             entropy: coder of the bits (see `rnncodec.entropy`), or `none` for raw bits; None takes the context model
                 if the weights have one. What a coder does not shorten is stored raw.
             effort: 0 to 100 steps of a search for bits that make a smaller error or a shorter code of the context model
-                (see `rnncodec.search`), in every iteration. Other coders may take more bytes for its bits. Encoding
-                takes about 2 + effort times as long, decoding as long as ever.
+                (see `rnncodec.search`), in every iteration by itself. That helps weights that were trained for
+                distortion alone; the shipped ones look further ahead. Other coders may take more bytes for its bits.
+                Encoding takes about 2 + effort times as long, decoding as long as ever.
             progress: is called with the steps done and the steps in all.
 
         Returns:

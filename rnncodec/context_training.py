@@ -152,8 +152,8 @@ class ContextTraining(Training):
 class JointTraining(CodecTraining):
     """Trains a codec for distortion and rate together.
 
-    The rate is what a context model, trained along with the codec, estimates for the bits: added to an arithmetic mean,
-    and multiplied with a geometric one, in which a percent of the bits counts the same after each iteration.
+    The rate is what a context model, trained along with the codec, estimates for the bits. The loss depends on
+    `distortion`; in the product, a percent of the bits counts the same after each iteration.
 
         l1      distortion + rate_weight * bits per pixel of all iterations together
         rmse    distortion * (geometric mean of the bits per pixel up to each iteration) ** rate_weight
@@ -162,7 +162,8 @@ class JointTraining(CodecTraining):
         context: shape of the context model; `bits` is the codec's. It starts from that of the given `weights` if this
             has the same shape.
         rate_weight: lambda, see above. Where quality grows by 6 dB with each doubling of the rate, 1 is neutral in
-            `rmse`: the loss of twice the bits and half the error is the same.
+            `rmse`: the loss of twice the bits and half the error is the same. The default is for `l1`;
+            `configs/small_wide.yaml` has 0.25 for `rmse`.
         others: as in `CodecTraining`.
     """
 

@@ -251,20 +251,22 @@ class RecurrentCodec(nn.Module):
 def widened(network: RecurrentCodec, config: NetworkConfig) -> RecurrentCodec:
     """The same function with more channels, from which training can go on (as Chen et al. 2016 do for other networks).
 
-    No old channel listens to a new one yet. A new one listens to all: its weights are half an old one's and half noise
-    about as large.
+    No old channel listens to a new one yet. A new one listens to all: its weights are noise about as large as the
+    old ones, for the old channels mixed in equal parts with an old channel's weights.
 
     Args:
         network: whose channels become the first ones.
         config: with at least as many channels of every layer; another binarizer may follow, all else is the same.
 
     Raises:
-        ValueError: the config asks for more than that.
+        ValueError: the config asks for more than that, or for more channels of an associative LSTM.
     """
     old, widths = network.config, ("encoder_channels", "decoder_channels", "gain_channels")
     same = replace(config, binarizer=old.binarizer, **{name: getattr(old, name) for name in widths}) == old
-    if not same or "associative_lstm" in (old.encoder_cell, old.decoder_cell):
-        raise ValueError("a network can only become wider, its cells and all else stay, and no associative LSTM can")
+    if not same or len(config.gain_channels) != len(old.gain_channels):
+        raise ValueError("a network can only become wider: its cells and all else but the binarizer must stay the same")
+    if "associative_lstm" in (old.encoder_cell, old.decoder_cell) and replace(config, binarizer=old.binarizer) != old:
+        raise ValueError("a network with an associative LSTM cannot become wider")
     wide = RecurrentCodec(config)
     layers = dict(network.named_modules())
     for name, layer in wide.named_modules():
@@ -279,7 +281,7 @@ def widened(network: RecurrentCodec, config: NetworkConfig) -> RecurrentCodec:
         twins = torch.arange(more) % out
         kernel[:, :out, channels:] = 0
         kernel[:, :out, :channels] = start
-        # Noise that gives a sum over all inputs the variance of the sum over the old ones.
+        # By itself the noise gives a sum over all inputs the variance of the sum over the old ones.
         scale = start.square().mean((1, 2, 3, 4), keepdim=True).sqrt() * (channels / kernel.shape[2]) ** 0.5
         kernel[:, out:] = torch.randn_like(kernel[:, out:]) * scale
         kernel[:, out:, :channels] = (kernel[:, out:, :channels] + start[:, twins]) / 2**0.5

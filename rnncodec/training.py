@@ -159,7 +159,10 @@ class CodecTraining(Training):
         self.network = RecurrentCodec(network if isinstance(network, NetworkConfig) else NetworkConfig(**network))
         if weights is not None:
             start = load_weights(weights)
-            self.network = widened(start.network, self.network.config).train()
+            try:
+                self.network = widened(start.network, self.network.config)
+            except ValueError as error:
+                raise ValueError(f"{weights}: {error}") from error
             self.started_from = start.fingerprint.hex()
         self.save_hyperparameters()
         self.plain_hyperparameters(network=asdict(self.network.config))

@@ -427,11 +427,19 @@ def test_fresh_kernels_are_about_as_large_as_the_old_ones():
 
 @pytest.mark.parametrize(
     "changes",
-    [{"bits": 8}, {"reconstruction": "one_shot"}, {"decoder_cell": "gru"}, {"encoder_channels": (4, 8, 8, 4)}],
+    [
+        {"bits": 8},
+        {"reconstruction": "one_shot"},
+        {"decoder_cell": "gru"},
+        {"encoder_channels": (4, 8, 8, 4)},
+        {"gain_channels": (4,) * 5},
+    ],
 )
 def test_what_is_not_wider_is_refused(changes):
     network = narrow()
     with pytest.raises(ValueError, match=r"can only become wider|fewer channels"):
         widened(network, replace(network.config, **changes))
-    with pytest.raises(ValueError, match="no associative LSTM"):
-        widened(narrow("associative_lstm"), narrow("associative_lstm").config)
+    associative = narrow("associative_lstm")
+    assert widened(associative, associative.config).config == associative.config
+    with pytest.raises(ValueError, match="associative LSTM"):
+        widened(associative, replace(associative.config, encoder_channels=(4, 8, 8, 16)))

@@ -389,7 +389,7 @@ def test_a_wider_network_starts_as_the_narrower_one(tmp_path):
 
 def test_weights_of_another_network_are_refused(tmp_path):
     save_weights(tmp_path / "a.safetensors", RecurrentCodec(TINY), "a")
-    with pytest.raises(ValueError, match="a network can only become wider"):
+    with pytest.raises(ValueError, match=r"a\.safetensors: a network can only become wider"):
         CodecTraining(replace(TINY, reconstruction="one_shot"), weights=str(tmp_path / "a.safetensors"))
     with pytest.raises(WeightsError, match="no weights are named 'nothing'"):
         CodecTraining(TINY, weights="nothing")
