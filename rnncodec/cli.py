@@ -279,8 +279,8 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         type=_at_least(0),
         default=0,
-        help="0 to 100 steps of a search for better bits, each about as slow as encoding: for weights that were trained "
-        "for distortion alone, not the shipped ones (default: 0)",
+        help="0 to 100 steps of a search for better bits, each about as slow as encoding: for weights that were "
+        "trained for distortion alone, not the shipped ones (default: 0)",
     )
     coder = sub.add_mutually_exclusive_group()
     coder.add_argument(

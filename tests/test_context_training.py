@@ -78,6 +78,15 @@ def trained(codec_file, tmp_path_factory):
     return folder / "a.ckpt", {key: value.item() for key, value in trainer.callback_metrics.items()}
 
 
+@pytest.fixture
+def with_board(trained, codec_file, tmp_path):
+    """The weights of the codec with its trained context model `board`."""
+    path = tmp_path / "w.safetensors"
+    path.write_bytes(codec_file.read_bytes())
+    add_context(trained[0], path, "board")
+    return path
+
+
 def test_context_models_learn_the_bits_of_the_codec(trained):
     _, metrics = trained
     for name in CONTEXTS:
@@ -106,14 +115,11 @@ def test_a_checkpoint_of_another_codec_is_not_resumed(trained, tmp_path):
         module.on_load_checkpoint(torch.load(trained[0], weights_only=True))
 
 
-def test_training_starts_from_a_given_context_model(trained, codec_file, tmp_path):
-    path = tmp_path / "w.safetensors"
-    path.write_bytes(codec_file.read_bytes())
-    add_context(trained[0], path, "board")
+def test_training_starts_from_a_given_context_model(with_board, codec_file, tmp_path):
     other = make_weights(tmp_path / "other.safetensors", seed=1)
-    start = load_weights(path)
+    start = load_weights(with_board)
     board = {"board": CONTEXTS["board"]}
-    module = ContextTraining(board, str(other), weights=str(path), iterations=4, learning_rate=0.0)
+    module = ContextTraining(board, str(other), weights=str(with_board), iterations=4, learning_rate=0.0)
     assert start.context is not None
     planes = Patches(1)[0][:1, :1].sign().expand(3, 1, 8, 64, 64)[..., :5, :7]
     with torch.inference_mode():  # the same predictions, but for the grid of the exact model's activations
@@ -126,7 +132,7 @@ def test_training_starts_from_a_given_context_model(trained, codec_file, tmp_pat
     record = json.loads(load_weights(other).provenance["context"])
     assert record["started_from"] == start.context_fingerprint.hex()
     with pytest.raises(ValueError, match="no context model of the shape"):
-        ContextTraining(CONTEXTS, str(other), weights=str(path))
+        ContextTraining(CONTEXTS, str(other), weights=str(with_board))
     with pytest.raises(ValueError, match=r"tiny\.safetensors has no context model"):
         ContextTraining(board, str(other), weights=str(codec_file))
 
@@ -185,52 +191,45 @@ def joint(**kwargs):
     return JointTraining(context=context, network=TINY, iterations=3, warmup_steps=1, **kwargs)
 
 
-def test_joint_loss_is_distortion_and_weighted_rate():
-    module = joint(rate_weight=0.25)
+def joint_step(**kwargs):
+    """The loss of a training step, its residuals, and by hand the bits per pixel of each of its iterations."""
+    module = joint(**kwargs)
     module.log = module.log_dict = lambda *args, **kwargs: None
     module._trainer = SimpleNamespace(global_step=0)  # pyright: ignore[reportAttributeAccessIssue]
     x = Patches(1)[0]
     torch.manual_seed(5)
-    loss = module.training_step(x, 0)
+    loss = module.training_step(x, 0).item()
     torch.manual_seed(5)  # the same stochastic bits
     steps = list(module.network.unroll(x, 3))
-    l1 = sum((x - step.x_hat).abs().double().mean().item() for step in steps) / 3
     bits = torch.stack([step.bits for step in steps])
     p = torch.sigmoid(module.context(bits).double())
-    length = -torch.log2(torch.where(bits > 0, p, 1 - p)).sum().item()
-    assert loss.item() == pytest.approx(l1 + 0.25 * length / (2 * 64 * 64), rel=1e-5)
+    rates = -torch.log2(torch.where(bits > 0, p, 1 - p)).sum((1, 2, 3, 4)) / (2 * 64 * 64)
+    return loss, [(x - step.x_hat).double() for step in steps], rates.tolist()
+
+
+def test_joint_loss_is_distortion_and_weighted_rate():
+    loss, residuals, rates = joint_step(rate_weight=0.25)
+    l1 = sum(residual.abs().mean().item() for residual in residuals) / 3
+    assert loss == pytest.approx(l1 + 0.25 * sum(rates), rel=1e-5)
 
 
 def test_joint_loss_with_geometric_means_is_a_product():
-    module = joint(rate_weight=0.25, distortion="rmse")
-    module.log = module.log_dict = lambda *args, **kwargs: None
-    module._trainer = SimpleNamespace(global_step=0)  # pyright: ignore[reportAttributeAccessIssue]
-    x = Patches(1)[0]
-    torch.manual_seed(5)
-    loss = module.training_step(x, 0)
-    torch.manual_seed(5)  # the same stochastic bits
-    steps = list(module.network.unroll(x, 3))
-    bits = torch.stack([step.bits for step in steps])
-    p = torch.sigmoid(module.context(bits).double())
-    lengths = -torch.log2(torch.where(bits > 0, p, 1 - p)).sum((1, 2, 3, 4)).cumsum(0) / (2 * 64 * 64)
+    loss, residuals, rates = joint_step(rate_weight=0.25, distortion="rmse")
     expected = 1.0
-    for step, length in zip(steps, lengths.tolist(), strict=True):
-        rmse = math.sqrt((x - step.x_hat).double().square().mean().item())
-        expected *= (rmse * length**0.25) ** (1 / 3)
-    assert loss.item() == pytest.approx(expected, rel=1e-5)
+    for k, residual in enumerate(residuals, 1):
+        rmse = math.sqrt(residual.square().mean().item())
+        expected *= (rmse * sum(rates[:k]) ** 0.25) ** (1 / 3)
+    assert loss == pytest.approx(expected, rel=1e-5)
 
 
-def test_joint_training_starts_from_given_weights_and_their_context_model(trained, codec_file, tmp_path):
-    path = tmp_path / "w.safetensors"
-    path.write_bytes(codec_file.read_bytes())
-    add_context(trained[0], path, "board")
-    start = load_weights(path)
+def test_joint_training_starts_from_given_weights_and_their_context_model(with_board):
+    start = load_weights(with_board)
     assert start.context is not None
-    module = JointTraining(context=CONTEXTS["board"], network=TINY, weights=str(path))
+    module = JointTraining(context=CONTEXTS["board"], network=TINY, weights=str(with_board))
     for ours, theirs in ((module.network, start.network), (module.context, start.context)):
         expected = theirs.state_dict()
         assert all(torch.equal(tensor, expected[key].float()) for key, tensor in ours.state_dict().items())
-    other = JointTraining(context=replace(CONTEXTS["board"], channels=4), network=TINY, weights=str(path))
+    other = JointTraining(context=replace(CONTEXTS["board"], channels=4), network=TINY, weights=str(with_board))
     assert other.context.config.channels == 4
 
 
