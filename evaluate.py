@@ -4,7 +4,6 @@
     python evaluate.py PHOTOS --save-images                 with the decoded pictures, and a page to look at them
     python evaluate.py PHOTOS --baselines jpeg webp         beside these codecs only
     python evaluate.py KODAK --overlay toderici2017 mine/rnncodec-small.json      with curves of others
-    python evaluate.py PHOTOS --effort 5                    files with searched bits
     python evaluate.py PHOTOS --coders                      the entropy coders on the same bits
     python evaluate.py PHOTOS --wandb NAME                  as a run of W&B as well, offline unless logged in
 
@@ -42,7 +41,7 @@ from rich.text import Text
 
 import rnncodec
 from rnncodec.baselines import BASELINES, Baseline
-from rnncodec.codec import MAX_EFFORT, MAX_ITERATIONS, Codec
+from rnncodec.codec import MAX_ITERATIONS, Codec
 from rnncodec.curves import (
     NAN,
     Point,
@@ -119,12 +118,12 @@ class Source:
     run: Callable[[np.ndarray, Sequence[float]], Iterator[Coded]]
 
 
-def own(codec: Codec, iterations: int, effort: int = 0) -> Source:
+def own(codec: Codec, iterations: int) -> Source:
     """The codec whose evaluation this is."""
 
     def run(x: np.ndarray, settings: Sequence[float]) -> Iterator[Coded]:
         start = time.perf_counter()
-        data = codec.encode(x, iterations, effort=effort)
+        data = codec.encode(x, iterations)
         middle = time.perf_counter()
         pictures = list(codec.decode_progressive(data))
         end = time.perf_counter()
@@ -140,8 +139,6 @@ def own(codec: Codec, iterations: int, effort: int = 0) -> Source:
         description += f"{codec.context.config.kind} context model ({codec.context_fingerprint.hex()}), "
     description += f"1 to {iterations} iterations"
     name = f"rnncodec-{codec.name}"
-    if effort:
-        name, description = f"{name}-effort{effort}", f"{description}, effort {effort}"
     return Source(name, name, description, ".png", tuple(range(1, iterations + 1)), run)
 
 
@@ -261,9 +258,9 @@ def coder_table(mean: dict[str, np.ndarray]) -> Table:
     return result
 
 
-def check_truncated(codec: Codec, x: np.ndarray, iterations: int, effort: int = 0) -> None:
+def check_truncated(codec: Codec, x: np.ndarray, iterations: int) -> None:
     """Raises RuntimeError if a cut file decodes to another picture than the whole file does on its way."""
-    data = codec.encode(x, iterations, effort=effort)
+    data = codec.encode(x, iterations)
     for k, x_hat in enumerate(codec.decode_progressive(data), 1):
         if k in RATES and not np.array_equal(np.asarray(codec.decode(truncate(data, iterations=k))), x_hat):
             raise RuntimeError(f"the file cut to {k} iterations decodes to another picture than the whole file")
@@ -521,7 +518,7 @@ def evaluate(args: argparse.Namespace, console: Console) -> int:
     missing = [name for name in args.baselines if not BASELINES[name].available]
     if missing:
         raise ValueError(f"this Pillow cannot write {', '.join(missing)}")
-    sources = [own(codec, args.iterations, args.effort), *(other(BASELINES[name]) for name in args.baselines)]
+    sources = [own(codec, args.iterations), *(other(BASELINES[name]) for name in args.baselines)]
     overlays = overlays_of(args, [source.title for source in sources])
     coders = entropy_coders(codec, args)
     sizes: dict[str, list[list[int]]] = {name: [] for name in coders}
@@ -563,11 +560,11 @@ def evaluate(args: argparse.Namespace, console: Console) -> int:
                     measured += measured_points(name, source, settings, x, codec.device, memory, args)
                     progress.advance(task, 1 / len(sources))
                 if not checked:
-                    check_truncated(codec, x, args.iterations, args.effort)
+                    check_truncated(codec, x, args.iterations)
                     checked = True
                 if coders:
                     progress.update(task, description=f"{name}: entropy coders")
-                    bits = codec.read_bits(codec.encode(x, args.iterations, effort=args.effort))
+                    bits = codec.read_bits(codec.encode(x, args.iterations))
                     image_sizes = coded_sizes(coders, bits, *x.shape[:2])
                 if args.save_images:
                     save_image(x, folder / "original.png")
@@ -603,7 +600,6 @@ def evaluate(args: argparse.Namespace, console: Console) -> int:
             "fingerprint": codec.fingerprint.hex(),
             "context_fingerprint": codec.context_fingerprint.hex(),
             "iterations": args.iterations,
-            "effort": args.effort,
             "images": len({point.image for point in points}),
             "device": str(codec.device),
             "codecs": {source.name: source.description for source in sources},
@@ -688,7 +684,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("images", nargs="+", type=Path, help="image files and folders")
     parser.add_argument("--weights", default="small", help="name of shipped weights, or a file (default: small)")
     parser.add_argument("--iterations", type=int, default=MAX_ITERATIONS, help="iterations to measure (default: all)")
-    parser.add_argument("--effort", type=int, default=0, help="as of rnncodec encode (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=Path("results"), help="folder to write to (default: results)")
     parser.add_argument("--device", default="cpu")
     parser.add_argument(
@@ -724,8 +719,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if not 1 <= args.iterations <= MAX_ITERATIONS:
         parser.error(f"--iterations must be in 1..{MAX_ITERATIONS}")
-    if not 0 <= args.effort <= MAX_EFFORT:
-        parser.error(f"--effort must be in 0..{MAX_EFFORT}")
     console = Console(stderr=True)
     try:
         failures = evaluate(args, console)

@@ -30,16 +30,12 @@ def binarize(y: Tensor, training: bool, method: BinarizerName = "stochastic") ->
 
 
 class Binarizer(nn.Module):
-    """A 1x1 convolution, tanh and `binarize`: [B, in, H, W] to [B, bits, H, W] of -1 and +1 (T17 sec. 3).
-
-    Beside the bits it gives the features in (-1, 1) of which they were made.
-    """
+    """A 1x1 convolution, tanh and `binarize`: [B, in, H, W] to [B, bits, H, W] of -1 and +1 (T17 sec. 3)."""
 
     def __init__(self, in_channels: int, bits: int, method: BinarizerName = "stochastic") -> None:
         super().__init__()
         self.method: BinarizerName = method
         self.features = conv(in_channels, bits, 1)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        y = torch.tanh(self.features(x))
-        return binarize(y, self.training, self.method), y
+    def forward(self, x: Tensor) -> Tensor:
+        return binarize(torch.tanh(self.features(x)), self.training, self.method)

@@ -88,13 +88,11 @@ def encode(args: argparse.Namespace) -> int:
     """Compresses images."""
     jobs = _jobs(args, ".rnc", {".rnc"}, lambda folder: images.find_images([folder]))
     _check_iterations(args)
-    _check_effort(args)
     codec = _codec(args.weights or "small", args)
 
     def work(source: str, target: str, report: Report) -> str:
         image = images.load_image(_stdin() if source == "-" else source, args.max_pixels)
-        goal = {"iterations": args.iterations, "bpp": args.bpp, "psnr": args.psnr}
-        data = codec.encode(image, **goal, entropy=args.entropy, effort=args.effort, progress=report)
+        data = codec.encode(image, args.iterations, bpp=args.bpp, psnr=args.psnr, entropy=args.entropy, progress=report)
         _write(target, data)
         header = format.read_header(data)
         return f"{len(header.iterations)} iterations, {len(data)} bytes, {header.bpp[-1]:.4f} bpp"
@@ -261,7 +259,7 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument(
             "--max-pixels",
             metavar="N",
-            type=_at_least(1),
+            type=_positive_int,
             default=images.MAX_PIXELS,
             help="refuse larger images (default: %(default)s)",
         )
@@ -269,19 +267,11 @@ def _parser() -> argparse.ArgumentParser:
     sub = add(encode, "compress images to .rnc files", PATHS.format(suffix=".rnc", kind="images"))
     add_coding(sub)
     target = sub.add_mutually_exclusive_group()
-    target.add_argument("--iterations", metavar="N", type=_at_least(1), help="1 to 16 (default: 16)")
+    target.add_argument("--iterations", metavar="N", type=_positive_int, help="1 to 16 (default: 16)")
     target.add_argument(
         "--bpp", metavar="B", type=_positive, help="at most so many bits per pixel, the file as a whole"
     )
     target.add_argument("--psnr", metavar="DB", type=_positive, help="as few iterations as reach so many dB")
-    sub.add_argument(
-        "--effort",
-        metavar="N",
-        type=_at_least(0),
-        default=0,
-        help="0 to 100 steps of a search for better bits, each about as slow as encoding: for weights that were "
-        "trained for distortion alone, not the shipped ones (default: 0)",
-    )
     coder = sub.add_mutually_exclusive_group()
     coder.add_argument(
         "--entropy",
@@ -294,7 +284,7 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = add(decode, "decompress .rnc files", PATHS.format(suffix="the suffix of an image format", kind=".rnc files"))
     add_coding(sub)
-    sub.add_argument("--iterations", metavar="K", type=_at_least(1), help="decode only so many (default: all)")
+    sub.add_argument("--iterations", metavar="K", type=_positive_int, help="decode only so many (default: all)")
     sub.add_argument("--format", metavar="F", help="image format, as a suffix (default: that of the output, or png)")
 
     sub = add(info, "show size, weights, and bytes and bits per pixel of each iteration")
@@ -305,8 +295,8 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("input", metavar="IN", help="an .rnc file, or '-'")
     sub.add_argument("output", metavar="OUT", help="the file to write, overwritten if it exists, or '-'")
     limit = sub.add_mutually_exclusive_group()
-    limit.add_argument("--iterations", metavar="K", type=_at_least(1), help="how many to keep")
-    limit.add_argument("--bytes", metavar="N", type=_at_least(1), help="keep as many as fit in so many bytes")
+    limit.add_argument("--iterations", metavar="K", type=_positive_int, help="how many to keep")
+    limit.add_argument("--bytes", metavar="N", type=_positive_int, help="keep as many as fit in so many bytes")
 
     sub = add(export, "make a checkpoint of train.py into weights for --weights, in half precision")
     sub.add_argument("checkpoint", metavar="CHECKPOINT", help="a .ckpt file")
@@ -467,13 +457,6 @@ def _check_iterations(args: argparse.Namespace) -> None:
         raise UsageError(f"--iterations must be in 1..{MAX_ITERATIONS}, not {args.iterations}")
 
 
-def _check_effort(args: argparse.Namespace) -> None:
-    from rnncodec.codec import MAX_EFFORT
-
-    if args.effort > MAX_EFFORT:
-        raise UsageError(f"--effort must be in 0..{MAX_EFFORT}, not {args.effort}")
-
-
 def _read(source: str) -> tuple[Header, bytes]:
     """The header and the bytes of an .rnc file, no more of them than the header announces and one."""
 
@@ -520,16 +503,11 @@ def _positive(text: str) -> float:
     raise argparse.ArgumentTypeError(f"must be a positive number, not {text}")
 
 
-def _at_least(least: int) -> Callable[[str], int]:
-    """What reads an argument that is a whole number of at least so much."""
-
-    def read(text: str) -> int:
-        with suppress(ValueError):
-            if (value := int(text)) >= least:
-                return value
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least {least}, not {text}")
-
-    return read
+def _positive_int(text: str) -> int:
+    with suppress(ValueError):
+        if (value := int(text)) >= 1:
+            return value
+    raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, not {text}")
 
 
 def _port(text: str) -> int:

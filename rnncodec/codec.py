@@ -11,15 +11,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from rnncodec import format, search
+from rnncodec import format
 from rnncodec.entropy import CLASSICAL, NAMES, ContextSession, EntropyName, Session
 from rnncodec.format import CONTEXT, Container, FormatError, Header, Iteration
 from rnncodec.images import MAX_PIXELS, to_rgb
-from rnncodec.network import NetworkConfig, Step, pad_to_blocks, to_uint8
+from rnncodec.network import NetworkConfig, pad_to_blocks, to_uint8
 from rnncodec.weights import Weights, WeightsError
 
 MAX_ITERATIONS = 16
-MAX_EFFORT = 100
 MAX_SIDE = 65535  # two bytes in the header
 MEMORY = (
     2 * 2**30
@@ -27,8 +26,6 @@ MEMORY = (
 MIN_CORE = 256  # pixels; smaller tiles would spend nearly all their time on halos
 
 Progress = Callable[[int, int], None]
-Unroll = Callable[[Tensor, tuple[int, int], int], Iterator[Step]]
-"""Encodes padded images, of which a height and width count, in so many steps."""
 Box = tuple[slice, slice]
 
 
@@ -49,15 +46,14 @@ class Tile(NamedTuple):
 class Codec:
     """A network ready to code images; `rnncodec.load` makes one.
 
-    On one device, encoding t iterations, decoding t iterations and, without effort, the t-th step of `network.unroll`
-    agree exactly.
+    On one device, encoding t iterations, decoding t iterations and the t-th step of `network.unroll` agree exactly.
 
     Args:
         weights: from `rnncodec.weights.load_weights`; their network moves to the device.
         device: where to compute, `cpu` or `cuda`.
         tile: side in pixels, rounded up to whole blocks, of the tiles that images are cut into; None cuts only images
             whose activations would take more than 2 GiB. Files do not depend on it beyond the choice of bits along
-            borders (with effort, within tiles), and decoded images only in the last bits of floating-point sums.
+            borders, and decoded images only in the last bits of floating-point sums.
 
     Raises:
         ValueError: the device is not available.
@@ -84,7 +80,6 @@ class Codec:
         bpp: float | None = None,
         psnr: float | None = None,
         entropy: EntropyName | None = None,
-        effort: int = 0,
         progress: Progress | None = None,
     ) -> bytes:
         """Compresses an image; at most one of iterations, bpp and psnr says how far.
@@ -96,17 +91,13 @@ class Codec:
             psnr: as few iterations as bring the decoded image to so many dB; if 16 do not, those and a warning.
             entropy: coder of the bits (see `rnncodec.entropy`), or `none` for raw bits; None takes the context model
                 if the weights have one. What a coder does not shorten is stored raw.
-            effort: 0 to 100 steps of a search for bits that make a smaller error or a shorter code of the context model
-                (see `rnncodec.search`), in every iteration by itself. That helps weights that were trained for
-                distortion alone; the shipped ones look further ahead. Other coders may take more bytes for its bits.
-                Encoding takes about 2 + effort times as long, decoding as long as ever.
             progress: is called with the steps done and the steps in all.
 
         Returns:
             The bytes of a file, see the specification of the format.
 
         Raises:
-            ValueError: the image, the target or the effort is not as above, or not even one iteration fits bpp.
+            ValueError: the image or the target is not as above, or not even one iteration fits bpp.
         """
         if sum(target is not None for target in (iterations, bpp, psnr)) > 1:
             raise ValueError("give one of iterations, bpp and psnr, not several")
@@ -119,12 +110,10 @@ class Codec:
             raise ValueError(f"bpp must be positive, not {bpp}")
         entropy = entropy or ("context" if self.context else "none")
         self._session(entropy, *self._grid(height, width))  # what it refuses is refused before the work
-        unroll = self._unroll(effort, entropy)
-        tiles = self._tiles(height, width, searching=effort > 0)
         if psnr is None:
-            planes: Iterable[np.ndarray] = self._analyse(pixels, _check_iterations(iterations), unroll, tiles, progress)
+            planes: Iterable[np.ndarray] = self._analyse(pixels, _check_iterations(iterations), progress)
         else:
-            planes = self._analyse_to(psnr, pixels, unroll, tiles, progress)
+            planes = self._analyse_to(psnr, pixels, progress)
         return self.write_bits((plane[0] for plane in planes), height, width, entropy, bpp)
 
     def write_bits(
@@ -208,23 +197,21 @@ class Codec:
             if (y.stop, x.stop) == (header.height, header.width):  # the last tile
                 yield arrays[t]
 
-    def compress(self, x: Tensor, iterations: int = MAX_ITERATIONS, *, effort: int = 0) -> Compressed:
+    def compress(self, x: Tensor, iterations: int = MAX_ITERATIONS) -> Compressed:
         """Codes a batch to bare payloads, without header and checksums.
 
         Args:
             x: [B, 3, H, W] in [0, 1].
             iterations: 1 to 16.
-            effort: as in `encode`.
 
         Raises:
-            ValueError: x, iterations or effort is not as above.
+            ValueError: x or iterations is not as above.
         """
         if x.ndim != 4 or x.shape[1] != 3 or 0 in x.shape or not x.is_floating_point():
             raise ValueError(f"a batch is floating-point [B, 3, H, W], not {x.dtype} {list(x.shape)}")
         if not bool(((x >= 0) & (x <= 1)).all()):
             raise ValueError("a batch holds values in [0, 1]")
-        unroll, tiles = self._unroll(effort, "none"), self._tiles(*x.shape[2:], searching=effort > 0)
-        planes = np.stack(list(self._analyse(x.detach(), _check_iterations(iterations), unroll, tiles, None)))
+        planes = np.stack(list(self._analyse(x.detach(), _check_iterations(iterations), None)))
         strings = [[format.pack_bits(plane) for plane in planes[:, i]] for i in range(len(x))]
         return {"strings": strings, "shape": (x.shape[2], x.shape[3])}
 
@@ -305,23 +292,12 @@ class Codec:
             raise WeightsError(f"the weights {self.name!r} have no context model")
         return ContextSession(self.context, self.config.bits, rows, columns)
 
-    def _unroll(self, effort: int, entropy: EntropyName) -> Unroll:
-        """What encodes: the network as it is, or with a search for better bits."""
-        if not 0 <= effort <= MAX_EFFORT:
-            raise ValueError(f"effort must be in 0..{MAX_EFFORT}, not {effort}")
-        if not effort:
-            return lambda x, size, iterations: self.network.unroll(x, iterations)
-        with _exact():
-            context = self.context.relaxed() if self.context and entropy == "context" else None
-        return lambda x, size, iterations: search.unroll(self.network, x, iterations, effort, context, size)
-
-    def _analyse(
-        self, images: Tensor, iterations: int, unroll: Unroll, tiles: Sequence[Tile], progress: Progress | None
-    ) -> Iterator[np.ndarray]:
+    def _analyse(self, images: Tensor, iterations: int, progress: Progress | None) -> Iterator[np.ndarray]:
         """The bits of images [B, 3, H, W], bool [B, bits, rows, columns] for each iteration."""
+        height, width = images.shape[-2:]
+        tiles = self._tiles(height, width)
         if len(tiles) == 1:  # an iteration costs nothing before it is asked for
-            with _exact():
-                steps = unroll(*self._input(images, tiles[0].area), iterations)
+            steps = self.network.unroll(self._input(images, tiles[0].area), iterations)
             for t in range(iterations):
                 with _exact():  # not around `yield`, where it would be in force for the caller, too
                     step = next(steps)
@@ -329,22 +305,21 @@ class Codec:
                     progress(t + 1, iterations)
                 yield (step.bits > 0).cpu().numpy()
             return
-        planes = np.empty((iterations, len(images), self.config.bits, *self._grid(*images.shape[-2:])), bool)
+        planes = np.empty((iterations, len(images), self.config.bits, *self._grid(height, width)), bool)
         with _exact():
             for i, tile in enumerate(tiles):
-                for t, step in enumerate(unroll(*self._input(images, tile.area), iterations)):
+                for t, step in enumerate(self.network.unroll(self._input(images, tile.area), iterations)):
                     planes[t][..., *tile.core] = (step.bits > 0)[..., *_inside(tile)].cpu().numpy()
                     if progress:
                         progress(i * iterations + t + 1, len(tiles) * iterations)
         yield from planes
 
-    def _analyse_to(
-        self, target: float, image: Tensor, unroll: Unroll, tiles: Sequence[Tile], progress: Progress | None
-    ) -> np.ndarray:
+    def _analyse_to(self, target: float, image: Tensor, progress: Progress | None) -> np.ndarray:
         """As `_analyse`, for one image and with the fewest iterations that reach a PSNR."""
         if not target > 0 or math.isinf(target):
             raise ValueError(f"psnr must be a positive number of dB, not {target}")
         height, width = image.shape[-2:]
+        tiles = self._tiles(height, width)
         best = -math.inf
 
         def squared_error(x_hat: Tensor, box: Box) -> int:
@@ -356,7 +331,7 @@ class Codec:
         if len(tiles) == 1:  # the encoder's reconstruction is the decoder's
             found = []
             with _exact():
-                for t, step in enumerate(unroll(*self._input(image, tiles[0].area), MAX_ITERATIONS)):
+                for t, step in enumerate(self.network.unroll(self._input(image, tiles[0].area), MAX_ITERATIONS)):
                     found.append((step.bits > 0).cpu().numpy())
                     reached = decibel(squared_error(step.x_hat[..., :height, :width], (slice(None), slice(None))))
                     if progress:
@@ -367,11 +342,10 @@ class Codec:
             planes = np.stack(found)
         else:
             steps = MAX_ITERATIONS * len(tiles)
-            total = steps + MAX_ITERATIONS * len(self._tiles(height, width))
-            first = progress and (lambda done, _: progress(done, total))
-            planes = np.stack(list(self._analyse(image, MAX_ITERATIONS, unroll, tiles, first)))
+            first = progress and (lambda done, _: progress(done, 2 * steps))
+            planes = np.stack(list(self._analyse(image, MAX_ITERATIONS, first)))
             errors = [0] * MAX_ITERATIONS
-            later = progress and (lambda done, _: progress(steps + done, total))
+            later = progress and (lambda done, _: progress(steps + done, 2 * steps))
             for t, box, x_hat in self._synthesise(planes, height, width, later):
                 errors[t] += squared_error(x_hat, box)
             for t, error in enumerate(errors):
@@ -403,32 +377,26 @@ class Codec:
                     progress(i * len(planes) + t + 1, len(tiles) * len(planes))
                 yield t, box, step.x_hat[..., y, x]
 
-    def _input(self, images: Tensor, area: Box) -> tuple[Tensor, tuple[int, int]]:
-        """What the network sees of images: an area in [-1, 1], its last pixels repeated up to whole blocks.
-
-        Beside it, the height and width of the area without what is repeated.
-        """
+    def _input(self, images: Tensor, area: Box) -> Tensor:
+        """What the network sees of images: an area in [-1, 1], its last pixels repeated up to whole blocks."""
         stride = self.config.stride
         rows, columns = area
         x = images[..., rows.start * stride : rows.stop * stride, columns.start * stride : columns.stop * stride]
         x = x.to(self.device)
         x = 2 * x.float() / 255 - 1 if x.dtype == torch.uint8 else 2 * x.float() - 1
-        return pad_to_blocks(x, stride).contiguous(memory_format=torch.channels_last), (x.shape[2], x.shape[3])
+        return pad_to_blocks(x, stride).contiguous(memory_format=torch.channels_last)
 
     def _grid(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of the code of an image."""
         return math.ceil(height / self.config.stride), math.ceil(width / self.config.stride)
 
-    def _tiles(self, height: int, width: int, searching: bool = False) -> list[Tile]:
-        """The tiles of an image: they depend on its size and the network alone, so that every prefix decodes alike.
-
-        Those of an encoder that searches for better bits may be smaller.
-        """
+    def _tiles(self, height: int, width: int) -> list[Tile]:
+        """The tiles of an image: they depend on its size and the network alone, so that every prefix decodes alike."""
         rows, columns = self._grid(height, width)
         halo, block = receptive_field(self.config)
         side = self.tile
         if side is None:
-            affordable = int(MEMORY / activation_bytes(self.config, searching))
+            affordable = int(MEMORY / activation_bytes(self.config))
             if rows * columns * self.config.stride**2 <= affordable:
                 side = max(rows, columns) * self.config.stride
             else:
@@ -472,11 +440,8 @@ class Codec:
             raise FormatError(f"{len(header.iterations)} iterations, this program decodes up to {MAX_ITERATIONS}")
 
 
-def activation_bytes(config: NetworkConfig, searching: bool = False) -> float:
-    """Roughly how much memory one pixel takes while its tile is coded: the state, and the largest cell at work.
-
-    A search for better bits takes the gradient of the decoder, for which all its cells are at work at once.
-    """
+def activation_bytes(config: NetworkConfig) -> float:
+    """Roughly how much memory one pixel takes while its tile is coded: the state, and the largest cell at work."""
     layers = len(config.decoder_hidden_kernels)
     patches = config.patch_size > 1
     cells = []  # channels for each pixel, of each cell
@@ -488,8 +453,7 @@ def activation_bytes(config: NetworkConfig, searching: bool = False) -> float:
         for i, width in enumerate(widths):
             scale = config.stride if patches else 2 ** (i + 2 if side == "encoder" else layers - i)
             cells.append(copies * width / scale**2)
-    working = sum(cells) if searching else max(cells, default=0)
-    return 4 * (4 * sum(cells) + 16 * working + 32)
+    return 4 * (4 * sum(cells) + 16 * max(cells, default=0) + 32)
 
 
 def receptive_field(config: NetworkConfig) -> tuple[int, int]:
@@ -558,13 +522,9 @@ def _inside(tile: Tile) -> Box:
 
 @contextmanager
 def _exact() -> Iterator[None]:
-    """No gradients, and float32 in full: encoder and decoder must agree, and tilings differ as little as can be.
-
-    It is not inference mode, whatever the caller's is: a search for better bits takes gradients inside.
-    """
+    """No gradients, and float32 in full: encoder and decoder must agree, and tilings differ as little as can be."""
     with (
-        torch.inference_mode(False),
-        torch.no_grad(),
+        torch.inference_mode(),
         torch.backends.cudnn.flags(
             enabled=torch.backends.cudnn.enabled, benchmark=False, deterministic=True, allow_tf32=False
         ),

@@ -445,13 +445,6 @@ class ContextModel(nn.Module):
             layer.quantize()
         return model
 
-    def relaxed(self) -> "ContextModel":
-        """A copy of an exact model that computes in floats: nearly the same, with gradients to the bits."""
-        model = copy.deepcopy(self).float()
-        for layer in model.layers().values():
-            layer.exact = False
-        return model
-
     def layers(self) -> dict[str, "Layer"]:
         """All layers by name."""
         return {name: module for name, module in self.named_modules() if isinstance(module, Layer)}

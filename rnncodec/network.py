@@ -107,15 +107,11 @@ class State(NamedTuple):
 
 
 class Step(NamedTuple):
-    """What one iteration yields: bits [B, bits, H / stride, W / stride], reconstruction [B, 3, H, W] and state.
-
-    The encoder also yields the features y in (-1, 1), of the shape of the bits, whose signs they are at inference.
-    """
+    """What one iteration yields: bits [B, bits, H / stride, W / stride], reconstruction [B, 3, H, W] and state."""
 
     bits: Tensor
     x_hat: Tensor
     state: State
-    y: Tensor | None
 
 
 class Encoder(nn.Module):
@@ -221,7 +217,7 @@ class RecurrentCodec(nn.Module):
             bits: or the bits of this step to decode, [B, bits, H / stride, W / stride] of -1 and +1.
         """
         gain = self.gain(state.x_hat) if self.gain is not None and state is not None else None
-        encoder_state = y = None
+        encoder_state = None
         if bits is None:
             if x is None:
                 raise ValueError("a step needs an image to encode or bits to decode")
@@ -229,14 +225,14 @@ class RecurrentCodec(nn.Module):
             if gain is not None:
                 residual = residual * gain
             features, encoder_state = self.encoder(residual, state.encoder if state else None)
-            bits, y = cast(tuple[Tensor, Tensor], self.binarizer(features))
+            bits = cast(Tensor, self.binarizer(features))
         output, decoder_state = self.decoder(bits, state.decoder if state else None)
         x_hat = output.float()  # the sum over iterations stays exact under mixed precision
         if gain is not None:
             x_hat = x_hat / gain
         if state is not None and self.config.reconstruction != "one_shot":
             x_hat = x_hat + state.x_hat
-        return Step(bits, x_hat, State(encoder_state, decoder_state, x_hat), y)
+        return Step(bits, x_hat, State(encoder_state, decoder_state, x_hat))
 
     def unroll(self, x: Tensor, iterations: int) -> Iterator[Step]:
         """The steps that encode images x, [B, 3, H, W] in [-1, 1], H and W multiples of the stride."""

@@ -89,13 +89,6 @@ def test_encode_info_truncate_decode(codec, capsys):
     assert complaints(capsys) == []
 
 
-def test_effort(codec, capsys):
-    assert main(["encode", "a.png", "out.rnc", "--iterations", "2", "--effort", "3"]) == 0
-    data = Path("out.rnc").read_bytes()
-    assert data == codec.encode(picture(), 2, effort=3)
-    assert data != codec.encode(picture(), 2)
-
-
 def test_targets(codec, capsys):
     rate = 8 * len(codec.encode(picture(), 4)) / 1200
     assert main(["encode", "a.png", "rate.rnc", "--bpp", str(rate)]) == 0
@@ -298,8 +291,6 @@ def test_refused_before_any_work(command, message, capsys):
         ["encode", "a.png", "-", "folder"],
         ["encode", "a.png", "--max-pixels", "0"],
         ["encode", "a.png", "--device", "abacus"],
-        ["encode", "a.png", "--effort", "101"],
-        ["encode", "a.png", "--effort", "-1"],
         ["decode", "a.rnc", "--iterations", "17"],
         ["decode", "a.rnc", "--format", "exe"],
         ["truncate", "a.rnc", "b.rnc", "--iterations", "1", "--bytes", "100"],

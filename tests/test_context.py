@@ -173,19 +173,6 @@ def test_quantization_costs_little(kind):
         assert (context.quantize()(x.double()) - logits).abs().mean() < 0.02 * logits.abs().mean()
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_relaxed_model_is_nearly_the_exact_one_and_has_gradients(kind):
-    exact, x = model(kind).quantize(), planes()
-    relaxed = exact.relaxed()
-    bits = x.clone().requires_grad_()
-    logits = relaxed(bits)
-    torch.testing.assert_close(logits.detach(), exact(x.double()).float(), atol=0.1, rtol=0.02)
-    logits[-1].square().sum().backward()  # of the last iteration, to the bits of the first
-    assert bits.grad is not None
-    assert bits.grad[0].abs().min() > 0
-    assert exact(x.double()).dtype == torch.float64  # which has stayed as it was
-
-
 def test_integers_restore_the_model_and_are_checked():
     exact = model("parallel").quantize()
     integers = exact.integers()
