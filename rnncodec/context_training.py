@@ -163,7 +163,7 @@ class JointTraining(CodecTraining):
             has the same shape.
         rate_weight: lambda, see above. Where quality grows by 6 dB with each doubling of the rate, 1 is neutral in
             `rmse`: the loss of twice the bits and half the error is the same. The default is for `l1`;
-            `configs/small_wide.yaml` has 0.25 for `rmse`.
+            `configs/small_wider.yaml` has 0.2 for `rmse`.
         others: as in `CodecTraining`.
     """
 
