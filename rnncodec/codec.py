@@ -108,7 +108,6 @@ class Codec:
         pixels = torch.from_numpy(array).permute(2, 0, 1)[None]
         if bpp is not None and not bpp > 0:
             raise ValueError(f"bpp must be positive, not {bpp}")
-        entropy = entropy or ("context" if self.context else "none")
         self._session(entropy, *self._grid(height, width))  # what it refuses is refused before the work
         if psnr is None:
             planes: Iterable[np.ndarray] = self._analyse(pixels, _check_iterations(iterations), progress)
@@ -136,7 +135,7 @@ class Codec:
         Raises:
             ValueError: not even one iteration fits.
         """
-        session = self._session(entropy or ("context" if self.context else "none"), *self._grid(height, width))
+        session = self._session(entropy, *self._grid(height, width))
         entries: list[Iteration] = []
         payloads: list[bytes] = []
         for plane in planes:
@@ -282,8 +281,9 @@ class Codec:
         planes = [session.decode(coding, payload) for coding, payload in zip(codings, payloads, strict=True)]
         return header, np.stack(planes)[:, None]
 
-    def _session(self, entropy: EntropyName, rows: int, columns: int) -> Session:
-        """A new session of an entropy coder."""
+    def _session(self, entropy: EntropyName | None, rows: int, columns: int) -> Session:
+        """A new session of an entropy coder; None as in `encode`."""
+        entropy = entropy or ("context" if self.context else "none")
         if entropy in CLASSICAL:
             return CLASSICAL[entropy](self.config.bits, rows, columns)
         if entropy != "context":
