@@ -156,7 +156,7 @@ class JointTraining(CodecTraining):
     `distortion`; in the product, a percent of the bits counts the same after each iteration.
 
         l1      distortion + rate_weight * bits per pixel of all iterations together
-        rmse    distortion * (geometric mean of the bits per pixel up to each iteration) ** rate_weight
+        rmse    distortion * geometric mean of (bits per pixel up to each iteration) ** rate_weight
 
     Args:
         context: shape of the context model; `bits` is the codec's. It starts from that of the given `weights` if this
@@ -164,7 +164,12 @@ class JointTraining(CodecTraining):
         rate_weight: lambda, see above. Where quality grows by 6 dB with each doubling of the rate, 1 is neutral in
             `rmse`: the loss of twice the bits and half the error is the same. The default is for `l1`;
             `configs/small_wider.yaml` has 0.2 for `rmse`.
+        last_rate_weight: in `rmse`, lambda of the last of `iterations`, to which it falls or rises linearly from
+            `rate_weight` at the first; None for the same everywhere.
         others: as in `CodecTraining`.
+
+    Raises:
+        ValueError: `last_rate_weight` is given for `l1`, which counts all bits alike.
     """
 
     monitor = "val/loss", "min"
@@ -173,9 +178,12 @@ class JointTraining(CodecTraining):
         self,
         context: ContextConfig = ContextConfig(),  # noqa: B008 - frozen
         rate_weight: float = 0.01,
+        last_rate_weight: float | None = None,
         **others: Any,
     ) -> None:
         super().__init__(**others)
+        if last_rate_weight is not None and self.distortion == "l1":
+            raise ValueError("last_rate_weight is for rmse: l1 counts all bits alike")
         self.context = ContextModel(_config(context, self.network.config.bits))
         if others.get("weights") is not None:
             start = load_weights(others["weights"]).context
@@ -184,6 +192,7 @@ class JointTraining(CodecTraining):
         self.save_hyperparameters()
         self.plain_hyperparameters(network=asdict(self.network.config), context=asdict(self.context.config))
         self.rate_weight = rate_weight
+        self.last_rate_weight = rate_weight if last_rate_weight is None else last_rate_weight
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
@@ -203,7 +212,9 @@ class JointTraining(CodecTraining):
         """The loss of a distortion and the bits per pixel up to each iteration."""
         if self.distortion == "l1":
             return distortion + self.rate_weight * rates[-1]
-        return distortion * (self.rate_weight * rates.log().mean()).exp()
+        weights = torch.linspace(self.rate_weight, self.last_rate_weight, self.iterations, device=rates.device)
+        each = weights[torch.arange(len(rates)).clamp(max=self.iterations - 1)]  # validation may run more iterations
+        return distortion * (each * rates.log()).mean().exp()
 
     def rates(self, planes: Tensor) -> Tensor:
         """Estimated bits per pixel up to each iteration [T], for bits [T, B, bits, rows, columns]."""

@@ -213,13 +213,29 @@ def test_joint_loss_is_distortion_and_weighted_rate():
     assert loss == pytest.approx(l1 + 0.25 * sum(rates), rel=1e-5)
 
 
-def test_joint_loss_with_geometric_means_is_a_product():
-    loss, residuals, rates = joint_step(rate_weight=0.25, distortion="rmse")
+@pytest.mark.parametrize(("last", "weights"), [(None, (0.5, 0.5, 0.5)), (0.1, (0.5, 0.3, 0.1))])
+def test_joint_loss_with_geometric_means_is_a_product(last, weights):
+    loss, residuals, rates = joint_step(rate_weight=0.5, last_rate_weight=last, distortion="rmse")
     expected = 1.0
-    for k, residual in enumerate(residuals, 1):
+    for k, (residual, weight) in enumerate(zip(residuals, weights, strict=True), 1):
         rmse = math.sqrt(residual.square().mean().item())
-        expected *= (rmse * sum(rates[:k]) ** 0.25) ** (1 / 3)
+        expected *= (rmse * sum(rates[:k]) ** weight) ** (1 / 3)
     assert loss == pytest.approx(expected, rel=1e-5)
+
+
+def test_joint_loss_of_iterations_after_the_last_and_of_fewer():
+    module = joint(rate_weight=0.5, last_rate_weight=0.1, distortion="rmse")
+    rates = torch.tensor([0.1, 0.2, 0.4, 0.7])
+    expected = (0.1**0.5 * 0.2**0.3 * 0.4**0.1 * 0.7**0.1) ** (1 / 4)  # all after the third count as the third does
+    assert module.weighed(torch.tensor(2.0), rates).item() == pytest.approx(2 * expected, rel=1e-5)
+    assert module.weighed(torch.tensor(2.0), rates[:2]).item() == pytest.approx(
+        2 * (0.1**0.5 * 0.2**0.3) ** 0.5, rel=1e-5
+    )
+
+
+def test_joint_loss_with_arithmetic_means_has_one_rate_weight():
+    with pytest.raises(ValueError, match="last_rate_weight is for rmse"):
+        joint(rate_weight=0.5, last_rate_weight=0.1)
 
 
 def test_joint_training_starts_from_given_weights_and_their_context_model(with_board):
