@@ -199,7 +199,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> tuple[RecurrentCodec, dict[
         network.load_state_dict({key[len(prefix) :]: tensor for key, tensor in state.items()}, assign=True)
         provenance = {
             "steps": str(checkpoint["global_step"]),
-            "settings": _canonical(settings),
+            "settings": _canonical(_shared(settings)),
             "data": _canonical(checkpoint["PatchDataModule"]),
             "seed": str(checkpoint["seed"]),
             "torch": torch.__version__,
@@ -211,6 +211,12 @@ def load_checkpoint(path: str | os.PathLike[str]) -> tuple[RecurrentCodec, dict[
         # PyTorch's message is long and advises to unpickle what should not be.
         raise WeightsError(f"{os.fspath(path)}: not a checkpoint of train.py ({type(error).__name__})") from error
     return network.eval(), provenance
+
+
+def _shared(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a training as a file tells them to others: of other weights the name, not the folder."""
+    names = {key: Path(settings[key]).name for key in ("codec", "weights") if settings.get(key)}
+    return {**settings, **names}
 
 
 def add_context(checkpoint: str | os.PathLike[str], path: str | os.PathLike[str], name: str) -> None:
@@ -231,7 +237,7 @@ def add_context(checkpoint: str | os.PathLike[str], path: str | os.PathLike[str]
     try:
         loaded = torch.load(checkpoint, map_location="cpu", weights_only=True)
         settings = json.loads(json.dumps(loaded["hyper_parameters"]))
-        record = {"model": name, "steps": loaded["global_step"], "seed": loaded["seed"], "settings": settings}
+        record = {"model": name, "steps": loaded["global_step"], "seed": loaded["seed"], "settings": _shared(settings)}
         if "contexts" in settings:
             if loaded.get("started_from"):
                 record["started_from"] = loaded["started_from"]

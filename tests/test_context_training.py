@@ -131,6 +131,8 @@ def test_training_starts_from_a_given_context_model(with_board, codec_file, tmp_
     add_context(tmp_path / "a.ckpt", other, "board")
     record = json.loads(load_weights(other).provenance["context"])
     assert record["started_from"] == start.context_fingerprint.hex()
+    assert record["settings"]["codec"] == "other.safetensors"  # no folder of this machine
+    assert record["settings"]["weights"] == with_board.name
     with pytest.raises(ValueError, match="no context model of the shape"):
         ContextTraining(CONTEXTS, str(other), weights=str(with_board))
     with pytest.raises(ValueError, match=r"tiny\.safetensors has no context model"):

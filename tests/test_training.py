@@ -2,6 +2,7 @@
 
 import csv
 import inspect
+import json
 import math
 import os
 import re
@@ -371,6 +372,7 @@ def test_training_starts_from_given_weights_and_the_checkpoint_says_from_which(t
     assert resumed.started_from == start.fingerprint.hex()
     moved, provenance = load_checkpoint(tmp_path / "a.ckpt")
     assert provenance["started_from"] == start.fingerprint.hex()
+    assert json.loads(provenance["settings"])["weights"] == "a.safetensors"  # no folder of this machine
     assert not torch.equal(moved.decoder.output.weight, start.network.decoder.output.weight)
     assert "started_from" not in load_checkpoint(tmp_path / "b.ckpt")[1]
 
