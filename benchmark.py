@@ -22,6 +22,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,6 +36,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from rnncodec.codec import Codec
+from rnncodec.context_training import JointTraining
 from rnncodec.data import PatchDataModule
 from rnncodec.format import RAW, read_header
 from rnncodec.images import atomic_write, load_image, save_image
@@ -44,6 +46,8 @@ from rnncodec.weights import load_weights, save_weights
 
 REQUIRED = 100  # patches the stream must deliver for each one that training consumes
 Mode = Literal["float32", "fastest"]
+Training = Callable[..., CodecTraining]
+TRAININGS = {kind.__name__: kind for kind in (CodecTraining, JointTraining)}
 PRECISION: dict[Mode, Any] = {"float32": "32-true", "fastest": "bf16-mixed"}
 
 
@@ -149,10 +153,24 @@ def time_stream(batches: Iterator[Any], data: PatchDataModule, seconds: float) -
     return elapsed / count
 
 
-def make_training(config: dict[str, Any], iterations: int, mode: Mode, compile: bool) -> CodecTraining:
-    """The training of a config's `model` section, all iterations from the start."""
-    unroll = {"iterations": iterations, "growth": {}}
-    return CodecTraining(**{**config, **unroll, "compile": compile and mode == "fastest"})
+def training_of(model: dict[str, Any]) -> Training:
+    """Makes the training that a config's `model` section describes; arguments that are given replace those in it.
+
+    Raises:
+        ValueError: the section is not that of a codec's training.
+    """
+    name = model.get("class_path", CodecTraining.__name__).split(".")[-1]
+    arguments = model.get("init_args", {}) if "class_path" in model else model
+    kind = TRAININGS.get(name)
+    known = {key for base in (kind, CodecTraining) if base for key in inspect.signature(base).parameters}
+    if kind is None or set(arguments) - known:
+        raise ValueError("not of a codec's training")
+    return partial(kind, **arguments)
+
+
+def make_training(training: Training, iterations: int, mode: Mode, compile: bool) -> CodecTraining:
+    """The training of a config, all iterations from the start."""
+    return training(iterations=iterations, growth={}, compile=compile and mode == "fastest")
 
 
 def make_codec(network: NetworkConfig, folder: Path, mode: Mode, compile: bool) -> Codec:
@@ -170,14 +188,14 @@ def autocast(mode: Mode) -> AbstractContextManager[Any]:
     return torch.autocast("cpu", torch.bfloat16) if mode == "fastest" else nullcontext()
 
 
-def unrolled(config: dict[str, Any]) -> list[int]:
+def unrolled(config: Training) -> list[int]:
     """The fewest iterations of a training and all of them, one number where they are the same."""
-    training = CodecTraining(**config)
+    training = config()
     return sorted({training.fewest_iterations(), training.iterations})
 
 
 def compare_stream(
-    config: dict[str, Any], data: PatchDataModule, scale: Scale, compile: bool, tick: Callable[[], None]
+    config: Training, data: PatchDataModule, scale: Scale, compile: bool, tick: Callable[[], None]
 ) -> dict[int, Ratio]:
     """Patches of the stream alone for each one that training consumes, at its fewest iterations and at all of them."""
     counts = unrolled(config)
@@ -194,7 +212,7 @@ def compare_stream(
 
 
 def compare_costs(
-    configs: dict[str, dict[str, Any]],
+    configs: dict[str, Training],
     data: PatchDataModule,
     x: np.ndarray,
     scale: Scale,
@@ -318,10 +336,8 @@ def measure(
     file = args.config or Path(__file__).parent / "configs" / ("debug.yaml" if args.quick else "small.yaml")
     try:
         config = yaml.safe_load(file.read_text())
-        small = dict(config["model"].get("init_args", config["model"]))
-        if set(small) - set(inspect.signature(CodecTraining).parameters):
-            raise ValueError("not of a codec's training")
-    except (yaml.YAMLError, TypeError, KeyError, ValueError) as error:
+        small = training_of(config["model"])
+    except (yaml.YAMLError, AttributeError, TypeError, KeyError, ValueError) as error:
         raise ValueError(f"{file}: not a config with a model") from error
     x = load_image(args.image) if args.image else generate_image(*scale.size, seed=0)
     shipped = Codec(load_weights())
@@ -336,11 +352,12 @@ def measure(
         for i in range(scale.images):
             save_image(generate_image(384, 256, seed=i), root / f"{i}.png")
     common = {"root": root, "val_images": 1, "cache_dir": folder / "cache"}
-    data = PatchDataModule(**common, batch_size=config.get("data", {}).get("batch_size", 32))
+    sizes = {key: value for key, value in config.get("data", {}).items() if key in ("batch_size", "patch_size")}
+    data = PatchDataModule(**common, **sizes)
     data.prepare_data()
     data.setup("fit")
     few = PatchDataModule(**common, batch_size=scale.batch_size)
-    configs = {"T17": paper, config.get("name", file.stem): small}
+    configs = {"T17": training_of(paper), config.get("name", file.stem): small}
     ticks = (scale.turns + 1) * (2 + len(unrolled(small)) + 2 * len(configs))
     with Progress(console=Console(stderr=True)) as progress:
         task = progress.add_task("measuring", total=ticks)

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 sys.path.append(str(Path(__file__).parent.parent))  # the script lies beside the package
 
@@ -27,8 +28,39 @@ def test_a_quick_run_reports_every_ratio(tmp_path, capsys):
     assert "time of entropy" in capsys.readouterr().out  # the title of the last table, which may be broken
 
 
-def test_errors_are_one_line_before_anything_is_measured(tmp_path, capsys):
-    (tmp_path / "bad.yaml").write_text("name: x")
+@pytest.mark.filterwarnings("ignore")
+def test_a_joint_training_is_measured_with_its_patches_and_its_context_model(tmp_path, monkeypatch):
+    config = yaml.safe_load((Path(benchmark.__file__).parent / "configs" / "small_falling.yaml").read_text())
+    tiny = {"encoder_channels": [8, 16, 16, 16], "decoder_channels": [16] * 5}
+    context = {"kind": "parallel", "channels": 8}
+    config["model"]["init_args"] |= {"network": tiny, "context": context, "growth": {0: [3, 16]}}
+    (tmp_path / "joint.yaml").write_text(yaml.safe_dump(config))
+    measured, time_training = set(), benchmark.time_training
+
+    def spy(module, data, mode, steps):
+        measured.add((type(module).__name__, module.iterations, data.patch_size, data.batch_size))
+        return time_training(module, data, mode, steps)
+
+    monkeypatch.setattr(benchmark, "time_training", spy)
+    result = tmp_path / "ratios.json"
+    assert benchmark.main(["--quick", "--config", str(tmp_path / "joint.yaml"), "--json", str(result)]) == 0
+    assert set(json.loads(result.read_text())["stream_over_training"]) == {"3 iterations", "16 iterations"}
+    costs = {("CodecTraining", 2, 32, 2), ("JointTraining", 2, 32, 2)}  # like for like
+    assert measured == costs | {("JointTraining", k, 64, 16) for k in (3, 16)}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "name: x",
+        "model: 3",
+        "model: {speed: 3}",
+        "model: {class_path: ContextTraining, init_args: {codec: small}}",
+        "model: {class_path: CodecTraining, init_args: {rate_weight: 0.1}}",
+    ],
+)
+def test_errors_are_one_line_before_anything_is_measured(text, tmp_path, capsys):
+    (tmp_path / "bad.yaml").write_text(text)
     assert benchmark.main(["--quick", "--config", str(tmp_path / "bad.yaml")]) == 1
     assert capsys.readouterr().err.splitlines() == [
         f"benchmark: error: {tmp_path / 'bad.yaml'}: not a config with a model"
