@@ -160,7 +160,7 @@ def training_of(model: dict[str, Any]) -> Training:
         ValueError: the section is not that of a codec's training.
     """
     name = model.get("class_path", CodecTraining.__name__).split(".")[-1]
-    arguments = model.get("init_args", {}) if "class_path" in model else model
+    arguments = model.get("init_args", model)
     kind = TRAININGS.get(name)
     known = {key for base in (kind, CodecTraining) if base for key in inspect.signature(base).parameters}
     if kind is None or set(arguments) - known:
@@ -195,10 +195,14 @@ def unrolled(config: Training) -> list[int]:
 
 
 def compare_stream(
-    config: Training, data: PatchDataModule, scale: Scale, compile: bool, tick: Callable[[], None]
+    config: Training,
+    counts: Sequence[int],
+    data: PatchDataModule,
+    scale: Scale,
+    compile: bool,
+    tick: Callable[[], None],
 ) -> dict[int, Ratio]:
-    """Patches of the stream alone for each one that training consumes, at its fewest iterations and at all of them."""
-    counts = unrolled(config)
+    """Patches of the stream alone for each one that training consumes, at some numbers of iterations."""
     modules = {k: make_training(config, k, "fastest", compile) for k in counts}
     batches = iter(data.train_dataloader())
     stream, training = [], {k: [] for k in counts}
@@ -337,6 +341,7 @@ def measure(
     try:
         config = yaml.safe_load(file.read_text())
         small = training_of(config["model"])
+        sizes = {key: value for key, value in config.get("data", {}).items() if key in ("batch_size", "patch_size")}
     except (yaml.YAMLError, AttributeError, TypeError, KeyError, ValueError) as error:
         raise ValueError(f"{file}: not a config with a model") from error
     x = load_image(args.image) if args.image else generate_image(*scale.size, seed=0)
@@ -352,20 +357,20 @@ def measure(
         for i in range(scale.images):
             save_image(generate_image(384, 256, seed=i), root / f"{i}.png")
     common = {"root": root, "val_images": 1, "cache_dir": folder / "cache"}
-    sizes = {key: value for key, value in config.get("data", {}).items() if key in ("batch_size", "patch_size")}
     data = PatchDataModule(**common, **sizes)
     data.prepare_data()
     data.setup("fit")
     few = PatchDataModule(**common, batch_size=scale.batch_size)
     configs = {"T17": training_of(paper), config.get("name", file.stem): small}
-    ticks = (scale.turns + 1) * (2 + len(unrolled(small)) + 2 * len(configs))
+    counts = unrolled(small)
+    ticks = (scale.turns + 1) * (2 + len(counts) + 2 * len(configs))
     with Progress(console=Console(stderr=True)) as progress:
         task = progress.add_task("measuring", total=ticks)
 
         def tick() -> None:
             progress.advance(task)
 
-        stream = compare_stream(small, data, scale, args.compile, tick)
+        stream = compare_stream(small, counts, data, scale, args.compile, tick)
         costs = compare_costs(configs, few, x, scale, args.compile, folder, tick)
         entropy = compare_entropy(shipped, x, scale, tick)
     return stream, costs, entropy

@@ -54,6 +54,7 @@ def test_a_joint_training_is_measured_with_its_patches_and_its_context_model(tmp
     [
         "name: x",
         "model: 3",
+        "{model: {}, data: 3}",
         "model: {speed: 3}",
         "model: {class_path: ContextTraining, init_args: {codec: small}}",
         "model: {class_path: CodecTraining, init_args: {rate_weight: 0.1}}",
