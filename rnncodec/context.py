@@ -422,11 +422,17 @@ class ContextModel(nn.Module):
         Args:
             planes: bits [T, B, bits, H, W] of -1 and +1.
         """
-        state, logits = None, []
+        state, priors = None, []
         for t, bits in enumerate(planes):
-            logits.append(self.predictor(t)(bits, self.history.look(state, bits)))
+            priors.append(self.history.look(state, bits))
             state = self.history(bits, state) if t + 1 < len(planes) else None
-        return torch.stack(logits)
+        # Iterations that share a predictor go through it as one batch: on a GPU many small kernels take longer.
+        own = min(len(self.predictors) - 1, len(planes))
+        logits = [self.predictor(t)(planes[t], priors[t])[None] for t in range(own)]
+        if own < len(planes):
+            shared = self.predictor(own)(planes[own:].flatten(0, 1), torch.cat(priors[own:]))
+            logits.append(shared.unflatten(0, (-1, planes.shape[1])))
+        return torch.cat(logits)
 
     def quantize(self) -> "ContextModel":
         """An exact copy of a trained model.
