@@ -41,6 +41,7 @@ from rnncodec.data import PatchDataModule
 from rnncodec.format import RAW, read_header
 from rnncodec.images import atomic_write, load_image, save_image
 from rnncodec.network import NetworkConfig, RecurrentCodec
+from rnncodec.optim import bfloat16_pays
 from rnncodec.training import CodecTraining
 from rnncodec.weights import load_weights, save_weights
 
@@ -48,7 +49,8 @@ REQUIRED = 100  # patches the stream must deliver for each one that training con
 Mode = Literal["float32", "fastest"]
 Training = Callable[..., CodecTraining]
 TRAININGS = {kind.__name__: kind for kind in (CodecTraining, JointTraining)}
-PRECISION: dict[Mode, Any] = {"float32": "32-true", "fastest": "bf16-mixed"}
+BFLOAT16 = bfloat16_pays(torch.device("cpu"))
+PRECISION: dict[Mode, Any] = {"float32": "32-true", "fastest": "bf16-mixed" if BFLOAT16 else "32-true"}
 
 
 @dataclass(frozen=True)
@@ -185,7 +187,7 @@ def make_codec(network: NetworkConfig, folder: Path, mode: Mode, compile: bool) 
 
 def autocast(mode: Mode) -> AbstractContextManager[Any]:
     """The arithmetic of a mode, outside the trainer."""
-    return torch.autocast("cpu", torch.bfloat16) if mode == "fastest" else nullcontext()
+    return torch.autocast("cpu", torch.bfloat16) if mode == "fastest" and BFLOAT16 else nullcontext()
 
 
 def unrolled(config: Training) -> list[int]:

@@ -564,7 +564,7 @@ def evaluate(args: argparse.Namespace, console: Console) -> int:
                     checked = True
                 if coders:
                     progress.update(task, description=f"{name}: entropy coders")
-                    bits = codec.read_bits(codec.encode(x, args.iterations))
+                    bits = codec.read_bits(codec.encode(x, args.iterations, entropy="none"))
                     image_sizes = coded_sizes(coders, bits, *x.shape[:2])
                 if args.save_images:
                     save_image(x, folder / "original.png")

@@ -37,6 +37,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 import wandb
 from jsonargparse import Namespace
 from lightning.pytorch.callbacks import EMAWeightAveraging, LearningRateMonitor, ModelCheckpoint, RichProgressBar
@@ -50,12 +51,19 @@ from rnncodec import (
     tracking,
 )
 from rnncodec.data import PatchDataModule
+from rnncodec.optim import bfloat16_pays
 from rnncodec.training import Training
+
+
+def default_precision() -> str:
+    """Mixed with bfloat16, but on a processor that is slow at it."""
+    return "bf16-mixed" if torch.cuda.is_available() or bfloat16_pays(torch.device("cpu")) else "32-true"
+
 
 DEFAULTS: dict[str, Any] = {
     "accelerator": "auto",
     "devices": 1,
-    "precision": "bf16-mixed",
+    "precision": default_precision(),
     "gradient_clip_val": 1.0,
     "max_epochs": -1,  # the stream of patches has no end: max_steps or max_time stops the training
     "max_steps": 1_000_000,

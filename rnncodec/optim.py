@@ -12,6 +12,11 @@ from rnncodec.cells import GateConv
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 
+def bfloat16_pays(device: torch.device) -> bool:
+    """Whether products in bfloat16 are fast: on processors without AVX-512 they take many times as long as others."""
+    return device.type != "cpu" or torch.backends.cpu.get_cpu_capability() not in ("NO AVX", "DEFAULT", "AVX2")
+
+
 def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
     """The nearest semi-orthogonal matrices, roughly: singular values move to about 1 (between 0.7 and 1.2).
 
@@ -20,10 +25,10 @@ def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
         steps: of the Newton-Schulz iteration.
 
     Returns:
-        [N, rows, columns] in bfloat16.
+        [N, rows, columns] in bfloat16, or in float32 where that is faster.
     """
     a, b, c = NEWTON_SCHULZ
-    x = matrices.bfloat16()
+    x = matrices.bfloat16() if bfloat16_pays(matrices.device) else matrices.float()
     wide = x if x.shape[1] <= x.shape[2] else x.mT
     x = wide / wide.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(steps):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rnncodec.network import NetworkConfig, RecurrentCodec
-from rnncodec.optim import MuonAdamW, orthogonalize, parameter_groups
+from rnncodec.optim import MuonAdamW, bfloat16_pays, orthogonalize, parameter_groups
 
 
 @pytest.mark.parametrize("shape", [(3, 16, 40), (2, 40, 16), (1, 24, 24)])
@@ -18,6 +18,14 @@ def test_orthogonalize_keeps_the_singular_vectors_and_levels_the_values(shape):
     nearest = u @ vh
     cosine = (result * nearest).sum((1, 2)) / (result.norm(dim=(1, 2)) * nearest.norm(dim=(1, 2)))
     assert cosine.min() > 0.97
+
+
+@pytest.mark.parametrize(("capability", "dtype"), [("AVX2", torch.float32), ("AVX512", torch.bfloat16)])
+def test_bfloat16_is_for_processors_that_are_fast_at_it(capability, dtype, monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    matrices = torch.randn(2, 8, 20, generator=torch.Generator().manual_seed(0))
+    assert orthogonalize(matrices).dtype == dtype
+    assert bfloat16_pays(torch.device("cuda"))
 
 
 def gradients(shape, steps):

@@ -101,6 +101,16 @@ class Recorder(L.Callback):
         self.weights.append(torch.cat([p.detach().flatten() for p in pl_module.parameters()]))
 
 
+@pytest.mark.parametrize(
+    ("cuda", "capability", "precision"),
+    [(False, "AVX2", "32-true"), (False, "AVX512", "bf16-mixed"), (True, "AVX2", "bf16-mixed")],
+)
+def test_mixed_precision_is_the_default_where_it_is_fast(cuda, capability, precision, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert train.default_precision() == precision
+
+
 @pytest.mark.parametrize("optimizer", ["adam", "muon"])
 def test_steps_with_nan_are_skipped_and_counted(optimizer):
     torch.manual_seed(0)
