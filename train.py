@@ -21,7 +21,7 @@ a file; one of them becomes part of that file. Or codec and context model are tr
 
     python train.py fit --config configs/context.yaml --data.root PHOTOS --model.codec codec.safetensors
     rnncodec export runs/context/best.ckpt codec.safetensors --context parallel
-    python train.py fit --config configs/small_falling.yaml --data.root PHOTOS --model.weights small
+    python train.py fit --config configs/small_gpu.yaml --data.root PHOTOS --model.weights small
 
 A config says only what differs from DEFAULTS below; the command line overrides both. Checkpoints, metrics and
 the complete config.yaml go to runs/NAME (--name, else the config's). W&B (docs/wandb.md) runs offline unless you
