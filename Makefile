@@ -30,7 +30,7 @@ demo: $(VENV)/installed
 	@echo "Look at demo/results/report.html, demo/results/coffee_comparison.png and demo/results/rate_distortion.png"
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadscope
 
 lint: $(VENV)/installed
 	$(INSTALL) --editable '.[dev]'

@@ -6,9 +6,10 @@
 
 Three questions are answered. Does the data keep up: patches a second of the data stream alone, over those that training
 `small` consumes. And what do a train step, encoding and decoding cost: `small` and the configuration of T17, in eager
-float32 and in the fastest mode, each relative to T17's in eager float32. And what does entropy coding cost, relative to
-the network's part of encoding and decoding, with the shipped weights. What is compared runs in turns, so that a
-change of the machine's load meets all; numbers are medians of the turns' ratios, with the range in brackets.
+float32 and in the fastest mode, each relative to T17's in eager float32; the fastest mode is bfloat16 by autocast where
+the processor has AVX-512. And what does entropy coding cost, relative to the network's part of encoding and decoding,
+with the shipped weights. What is compared runs in turns, so that a change of the machine's load meets all; numbers are
+medians of the turns' ratios, with the range in brackets.
 """
 
 import argparse
@@ -61,7 +62,8 @@ class Scale:
         turns: repetitions, one more is thrown away as a warm-up.
         seconds: for which the data stream is read in each turn.
         steps: train steps of `small` in each turn against the data stream.
-        batch_size, iterations: of the train steps whose cost is compared.
+        batch_size: of all train steps, whatever the config has, which may be meant for a GPU.
+        iterations: of the train steps whose cost is compared.
         size: width and height of the image to encode and decode, if it is generated.
         coded: iterations to encode and decode.
         entropy_coded: iterations to encode and decode with and without entropy coding.
@@ -343,7 +345,7 @@ def measure(
     try:
         config = yaml.safe_load(file.read_text())
         small = training_of(config["model"])
-        sizes = {key: value for key, value in config.get("data", {}).items() if key in ("batch_size", "patch_size")}
+        sizes = {key: value for key, value in config.get("data", {}).items() if key in ("patch_size", "tile_size")}
     except (yaml.YAMLError, AttributeError, TypeError, KeyError, ValueError) as error:
         raise ValueError(f"{file}: not a config with a model") from error
     x = load_image(args.image) if args.image else generate_image(*scale.size, seed=0)
@@ -359,7 +361,7 @@ def measure(
         for i in range(scale.images):
             save_image(generate_image(384, 256, seed=i), root / f"{i}.png")
     common = {"root": root, "val_images": 1, "cache_dir": folder / "cache"}
-    data = PatchDataModule(**common, **sizes)
+    data = PatchDataModule(**common, **sizes, batch_size=scale.batch_size)
     data.prepare_data()
     data.setup("fit")
     few = PatchDataModule(**common, batch_size=scale.batch_size)

@@ -21,11 +21,12 @@ a file; one of them becomes part of that file. Or codec and context model are tr
 
     python train.py fit --config configs/context.yaml --data.root PHOTOS --model.codec codec.safetensors
     rnncodec export runs/context/best.ckpt codec.safetensors --context parallel
-    python train.py fit --config configs/small_gpu.yaml --data.root PHOTOS --model.weights small
+    python train.py fit --config configs/small_gpu.yaml --data.root PHOTOS --model.weights small  # on a GPU
 
-A config says only what differs from DEFAULTS below; the command line overrides both. Checkpoints, metrics and
-the complete config.yaml go to runs/NAME (--name, else the config's). W&B (docs/wandb.md) runs offline unless you
-are logged in or set WANDB_MODE. The weights that `rnncodec --weights` takes are made from a checkpoint by
+A config says only what differs from DEFAULTS below; the command line overrides both. Precision is bf16-mixed where
+there is a GPU or the processor has AVX-512, else 32-true, unless --trainer.precision says otherwise. Checkpoints,
+metrics and the complete config.yaml go to runs/NAME (--name, else the config's). W&B (docs/wandb.md) runs offline
+unless you are logged in or set WANDB_MODE. The weights that `rnncodec --weights` takes are made from a checkpoint by
 `rnncodec export`.
 """
 
@@ -56,8 +57,8 @@ from rnncodec.training import Training
 
 
 def default_precision() -> str:
-    """Mixed with bfloat16, but on a processor that is slow at it."""
-    return "bf16-mixed" if torch.cuda.is_available() or bfloat16_pays(torch.device("cpu")) else "32-true"
+    """Mixed with bfloat16, but without a GPU on a processor that is slow at it."""
+    return "bf16-mixed" if torch.accelerator.is_available() or bfloat16_pays(torch.device("cpu")) else "32-true"
 
 
 DEFAULTS: dict[str, Any] = {

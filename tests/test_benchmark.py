@@ -34,19 +34,20 @@ def test_a_joint_training_is_measured_with_its_patches_and_its_context_model(tmp
     tiny = {"encoder_channels": [8, 16, 16, 16], "decoder_channels": [16] * 5}
     context = {"kind": "parallel", "channels": 8}
     config["model"]["init_args"] |= {"network": tiny, "context": context, "growth": {0: [3, 16]}}
+    config["data"] |= {"patch_size": 80, "tile_size": 112}
     (tmp_path / "joint.yaml").write_text(yaml.safe_dump(config))
     measured, time_training = set(), benchmark.time_training
 
     def spy(module, data, mode, steps):
-        measured.add((type(module).__name__, module.iterations, data.patch_size, data.batch_size))
+        measured.add((type(module).__name__, module.iterations, data.tile_size, data.patch_size, data.batch_size))
         return time_training(module, data, mode, steps)
 
     monkeypatch.setattr(benchmark, "time_training", spy)
     result = tmp_path / "ratios.json"
     assert benchmark.main(["--quick", "--config", str(tmp_path / "joint.yaml"), "--json", str(result)]) == 0
     assert set(json.loads(result.read_text())["stream_over_training"]) == {"3 iterations", "16 iterations"}
-    costs = {("CodecTraining", 2, 32, 2), ("JointTraining", 2, 32, 2)}  # like for like
-    assert measured == costs | {("JointTraining", k, 64, 16) for k in (3, 16)}
+    costs = {("CodecTraining", 2, 64, 32, 2), ("JointTraining", 2, 64, 32, 2)}  # like for like
+    assert measured == costs | {("JointTraining", k, 112, 80, 2) for k in (3, 16)}
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ def model(kind, seed=0, **config):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("iterations", [0, 2])
+@pytest.mark.parametrize("iterations", [0, 2, 5])
 def test_exact_model_is_the_integer_reference(kind, iterations):
     exact = model(kind, iterations=iterations).quantize()
     x = planes(dtype=torch.float64)

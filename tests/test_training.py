@@ -102,11 +102,11 @@ class Recorder(L.Callback):
 
 
 @pytest.mark.parametrize(
-    ("cuda", "capability", "precision"),
+    ("gpu", "capability", "precision"),
     [(False, "AVX2", "32-true"), (False, "AVX512", "bf16-mixed"), (True, "AVX2", "bf16-mixed")],
 )
-def test_mixed_precision_is_the_default_where_it_is_fast(cuda, capability, precision, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+def test_mixed_precision_is_the_default_where_it_is_fast(gpu, capability, precision, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: gpu)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     assert train.default_precision() == precision
 
