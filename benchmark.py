@@ -360,11 +360,11 @@ def measure(
         root.mkdir()
         for i in range(scale.images):
             save_image(generate_image(384, 256, seed=i), root / f"{i}.png")
-    common = {"root": root, "val_images": 1, "cache_dir": folder / "cache"}
-    data = PatchDataModule(**common, **sizes, batch_size=scale.batch_size)
+    common = {"root": root, "val_images": 1, "cache_dir": folder / "cache", "batch_size": scale.batch_size}
+    data = PatchDataModule(**common, **sizes)
     data.prepare_data()
     data.setup("fit")
-    few = PatchDataModule(**common, batch_size=scale.batch_size)
+    few = PatchDataModule(**common)
     configs = {"T17": training_of(paper), config.get("name", file.stem): small}
     counts = unrolled(small)
     ticks = (scale.turns + 1) * (2 + len(counts) + 2 * len(configs))

@@ -6,20 +6,17 @@ import torch
 from rnncodec.network import NetworkConfig, RecurrentCodec
 from rnncodec.optim import MuonAdamW, bfloat16_pays, orthogonalize, parameter_groups
 
-CAPABILITIES = pytest.mark.parametrize(
-    ("capability", "dtype"), [("AVX2", torch.float32), ("AVX512", torch.bfloat16)], indirect=["capability"]
-)
+
+@pytest.fixture(params=[("AVX2", torch.float32), ("AVX512", torch.bfloat16)], ids=["AVX2", "AVX512"])
+def dtype(request, monkeypatch):
+    """Of products on a processor that claims to be such a one; any can compute in both, if slowly."""
+    capability, dtype = request.param
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    return dtype
 
 
-@pytest.fixture
-def capability(request, monkeypatch):
-    """What the processor says that it can do; it computes in bfloat16 in any case, if slowly."""
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: request.param)
-
-
-@CAPABILITIES
 @pytest.mark.parametrize("shape", [(3, 16, 40), (2, 40, 16), (1, 24, 24)])
-def test_orthogonalize_keeps_the_singular_vectors_and_levels_the_values(shape, capability, dtype):
+def test_orthogonalize_keeps_the_singular_vectors_and_levels_the_values(shape, dtype):
     matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     result = orthogonalize(matrices)
     assert result.dtype == dtype
@@ -42,9 +39,9 @@ def gradients(shape, steps):
     return [torch.randn(shape, generator=generator) for _ in range(steps)]
 
 
-@CAPABILITIES
+@pytest.mark.usefixtures("dtype")
 @pytest.mark.parametrize("shape", [(24, 10), (10, 24)])
-def test_one_gate_moves_as_in_torch_muon(shape, capability, dtype):
+def test_one_gate_moves_as_in_torch_muon(shape):
     start = torch.randn(shape, generator=torch.Generator().manual_seed(2))
     ours = start[..., None, None].clone().requires_grad_()
     theirs = start.clone().requires_grad_()
