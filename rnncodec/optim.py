@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rnncodec.cells import GateConv
+from rnncodec.network.cells import GateConv
 
 # The quintic iteration of Jordan et al. 2024 (Muon): it maps singular values to about 1 in five steps.
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from rnncodec.binarizer import Binarizer, binarize
+from rnncodec.network.binarizer import Binarizer, binarize
 
 METHODS = ["stochastic", "sign", "noise"]
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])

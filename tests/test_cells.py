@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from rnncodec.cells import CELLS, AssociativeConvLSTM, ConvGRU, ConvLSTM, Feedforward
+from rnncodec.network.cells import CELLS, AssociativeConvLSTM, ConvGRU, ConvLSTM, Feedforward
 
 SIZES = pytest.mark.parametrize(("stride", "hidden_kernel"), [(1, 1), (1, 3), (2, 1), (2, 3)])
 

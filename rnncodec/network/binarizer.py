@@ -5,7 +5,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from rnncodec.cells import conv
+from rnncodec.network.cells import conv
 
 BinarizerName = Literal["stochastic", "sign", "noise"]
 

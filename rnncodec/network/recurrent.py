@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rnncodec.binarizer import Binarizer, BinarizerName
-from rnncodec.cells import CELLS, CellName, CellState, GateConv, conv
+from rnncodec.network.binarizer import Binarizer, BinarizerName
+from rnncodec.network.cells import CELLS, CellName, CellState, GateConv, conv
 
 ReconstructionName = Literal["one_shot", "additive", "residual_scaling"]
 
@@ -41,7 +41,7 @@ class NetworkConfig:
         encoder_cell, decoder_cell: recurrent cell of each side (`none` for the feed-forward models of T16).
         reconstruction: `one_shot` predicts the image anew in each iteration, `additive` adds to the previous
             reconstruction, `residual_scaling` adds and lets a gain network amplify small residuals (T17 sec. 3.2).
-        binarizer: see `rnncodec.binarizer.binarize`.
+        binarizer: see `rnncodec.network.binarizer.binarize`.
         bits: bits for each location and iteration.
         encoder_channels: of the first convolution, then of each cell; every layer halves the resolution.
         encoder_hidden_kernels: one for each encoder cell.

@@ -1,0 +1,36 @@
+"""The networks and the residual loop that joins them: what an image is to its bits, one step at a time.
+
+Nothing here knows of files, entropy coding, data or training.
+"""
+
+from rnncodec.network.binarizer import Binarizer, BinarizerName, binarize
+from rnncodec.network.cells import CELLS, CellName, GateConv
+from rnncodec.network.recurrent import (
+    GainNetwork,
+    NetworkConfig,
+    ReconstructionName,
+    RecurrentCodec,
+    State,
+    Step,
+    pad_to_blocks,
+    to_uint8,
+    widened,
+)
+
+__all__ = [
+    "CELLS",
+    "Binarizer",
+    "BinarizerName",
+    "CellName",
+    "GainNetwork",
+    "GateConv",
+    "NetworkConfig",
+    "ReconstructionName",
+    "RecurrentCodec",
+    "State",
+    "Step",
+    "binarize",
+    "pad_to_blocks",
+    "to_uint8",
+    "widened",
+]
