@@ -1,0 +1,270 @@
+"""The questions that a pass asks of the latent space: is a channel's residual above a threshold? Bits are the answers.
+
+The threshold, and the two values of which the answer adds one, are looked up by what encoder and decoder both know:
+the case of a question. It is made of the last three answers on the question's channel in its block, and of the
+activity around: what the answers so far have cost, here and in the four blocks beside. A question with an unlikely yes
+costs a tenth of a bit where nothing happens; a plain sign would cost a full one everywhere.
+
+Cases come from bits by whole numbers alone, so that every machine finds the same ones. Thresholds and values are
+floats: they decide what is sent and what a picture looks like, never how a file is read.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+HISTORIES = 15  # none, one, two or three answers: the nodes of a binary tree, whose last level keeps the last three
+ACTIVITIES = 5
+CASES = HISTORIES * ACTIVITIES
+UNIT = 256  # costs are counted in 1/256 bit
+QUIET = 10  # the first components say how bright a block is, not how busy
+REST = 2.0  # blocks without any residual that are added to each case, so that a rare one does not say too much
+SPREADS = (0.0, 1.0, -1.0, 1.7, -1.7)  # candidates for a threshold: standard deviations from the mean of a case
+
+Answer = Callable[[int, Tensor], Tensor]
+"""Answers a group of questions, given its number and the cases [B, K / groups, H, W], by bits of that shape."""
+
+
+class Known(NamedTuple):
+    """What both sides know between two groups: uint8 [B, C, H, W], and whole numbers in float32 [B, 1, H, W]."""
+
+    history: Tensor
+    activity: Tensor
+
+
+class Questions(nn.Module):
+    """The questions of every pass, in groups; each group's cases depend on the answers of all groups before it.
+
+    Args:
+        channels: of the latent space.
+        iterations: passes there are questions for.
+        bits: questions of a pass.
+        groups: of a pass.
+    """
+
+    channel: Tensor
+    cost: Tensor
+    edges: Tensor
+
+    def __init__(self, channels: int, iterations: int, bits: int, groups: int) -> None:
+        super().__init__()
+        self.channels, self.groups = channels, groups
+        size = bits // groups
+        # The channel each question asks about, what each answer costs in each case, and where activities begin.
+        self.register_buffer("channel", torch.zeros(iterations, groups, size, dtype=torch.long))
+        self.register_buffer("cost", torch.zeros(iterations, groups, size, CASES, 2, dtype=torch.long))
+        self.register_buffer("edges", torch.zeros(iterations, groups, ACTIVITIES - 1, dtype=torch.long))
+        # Threshold, mean of the two values, and half their difference.
+        self.table = nn.Parameter(torch.zeros(iterations, groups, size, CASES, 3))
+
+    def start(self, like: Tensor) -> Known:
+        """What is known before the first pass, for latents [B, C, H, W]."""
+        batch, _, height, width = like.shape
+        history = torch.zeros(batch, self.channels, height, width, dtype=torch.uint8, device=like.device)
+        return Known(history, torch.zeros(batch, 1, height, width, device=like.device))
+
+    def case(self, iteration: Tensor, group: int, known: Known) -> Tensor:
+        """The cases of a group of questions, long [B, K / groups, H, W]."""
+        activity = (_around(known.activity)[None] > self.edges[iteration, group].view(-1, 1, 1, 1, 1)).sum(0)
+        return known.history[:, self.channel[iteration, group]].long() * ACTIVITIES + activity
+
+    def told(self, iteration: Tensor, group: int, known: Known, case: Tensor, bits: Tensor) -> Known:
+        """What is known after a group has been answered; a bit of 0 was never sent and tells nothing."""
+        channel = self.channel[iteration, group]
+        yes, sent = bits > 0, bits != 0
+        history = case // ACTIVITIES
+        after = torch.where(history < 7, 2 * history + 1 + yes, 7 + (2 * (history - 7) + yes) % 8)
+        spent = self.cost[iteration, group].flatten()[2 * _places(case) + yes]
+        counted = sent & (channel >= QUIET).view(-1, 1, 1)
+        return Known(
+            known.history.index_copy(1, channel, torch.where(sent, after, history).to(torch.uint8)),
+            known.activity + (spent * counted).sum(1, keepdim=True),
+        )
+
+    def walk(self, iteration: Tensor, known: Known, answer: Answer) -> tuple[Tensor, Tensor, Known]:
+        """Asks all groups of a pass in order.
+
+        Args:
+            iteration: number of the pass, from 0, a long scalar.
+            known: before it.
+            answer: gives bits of -1 and +1, and 0 where nothing was sent.
+
+        Returns:
+            Bits [B, K, H, W], their cases, long of the same shape, and what is known after the pass.
+        """
+        bits, cases = [], []
+        for group in range(self.groups):
+            case = self.case(iteration, group, known)
+            found = answer(group, case)
+            known = self.told(iteration, group, known, case, found.detach())
+            bits.append(found)
+            cases.append(case)
+        return torch.cat(bits, 1), torch.cat(cases, 1), known
+
+    def look_up(self, table: Tensor, case: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Thresholds, means and half differences of the values [B, k, H, W] from a table [k, CASES, 3]."""
+        threshold, mean, half = F.embedding(_places(case), table.flatten(0, 1)).unbind(-1)
+        return threshold, mean, half
+
+    def ask(self, iteration: Tensor, known: Known, residual: Tensor, offset: Tensor) -> Tensor:
+        """The bits of a pass, [B, K, H, W] of -1 and +1.
+
+        The gradient is that of the ramp between the two values: straight through near the threshold, none beyond.
+
+        Args:
+            iteration: number of the pass, from 0, a long scalar.
+            known: before it.
+            residual: [B, C, H, W].
+            offset: added to the residual before it is compared, [B, K, H, W].
+        """
+        channel, table = self.channel[iteration], self.table[iteration]
+        offsets = offset.chunk(self.groups, 1)
+        added: list[Tensor] = []  # by the groups so far
+
+        def answer(group: int, case: Tensor) -> Tensor:
+            threshold, mean, half = self.look_up(table[group], case)
+            left = residual[:, channel[group]]
+            if added:  # the same channel may have been asked about before in this pass
+                same = (channel[group][:, None] == channel[:group].flatten()).to(left.dtype)
+                left = left - torch.einsum("ij,bjhw->bihw", same, torch.cat(added, 1))
+            margin = left - threshold + offsets[group]
+            ramp = (margin / half.detach().abs().clamp(min=1e-3)).clamp(-1, 1)
+            bits = torch.where(margin > 0, 1.0, -1.0).to(margin.dtype) + (ramp - ramp.detach())
+            added.append(mean + half * bits)
+            return bits
+
+        return self.walk(iteration, known, answer)[0]
+
+    def values(self, iteration: Tensor, known: Known, bits: Tensor) -> tuple[Tensor, Known]:
+        """What the bits [B, K, H, W] of a pass add to the latents, [B, C, H, W], and what is known after it.
+
+        Args:
+            iteration: number of the pass, from 0, a long scalar.
+            known: before it.
+            bits: -1 and +1, and 0 where nothing was sent, which adds nothing.
+        """
+        groups = bits.chunk(self.groups, 1)
+        _, case, known = self.walk(iteration, known, lambda group, _: groups[group])
+        _, mean, half = self.look_up(self.table[iteration].flatten(0, 1), case)
+        added = mean * bits.detach().abs() + half * bits
+        latents = added.new_zeros(len(bits), self.channels, *bits.shape[2:])
+        return latents.index_add(1, self.channel[iteration].flatten(), added), known
+
+    def odds(self) -> Tensor:
+        """Log odds of a yes by the costs alone, [iterations, K, CASES]: where a context model starts."""
+        cost = self.cost.flatten(1, 2)
+        return (cost[..., 0] - cost[..., 1]) * (math.log(2) / UNIT)
+
+    @torch.no_grad()
+    def learn(self, y: Tensor, weight: Tensor, selection: int = 2**14, price: float = 0.2) -> Tensor:
+        """Finds the questions by a greedy search: in each group those that save most error for their bits.
+
+        Args:
+            y: latents of training images, [B, C, H, W].
+            weight: squared error of a picture for a squared error of 1 of each channel, [C].
+            selection: blocks that decide which channels are asked about; all of them decide on the tables.
+            price: bits that a question costs beside its entropy; little of it finds questions of few bits.
+
+        Returns:
+            Standard deviation of each channel's residual before each pass, [iterations, C].
+        """
+        (batch, _, height, width), size = y.shape, self.channel.shape[2]
+        residual = y.transpose(0, 1).flatten(1).clone()  # [C, blocks]
+        some = torch.arange(0, residual.shape[1], max(1, residual.shape[1] // selection), device=y.device)
+        parts = torch.arange(1, ACTIVITIES, device=y.device) / ACTIVITIES
+        known, deviations = self.start(y), []
+        for t in range(len(self.channel)):
+            iteration = torch.tensor(t, device=y.device)
+            deviations.append(residual.square().mean(1).sqrt())
+            for group in range(self.groups):
+                around = _around(known.activity).flatten()
+                self.edges[t, group] = torch.quantile(around[:: max(1, len(around) // 2**16)], parts).round().long()
+                self.channel[t, group, :] = 0  # whose cases are then those of
+                history = known.history.transpose(0, 1).flatten(1)[:, some].long()
+                activity = self.case(iteration, group, known)[:, 0].flatten()[some] % ACTIVITIES
+                statistics = _Statistics(history * ACTIVITIES + activity, residual[:, some])
+                spreads = torch.tensor(SPREADS, device=y.device)
+                scores = torch.stack([statistics.split(spread).score(weight, price) for spread in spreads])
+                score, best = scores.max(0)
+                channel = score.topk(size).indices
+                self.channel[t, group] = channel
+                case = self.case(iteration, group, known)
+                split = _Statistics(case.transpose(0, 1).flatten(1), residual[channel]).split(
+                    spreads[best[channel], None]
+                )
+                self.table[t, group], self.cost[t, group] = split.table(), split.cost()
+                threshold, mean, half = self.look_up(self.table[iteration, group], case)
+                asked = residual[channel].view(size, batch, height, width).transpose(0, 1)
+                bits = torch.where(asked > threshold, 1.0, -1.0)
+                residual[channel] -= (mean + half * bits).transpose(0, 1).flatten(1)
+                known = self.told(iteration, group, known, case, bits)
+        return torch.stack(deviations)
+
+
+class _Statistics:
+    """Counts and sums of residuals [k, N] in their cases [k, N]."""
+
+    def __init__(self, case: Tensor, residual: Tensor) -> None:
+        self.questions, self.blocks = residual.shape
+        self.place = (case + CASES * torch.arange(len(case), device=case.device)[:, None]).flatten()
+        self.residual = residual.flatten()
+        self.count, self.sum = self._total(torch.ones_like(self.residual)), self._total(self.residual)
+        self.mean = self.sum / (self.count + REST)
+        square = self._total(self.residual.square()) / self.count.clamp(min=1)
+        self.deviation = (square - self.mean.square()).clamp(min=0).sqrt()
+
+    def _total(self, values: Tensor) -> Tensor:
+        return torch.bincount(self.place, values.double(), self.questions * CASES).view(self.questions, CASES)
+
+    def split(self, spread: Tensor) -> "_Split":
+        """The residuals divided at so many deviations from the mean of each case."""
+        threshold = (self.mean + spread * self.deviation).float()
+        above = (self.residual > threshold.flatten()[self.place]).float()
+        return _Split(self, threshold, self._total(above), self._total(above * self.residual))
+
+
+class _Split(NamedTuple):
+    """Residuals divided by a threshold: of each case [k, CASES] how many are above, and their sum."""
+
+    all: _Statistics
+    threshold: Tensor
+    count: Tensor
+    sum: Tensor
+
+    def score(self, weight: Tensor, price: float) -> Tensor:
+        """Squared error saved for each bit, [k]."""
+        below, total = self.all.count - self.count, self.all.sum - self.sum
+        saved = self.sum.square() / (self.count + REST) + total.square() / (below + REST)
+        entropy = (
+            torch.xlogy(self.all.count, self.all.count)
+            - torch.xlogy(self.count, self.count)
+            - torch.xlogy(below, below)
+        ) / math.log(2)
+        return (saved.sum(1) / self.all.blocks * weight / (entropy.sum(1) / self.all.blocks + price)).float()
+
+    def table(self) -> Tensor:
+        """Threshold, mean and half difference of the two values, [k, CASES, 3]."""
+        high = self.sum / (self.count + REST)
+        low = (self.all.sum - self.sum) / (self.all.count - self.count + REST)
+        return torch.stack([self.threshold.double(), (high + low) / 2, (high - low) / 2], -1).float()
+
+    def cost(self) -> Tensor:
+        """What a no and a yes cost in 1/256 bit, [k, CASES, 2]; counts begin at a half."""
+        counts = torch.stack([self.all.count - self.count, self.count], -1) + 0.5
+        return (-UNIT * (counts / counts.sum(-1, keepdim=True)).log2()).round().long()
+
+
+def _places(case: Tensor) -> Tensor:
+    """Rows in a flattened table [k, CASES] of cases [B, k, H, W]."""
+    return case + CASES * torch.arange(case.shape[1], device=case.device).view(-1, 1, 1)
+
+
+def _around(activity: Tensor) -> Tensor:
+    """Four times a block's activity and once that of those beside it, its own again beyond the border."""
+    padded = F.pad(activity, (1, 1, 1, 1), mode="replicate")
+    beside = padded[..., 1:-1, :-2] + padded[..., 1:-1, 2:] + padded[..., :-2, 1:-1] + padded[..., 2:, 1:-1]
+    return 4 * activity + beside
