@@ -5,6 +5,8 @@ Nothing here knows of files, entropy coding, data or training.
 
 from rnncodec.network.binarizer import Binarizer, BinarizerName, binarize
 from rnncodec.network.cells import CELLS, CellName, GateConv
+from rnncodec.network.latent import LatentConfig
+from rnncodec.network.questions import Questions
 from rnncodec.network.recurrent import (
     GainNetwork,
     NetworkConfig,
@@ -24,7 +26,9 @@ __all__ = [
     "CellName",
     "GainNetwork",
     "GateConv",
+    "LatentConfig",
     "NetworkConfig",
+    "Questions",
     "ReconstructionName",
     "RecurrentCodec",
     "State",

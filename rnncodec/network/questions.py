@@ -110,7 +110,9 @@ class Questions(nn.Module):
         threshold, mean, half = F.embedding(_places(case), table.flatten(0, 1)).unbind(-1)
         return threshold, mean, half
 
-    def ask(self, iteration: Tensor, known: Known, residual: Tensor, offset: Tensor) -> Tensor:
+    def ask(
+        self, iteration: Tensor, known: Known, residual: Tensor, offset: Tensor, left: Tensor | None = None
+    ) -> Tensor:
         """The bits of a pass, [B, K, H, W] of -1 and +1.
 
         The gradient is that of the ramp between the two values: straight through near the threshold, none beyond.
@@ -120,6 +122,7 @@ class Questions(nn.Module):
             known: before it.
             residual: [B, C, H, W].
             offset: added to the residual before it is compared, [B, K, H, W].
+            left: how many groups of this pass and later ones are still sent, long [B, H, W]; bits beyond are 0.
         """
         channel, table = self.channel[iteration], self.table[iteration]
         offsets = offset.chunk(self.groups, 1)
@@ -127,13 +130,16 @@ class Questions(nn.Module):
 
         def answer(group: int, case: Tensor) -> Tensor:
             threshold, mean, half = self.look_up(table[group], case)
-            left = residual[:, channel[group]]
+            rest = residual[:, channel[group]]
             if added:  # the same channel may have been asked about before in this pass
-                same = (channel[group][:, None] == channel[:group].flatten()).to(left.dtype)
-                left = left - torch.einsum("ij,bjhw->bihw", same, torch.cat(added, 1))
-            margin = left - threshold + offsets[group]
+                same = (channel[group][:, None] == channel[:group].flatten()).to(rest.dtype)
+                rest = rest - torch.einsum("ij,bjhw->bihw", same, torch.cat(added, 1))
+            margin = rest - threshold + offsets[group]
             ramp = (margin / half.detach().abs().clamp(min=1e-3)).clamp(-1, 1)
             bits = torch.where(margin > 0, 1.0, -1.0).to(margin.dtype) + (ramp - ramp.detach())
+            if left is not None:
+                sent = (left > group)[:, None]
+                bits, mean = bits * sent, mean * sent
             added.append(mean + half * bits)
             return bits
 
