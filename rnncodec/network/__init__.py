@@ -14,10 +14,12 @@ from rnncodec.network.recurrent import (
     RecurrentCodec,
     State,
     Step,
+    network_config,
     pad_to_blocks,
     to_uint8,
     widened,
 )
+from rnncodec.network.transforms import Window
 
 __all__ = [
     "CELLS",
@@ -33,7 +35,9 @@ __all__ = [
     "RecurrentCodec",
     "State",
     "Step",
+    "Window",
     "binarize",
+    "network_config",
     "pad_to_blocks",
     "to_uint8",
     "widened",

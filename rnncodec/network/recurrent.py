@@ -4,11 +4,11 @@
           (once)             ▲      state t                            state t     ▲      │       (where wanted)
                              └───────────────── y_hat of step t-1 ─────────────────┴──────┘
 
-Training, encoding and decoding all run `RecurrentCodec.forward`, one step, in a loop: `unroll`. The papers' networks run
-it on pixels, where y is x; a `LatentConfig` makes a network whose loop runs on one vector for each 16x16 block.
+Training, encoding and decoding all run `RecurrentCodec.forward`, one step, in a loop: `unroll`. The papers' networks
+run it on pixels, where y is x; a `LatentConfig` makes a network whose loop runs on one vector for each 16x16 block.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple, cast, get_args
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from rnncodec.network.binarizer import Binarizer, BinarizerName
 from rnncodec.network.cells import CELLS, CellName, CellState, GateConv, conv
 from rnncodec.network.latent import LatentBinarizer, LatentConfig, LatentDecoder, LatentEncoder
-from rnncodec.network.transforms import LatentTransforms, Pixels
+from rnncodec.network.transforms import WHOLE, LatentTransforms, Pixels, Window
 
 ReconstructionName = Literal["one_shot", "additive", "residual_scaling"]
 
@@ -99,6 +99,15 @@ class NetworkConfig:
     def stride(self) -> int:
         """Side in pixels of the block of one location of the code."""
         return self.patch_size if self.patch_size > 1 else 2 ** len(self.encoder_channels)
+
+
+def network_config(values: Mapping[str, Any]) -> NetworkConfig | LatentConfig:
+    """The config that plain values describe: only that of a latent network has `latents`.
+
+    Raises:
+        ValueError, TypeError: they describe none.
+    """
+    return (LatentConfig if "latents" in values else NetworkConfig)(**values)
 
 
 class State(NamedTuple):
@@ -265,17 +274,21 @@ class RecurrentCodec(nn.Module):
             y_hat = y_hat + state.y_hat
         return Step(bits, State(encoder_state, known, decoder_state, y_hat))
 
-    def unroll(self, x: Tensor, iterations: int, limit: Tensor | None = None) -> Iterator[Step]:
-        """The steps that encode images x, [B, 3, H, W] in [-1, 1], H and W multiples of the stride; limit as above."""
-        y, state = self.transforms.analyse(x), None
+    def analyse(self, x: Tensor) -> Tensor:
+        """Images [B, 3, H, W] in [-1, 1], H and W multiples of the stride, to what the loop runs on."""
+        return self.transforms.analyse(x)
+
+    def unroll(self, y: Tensor, iterations: int, limit: Tensor | None = None) -> Iterator[Step]:
+        """The steps that encode what `analyse` gave; limit as above."""
+        state = None
         for _ in range(iterations):
             step = self(state, y=y, limit=limit)
             state = step.state
             yield step
 
-    def picture(self, state: State) -> Tensor:
-        """The images that a decoder shows in a state, [B, 3, H, W], roughly in [-1, 1]."""
-        return self.transforms.synthesise(state.y_hat, state.decoder)
+    def picture(self, state: State, window: Window = WHOLE) -> Tensor:
+        """The images that a decoder shows in a state, [B, 3, H, W], roughly in [-1, 1]; or a window of their blocks."""
+        return self.transforms.synthesise(state.y_hat, state.decoder, window)
 
     @torch.no_grad()
     def start(self, x: Tensor) -> None:
@@ -287,10 +300,17 @@ class RecurrentCodec(nn.Module):
         if not isinstance(self.transforms, LatentTransforms):
             raise ValueError("only a latent network starts from images")
         weight = self.transforms.start(x)
-        y = torch.cat([self.transforms.analyse(images) for images in x.split(16)])
+        y = torch.cat([self.analyse(images) for images in x.split(16)])
         deviations = self.binarizer.questions.learn(y, weight)
         self.encoder.scale.copy_(deviations)
         self.decoder.scale.copy_(deviations)
+
+    def started(self) -> list[nn.Parameter]:
+        """The parameters that `start` sets and training should change slowly; none in pixel networks."""
+        if not isinstance(self.transforms, LatentTransforms):
+            return []
+        linear = self.transforms.analysis.linear, self.transforms.synthesis.linear
+        return [self.binarizer.questions.table, *(p for layer in linear for p in layer.parameters())]
 
 
 @torch.no_grad()

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 STRIDE = 16  # side in pixels of the block of one location
 SHUFFLE = 4  # the branches work from 1/4 of the resolution down
 
+Window = tuple[slice, slice]
+WHOLE = slice(None), slice(None)
+
 
 def silent(in_channels: int, out_channels: int, kernel_size: int) -> nn.Conv2d:
     """A convolution that starts by saying nothing, so that what stands beside it starts as it is."""
@@ -111,17 +114,23 @@ class Synthesis(nn.Module):
 
 
 class Pixels(nn.Module):
-    """The transforms of the papers' networks, whose loop runs on the pixels: none."""
+    """The transforms of the papers' networks, whose loop runs on the pixels: none, so that no window is ever cut."""
+
+    halos = 0, 0
 
     def analyse(self, x: Tensor) -> Tensor:
         return x
 
-    def synthesise(self, y_hat: Tensor, decoder: Any) -> Tensor:
+    def synthesise(self, y_hat: Tensor, decoder: Any, window: Window) -> Tensor:
         return y_hat
 
 
 class LatentTransforms(nn.Module):
-    """Analysis and synthesis around a loop in the latent space."""
+    """Analysis and synthesis around a loop in the latent space.
+
+    Attributes:
+        halos: how many blocks around a block its analysis and its synthesis see.
+    """
 
     def __init__(
         self,
@@ -136,12 +145,18 @@ class LatentTransforms(nn.Module):
         super().__init__()
         self.analysis = Analysis(latents, analysis_channels, analysis_blocks)
         self.synthesis = Synthesis(latents, hidden, counts, synthesis_channels, synthesis_blocks)
+        # Pixels that 3x3 convolutions reach: two in each residual block at 1/4, 1/8 and 1/16 of the resolution, one in
+        # the stem of the analysis, in each of its strided layers, and at the end of the synthesis.
+        self.halos = (
+            -(-(4 + 4 + 8 + 2 * (4 + 8 + 16) * analysis_blocks) // STRIDE),
+            -(-(4 + 2 * (4 + 8 + 16) * synthesis_blocks) // STRIDE),
+        )
 
     def analyse(self, x: Tensor) -> Tensor:
         return self.analysis(x)
 
-    def synthesise(self, y_hat: Tensor, decoder: "DecoderState") -> Tensor:
-        return self.synthesis(y_hat, decoder.cell[0], decoder.received)
+    def synthesise(self, y_hat: Tensor, decoder: "DecoderState", window: Window) -> Tensor:
+        return self.synthesis(*(tensor[..., *window] for tensor in (y_hat, decoder.cell[0], decoder.received)))
 
     def start(self, x: Tensor) -> Tensor:
         return start_linear(self.analysis, self.synthesis, x)
@@ -155,7 +170,8 @@ def start_linear(analysis: Analysis, synthesis: Synthesis, x: Tensor) -> Tensor:
     makes all components alike.
 
     Args:
-        analysis, synthesis: whose linear parts are set.
+        analysis: whose linear part is set.
+        synthesis: likewise.
         x: images [N, 3, H, W] in [-1, 1], sides multiples of 16; of a few ten thousand blocks at least.
 
     Returns:
