@@ -18,20 +18,22 @@ from safetensors import SafetensorError, safe_open
 from rnncodec.context import ContextConfig, ContextModel
 from rnncodec.format import NAME_PATTERN
 from rnncodec.images import atomic_write, one_line
-from rnncodec.network import NetworkConfig, RecurrentCodec
+from rnncodec.network import LatentConfig, NetworkConfig, Questions, RecurrentCodec
 
 PRETRAINED = Path(__file__).parent / "pretrained"
 DEFAULT_NAME = "small"
 
 # A config in a file is a claim about shapes. These bounds keep the network that checks it small, whatever it claims.
 MAX_WIDTH, MAX_LAYERS, MAX_KERNEL = 2**14, 8, 31
+MAX_QUESTIONS = 2**16
+TYPES = {torch.float32: "F16", torch.int32: "I32", torch.int64: "I64"}  # of a network's tensors in a file
 
 
 class WeightsError(ValueError):
     """Weights that are missing, damaged or not the ones a file needs; the message is one line."""
 
 
-Config = TypeVar("Config", NetworkConfig, ContextConfig)
+Config = TypeVar("Config", NetworkConfig, LatentConfig, ContextConfig)
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ def save_weights(
     if not NAME_PATTERN.fullmatch(name):
         raise WeightsError(f"the name of weights is up to 32 letters, digits, '.', '_' and '-', not {name!r}")
     tensors = _half(network)
-    _check_values(tensors, name)
+    _check_values(tensors, name, network)
     config = _canonical(asdict(network.config))
     metadata = {
         "name": name,
@@ -111,7 +113,7 @@ def load_weights(path_or_name: str | os.PathLike[str] = DEFAULT_NAME) -> Weights
         with safe_open(path, framework="pt") as file:
             metadata = _metadata(file.metadata(), path)
             try:
-                config = _config(NetworkConfig, json.loads(metadata["config"]))
+                config = _network_config(json.loads(metadata["config"]))
                 provenance = json.loads(metadata["provenance"])
                 if not isinstance(provenance, dict) or not all(isinstance(text, str) for text in provenance.values()):
                     raise ValueError("provenance must map text to text")
@@ -119,8 +121,7 @@ def load_weights(path_or_name: str | os.PathLike[str] = DEFAULT_NAME) -> Weights
                 with torch.device("meta"):
                     network = RecurrentCodec(config)
                     expected = {
-                        key: (tensor.shape, "F16" if tensor.is_floating_point() else "I64")
-                        for key, tensor in network.state_dict().items()
+                        key: (tensor.shape, TYPES[tensor.dtype]) for key, tensor in network.state_dict().items()
                     }
                     if "context" in metadata:
                         context_config = _context_config(json.loads(metadata["context"]), config)
@@ -139,7 +140,7 @@ def load_weights(path_or_name: str | os.PathLike[str] = DEFAULT_NAME) -> Weights
     except (SafetensorError, OSError) as error:
         raise WeightsError(f"{path}: not a readable safetensors file ({one_line(error)})") from error
     integers = {key[len("context.") :]: tensors.pop(key) for key in list(tensors) if key.startswith("context.")}
-    _check_values(tensors, str(path))
+    _check_values(tensors, str(path), network)
     digest = fingerprint(metadata["config"], tensors)
     if metadata["fingerprint"] != digest.hex():
         raise WeightsError(f"{path}: damaged, the tensors do not match the fingerprint {metadata['fingerprint']}")
@@ -166,7 +167,17 @@ def _half(network: RecurrentCodec) -> dict[str, torch.Tensor]:
     }
 
 
-def _context_config(values: Any, network: NetworkConfig) -> ContextConfig:
+def _network_config(values: Any) -> NetworkConfig | LatentConfig:
+    """A config of unknown origin of a network: only that of a latent one has `latents`."""
+    if isinstance(values, dict) and "latents" in values:
+        config = _config(LatentConfig, values)
+        if config.iterations > 255 or config.iterations * config.bits > MAX_QUESTIONS:
+            raise ValueError(f"{config.iterations} iterations of {config.bits} bits are too many")
+        return config
+    return _config(NetworkConfig, values)
+
+
+def _context_config(values: Any, network: NetworkConfig | LatentConfig) -> ContextConfig:
     """A config of unknown origin of a context model for a network."""
     config = _config(ContextConfig, values)
     if config.bits != network.bits:
@@ -193,7 +204,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> tuple[RecurrentCodec, dict[
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         settings = checkpoint["hyper_parameters"]
         with torch.device("meta"):
-            network = RecurrentCodec(_config(NetworkConfig, json.loads(json.dumps(settings["network"]))))
+            network = RecurrentCodec(_network_config(json.loads(json.dumps(settings["network"]))))
         prefix = "network."
         state = {key: tensor for key, tensor in checkpoint["state_dict"].items() if key.startswith(prefix)}
         network.load_state_dict({key[len(prefix) :]: tensor for key, tensor in state.items()}, assign=True)
@@ -343,12 +354,19 @@ def _config(kind: type[Config], values: Any) -> Config:
     return kind(**checked)
 
 
-def _check_values(tensors: Mapping[str, torch.Tensor], source: str) -> None:
-    """Refuses what is not a number, and index tensors that are not permutations."""
+def _check_values(tensors: Mapping[str, torch.Tensor], source: str, network: RecurrentCodec) -> None:
+    """Refuses what is not a number, permutations that are none, and questions that cannot be asked."""
+    questions = {f"{name}." for name, module in network.named_modules() if isinstance(module, Questions)}
     for key, tensor in tensors.items():
+        prefix, name = key[: key.rfind(".") + 1], key[key.rfind(".") + 1 :]
         if tensor.is_floating_point():
             if not torch.isfinite(tensor).all():
                 raise WeightsError(f"{source}: {key} holds values that are not finite in float16")
+        elif prefix in questions:
+            assert isinstance(network.config, LatentConfig)
+            limit = network.config.latents if name == "channel" else 2**20  # sums of costs stay exact
+            if tensor.min() < 0 or tensor.max() >= limit:
+                raise WeightsError(f"{source}: {key} holds numbers beyond 0..{limit - 1}")
         elif not np.array_equal(tensor.sort(-1).values, np.broadcast_to(np.arange(tensor.shape[-1]), tensor.shape)):
             raise WeightsError(f"{source}: {key} does not hold permutations")
 

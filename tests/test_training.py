@@ -396,7 +396,7 @@ def test_a_wider_network_starts_as_the_narrower_one(tmp_path):
     assert module.network.training
     x = Patches(1)[0]
     for ours, theirs in zip(module.network.eval().unroll(x, 2), start.unroll(x, 2), strict=True):
-        torch.testing.assert_close(ours.x_hat, theirs.x_hat)
+        torch.testing.assert_close(ours.state.y_hat, theirs.state.y_hat)
 
 
 def test_weights_of_another_network_are_refused(tmp_path):

@@ -30,7 +30,7 @@ Answer = Callable[[int, Tensor], Tensor]
 
 
 class Known(NamedTuple):
-    """What both sides know between two groups: uint8 [B, C, H, W], and whole numbers in float32 [B, 1, H, W]."""
+    """What both sides know between two groups: uint8 [B, C, H, W], and whole numbers in float64 [B, 1, H, W]."""
 
     history: Tensor
     activity: Tensor
@@ -56,8 +56,8 @@ class Questions(nn.Module):
         size = bits // groups
         # The channel each question asks about, what each answer costs in each case, and where activities begin.
         self.register_buffer("channel", torch.zeros(iterations, groups, size, dtype=torch.long))
-        self.register_buffer("cost", torch.zeros(iterations, groups, size * CASES * 2, dtype=torch.long))
-        self.register_buffer("edges", torch.zeros(iterations, groups, ACTIVITIES - 1, dtype=torch.long))
+        self.register_buffer("cost", torch.zeros(iterations, groups, size * CASES * 2, dtype=torch.int32))
+        self.register_buffer("edges", torch.zeros(iterations, groups, ACTIVITIES - 1, dtype=torch.int32))
         # Threshold, mean of the two values, and half their difference.
         self.table = nn.Parameter(torch.zeros(iterations, bits * CASES, 3))
 
@@ -65,7 +65,8 @@ class Questions(nn.Module):
         """What is known before the first pass, for latents [B, C, H, W]."""
         batch, _, height, width = like.shape
         history = torch.zeros(batch, self.channels, height, width, dtype=torch.uint8, device=like.device)
-        return Known(history, torch.zeros(batch, 1, height, width, device=like.device))
+        activity = torch.zeros(batch, 1, height, width, dtype=torch.double, device=like.device)
+        return Known(history, activity)
 
     def case(self, iteration: Tensor, group: int, known: Known) -> Tensor:
         """The cases of a group of questions, long [B, K / groups, H, W]."""
@@ -181,7 +182,7 @@ class Questions(nn.Module):
         (batch, _, height, width), size = y.shape, self.channel.shape[2]
         residual = y.transpose(0, 1).flatten(1).clone()  # [C, blocks]
         some = torch.arange(0, residual.shape[1], max(1, residual.shape[1] // selection), device=y.device)
-        parts = torch.arange(1, ACTIVITIES, device=y.device) / ACTIVITIES
+        parts = torch.arange(1, ACTIVITIES, dtype=torch.double, device=y.device) / ACTIVITIES
         known, deviations = self.start(y), []
         for t in range(len(self.channel)):
             iteration = torch.tensor(t, device=y.device)

@@ -314,7 +314,7 @@ class RecurrentCodec(nn.Module):
 
 
 @torch.no_grad()
-def widened(network: RecurrentCodec, config: NetworkConfig) -> RecurrentCodec:
+def widened(network: RecurrentCodec, config: NetworkConfig | LatentConfig) -> RecurrentCodec:
     """The same function with more channels, from which training can go on (as Chen et al. 2016 do for other networks).
 
     No old channel listens to a new one yet. A new one listens to all: its weights are noise about as large as the
@@ -325,8 +325,12 @@ def widened(network: RecurrentCodec, config: NetworkConfig) -> RecurrentCodec:
         config: with at least as many channels of every layer; another binarizer may follow, all else is the same.
 
     Raises:
-        ValueError: the config asks for more than that, or for more channels of an associative LSTM.
+        ValueError: the config asks for more than that, or for more channels of an associative LSTM or a latent network.
     """
+    if isinstance(network.config, LatentConfig) or isinstance(config, LatentConfig):
+        if config != network.config:
+            raise ValueError("a latent network must stay as it is")
+        return network
     old, widths = network.config, ("encoder_channels", "decoder_channels", "gain_channels")
     same = replace(config, binarizer=old.binarizer, **{name: getattr(old, name) for name in widths}) == old
     if not same or len(config.gain_channels) != len(old.gain_channels):

@@ -1,0 +1,318 @@
+"""The loop in the latent space: its step in NumPy, its start from images, missing bits, windows, files."""
+
+import io
+from dataclasses import asdict, replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from rnncodec import format
+from rnncodec.codec import Codec
+from rnncodec.images import load_image
+from rnncodec.network import LatentConfig, NetworkConfig, RecurrentCodec, network_config, to_uint8
+from rnncodec.weights import WeightsError, load_weights, save_weights
+
+TINY = LatentConfig(
+    iterations=4,
+    bits=16,
+    groups=4,
+    latents=24,
+    encoder_channels=8,
+    decoder_channels=12,
+    mixed=8,
+    around=6,
+    analysis_channels=(8, 8, 8),
+    synthesis_channels=(8, 8, 8),
+    synthesis_blocks=1,
+)
+
+
+def images(photos, size=128):
+    """Squares of photographs, [N, 3, size, size] in [-1, 1]."""
+    tiles = []
+    for path in sorted(photos.iterdir()):
+        image = torch.from_numpy(load_image(path)).permute(2, 0, 1)
+        tiles += [
+            image[:, y : y + size, x : x + size]
+            for y in range(0, image.shape[1] - size + 1, size)
+            for x in range(0, image.shape[2] - size + 1, size)
+        ]
+    return torch.stack(tiles).float() / 127.5 - 1
+
+
+@pytest.fixture(scope="module")
+def network(photos):
+    """A network that has started from photographs, and whose silent layers have begun to speak."""
+    torch.manual_seed(0)
+    network = RecurrentCodec(TINY).eval()
+    network.start(images(photos))
+    with torch.no_grad():
+        for layer in (network.encoder.output, network.decoder.output):
+            layer.weight.normal_(std=0.05)
+        network.transforms.analysis.output.weight.normal_(std=0.02)
+        network.transforms.synthesis.output.weight.normal_(std=0.02)
+        network.transforms.synthesis.hidden.weight.normal_(std=0.1)
+        network.transforms.synthesis.received.weight.normal_(std=0.1)
+        network.decoder.received.weight.normal_(std=0.1)
+        network.encoder.bias.normal_(std=0.1)
+    return network
+
+
+@pytest.fixture(scope="module")
+def codec(network, tmp_path_factory):
+    path = tmp_path_factory.mktemp("weights") / "latent.safetensors"
+    save_weights(path, network, "latent")
+    return Codec(load_weights(path))
+
+
+def convolve(x, layer):
+    """A 1x1 or 3x3 convolution with zeros beyond the border, [C, H, W]."""
+    weight, bias = layer.weight.detach().double().numpy(), layer.bias
+    r = weight.shape[-1] // 2
+    padded = np.pad(x, ((0, 0), (r, r), (r, r)))
+    _, height, width = x.shape
+    out = sum(
+        np.einsum("oi,ihw->ohw", weight[:, :, i, j], padded[:, i : i + height, j : j + width])
+        for i in range(2 * r + 1)
+        for j in range(2 * r + 1)
+    )
+    return out if bias is None else out + bias.detach().double().numpy()[:, None, None]
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def lstm(x, cell, state):
+    gates = convolve(x, cell.input)
+    if state is not None:
+        gates = gates + convolve(state[0], cell.hidden)
+    i, f, o, j = np.split(gates, 4)
+    memory = sigmoid(i) * np.tanh(j) + (0 if state is None else sigmoid(f) * state[1])
+    return sigmoid(o) * np.tanh(memory), (sigmoid(o) * np.tanh(memory), memory)
+
+
+def look(x, module, bias):
+    mixed = convolve(x, module.mixed)
+    around = np.maximum(convolve(np.maximum(mixed, 0), module.around) + bias, 0)
+    return np.concatenate([mixed, around])
+
+
+def test_step_is_that_of_the_equations(network, photos):
+    """r = y - y_hat; bits by the questions, moved by E(r / scale); y_hat += values + D(values / scale, y_hat)."""
+    x = images(photos)[3:4, :, :48, :64]
+    y = network.analyse(x).detach()
+    questions, encoder, decoder = network.binarizer.questions, network.encoder, network.decoder
+    y_hat, encoded, decoded = np.zeros(y.shape[1:]), None, None
+    known, received = questions.start(y), 0
+    for t, step in enumerate(network.unroll(y, 4)):
+        residual = y[0].double().numpy() - y_hat
+        scaled = residual / encoder.scale[t].detach().numpy()[:, None, None]
+        seen = look(scaled, encoder.look, encoder.bias[t].detach().numpy()[:, None, None])
+        hidden, encoded = lstm(seen, encoder.cell, encoded)
+        offset = torch.from_numpy(convolve(hidden, encoder.output)).float()[None]
+        bits = questions.ask(torch.tensor(t), known, torch.from_numpy(residual).float()[None], offset).detach()
+        assert (bits != step.bits).float().mean() < 0.002  # where rounding decides
+        added, known = questions.values(torch.tensor(t), known, step.bits)
+        added = added[0].detach().double().numpy()
+        received += TINY.groups
+        y_hat = y_hat + added
+        scaled = added / decoder.scale[t].detach().numpy()[:, None, None]
+        bias = decoder.received.weight[received].detach().numpy()[:, None, None]
+        hidden, decoded = lstm(look(np.concatenate([scaled, y_hat]), decoder.look, bias), decoder.cell, decoded)
+        y_hat = y_hat + convolve(hidden, decoder.output)
+        np.testing.assert_allclose(step.state.y_hat[0].detach().numpy(), y_hat, atol=1e-4)
+
+
+def test_decoder_follows_the_encoder(network, photos):
+    state = None
+    with torch.no_grad():
+        for step in network.unroll(network.analyse(images(photos)[:2]), 4):
+            decoded = network(state, bits=step.bits)
+            state = decoded.state
+            assert torch.equal(state.y_hat, step.state.y_hat)
+            assert torch.equal(network.picture(state), network.picture(step.state))
+            assert state.encoder is None
+
+
+def test_start_is_a_principal_component_codec(photos):
+    """Components are NumPy's; an untrained network shows what they and the tables say, better with every iteration."""
+    torch.manual_seed(0)
+    network, x = RecurrentCodec(TINY).eval(), images(photos)
+    network.start(x)
+    blocks = x.unfold(2, 16, 16).unfold(3, 16, 16).permute(0, 2, 3, 1, 4, 5).reshape(-1, 768).double().numpy()
+    values, vectors = np.linalg.eigh(np.cov(blocks.T, bias=True))
+    components = vectors[:, ::-1][:, : TINY.latents]
+    kernels = network.transforms.analysis.linear.weight.detach().reshape(TINY.latents, 768).double().numpy()
+    along = np.abs(np.sum(kernels.T * components, 0)) / np.linalg.norm(kernels, axis=1)
+    assert along[:10] == pytest.approx(np.ones(10), abs=1e-3)
+    scale = values[::-1][: TINY.latents] ** -0.25
+    assert np.linalg.norm(kernels, axis=1) == pytest.approx(scale, rel=1e-3)
+    with torch.no_grad():
+        y = network.analyse(x[:4])
+        # All components together: the projection, up to the mean of each pixel of a block.
+        state = next(network.unroll(y, 1)).state
+        whole = network.picture(state._replace(y_hat=y))
+        errors = [(network.picture(step.state) - x[:4]).square().mean().item() for step in network.unroll(y, 4)]
+    color = blocks.mean(0).reshape(3, 256).mean(1).repeat(256)
+    first = x[0].unfold(1, 16, 16).unfold(2, 16, 16).permute(1, 2, 0, 3, 4).reshape(-1, 768).double().numpy() - color
+    expected = first @ components @ components.T + color
+    found = whole[0].unfold(1, 16, 16).unfold(2, 16, 16).permute(1, 2, 0, 3, 4).reshape(-1, 768).double().numpy()
+    np.testing.assert_allclose(found, expected, atol=2e-3)
+    assert errors == sorted(errors, reverse=True)
+    assert errors[3] < 0.5 * errors[0]
+
+
+def test_pixel_networks_do_not_start_from_images(photos):
+    with pytest.raises(ValueError, match="only a latent network"):
+        RecurrentCodec(NetworkConfig(encoder_channels=(8, 8, 8, 8), decoder_channels=(8, 8, 8, 8, 8))).start(
+            images(photos)
+        )
+
+
+def test_missing_bits_are_zeros_to_the_decoder(network, photos):
+    y = network.analyse(images(photos)[:1]).detach()
+    limit = torch.randint(0, 17, y[:, 0].shape, generator=torch.Generator().manual_seed(0))
+    state = None
+    with torch.no_grad():
+        for step in network.unroll(y, 4, limit):
+            decoded = network(state, bits=step.bits)
+            state = decoded.state
+            assert torch.equal(state.y_hat, step.state.y_hat)
+    assert torch.equal(state.decoder.received, limit)  # pyright: ignore[reportOptionalMemberAccess]
+    *_, unlimited = network.unroll(y, 4, torch.full_like(limit, 16))
+    *_, whole = network.unroll(y, 4)
+    assert torch.equal(unlimited.bits, whole.bits)
+
+
+def test_gradients_reach_everything(photos):
+    torch.manual_seed(0)
+    network, x = RecurrentCodec(TINY), images(photos)[:4]
+    network.start(x)
+    with torch.no_grad():
+        for layer in (network.encoder.output, network.decoder.output, network.transforms.synthesis.output):
+            layer.weight.normal_(std=0.05)
+        network.transforms.analysis.output.weight.normal_(std=0.05)
+        network.transforms.synthesis.hidden.weight.normal_(std=0.05)
+    errors = [(network.picture(s.state) - x).square().mean() for s in network.unroll(network.analyse(x), 4)]
+    torch.stack(errors).log().mean().backward()
+    silent = [name for name, p in network.named_parameters() if p.grad is None or not p.grad.any()]
+    assert silent == []
+
+
+@pytest.mark.parametrize("size", [(1, 1), (16, 16), (17, 40), (100, 133), (1, 300)])
+def test_files(codec, size, photos):
+    height, width = size
+    image = load_image(photos / "coffee.png")[50 : 50 + height, 60 : 60 + width]
+    data = codec.encode(image)
+    assert (format.read_header(data).bits, len(format.read_header(data).iterations)) == (16, 4)
+    x = torch.from_numpy(np.pad(image, ((0, -height % 16), (0, -width % 16), (0, 0)), mode="edge"))
+    with torch.inference_mode():
+        y = codec.network.analyse(
+            (2 * x.float() / 255 - 1).permute(2, 0, 1)[None].contiguous(memory_format=torch.channels_last)
+        )
+        steps = list(codec.network.unroll(y, 4))
+        pictures = [
+            to_uint8(codec.network.picture(s.state))[0].permute(1, 2, 0)[:height, :width].numpy() for s in steps
+        ]
+    np.testing.assert_array_equal(codec.read_bits(data), [(s.bits > 0)[0].numpy() for s in steps])
+    for k, shown in enumerate(codec.decode_progressive(data), 1):
+        np.testing.assert_array_equal(shown, pictures[k - 1])
+        np.testing.assert_array_equal(np.asarray(codec.decode(data, k)), pictures[k - 1])
+        np.testing.assert_array_equal(np.asarray(codec.decode(format.truncate(data, iterations=k))), pictures[k - 1])
+
+
+@pytest.mark.parametrize("tile", [16, 64, 200])
+def test_windows_leave_no_trace(codec, tile, photos):
+    image = load_image(photos / "coffee.png")[:333, :401]
+    windowed = Codec(load_weights_of(codec), tile=tile)
+    whole, parts = codec.encode(image), windowed.encode(image)
+    different = codec.read_bits(whole) != windowed.read_bits(parts)
+    assert different.mean() < 1e-3  # only where rounding decides
+    a, b = np.asarray(codec.decode(whole)).astype(int), np.asarray(windowed.decode(whole)).astype(int)
+    assert np.abs(a - b).max() <= 1
+    assert (a != b).mean() < 1e-3
+
+
+def load_weights_of(codec):
+    """The weights of a codec as a file would give them."""
+    from rnncodec.weights import Weights
+
+    return Weights(codec.network, codec.name, codec.fingerprint, codec.provenance)
+
+
+def test_halos_are_the_reach_of_the_transforms(network, photos):
+    """A change within a block changes the analysis, and one of a latent the picture, just as far as the halos say."""
+    x = images(photos, 256)[:1].clone()
+    analysis, synthesis = network.transforms.halos
+    for middle in (7, 8):
+        changed = x.clone()
+        changed[..., middle * 16 : middle * 16 + 16, middle * 16 : middle * 16 + 16] *= -1
+        with torch.no_grad():
+            y, other = network.analyse(x), network.analyse(changed)
+            rows = (y != other).any(1).any(-1)[0].nonzero()
+            state = next(network.unroll(y, 1)).state
+            y_hat = state.y_hat.clone()
+            y_hat[..., middle, middle] += 100
+            pictures = network.picture(state), network.picture(state._replace(y_hat=y_hat))
+        assert max(middle - rows.min().item(), rows.max().item() - middle) <= analysis
+        lines = (pictures[0] != pictures[1]).any(1).any(-1)[0].nonzero() // 16
+        assert max(middle - lines.min().item(), lines.max().item() - middle) <= synthesis
+    assert (analysis, synthesis) == (5, 4)
+
+
+def test_psnr_target(codec, photos):
+    image = load_image(photos / "coffee.png")[:128, :128]
+    pictures = list(codec.decode_progressive(codec.encode(image)))
+    reached = [10 * np.log10(255**2 / np.square(p.astype(float) - image).mean()) for p in pictures]
+    data = codec.encode(image, psnr=reached[1] - 0.01)
+    assert len(format.read_header(data).iterations) == 2
+
+
+def test_weights_come_back(network, codec):
+    assert codec.config == TINY
+    for key, value in network.state_dict().items():
+        found = codec.network.state_dict()[key]
+        assert found.dtype == value.dtype
+        assert torch.equal(found, value.half().float() if value.is_floating_point() else value)
+    assert network_config(asdict(TINY)) == TINY
+    assert network_config(asdict(NetworkConfig())) == NetworkConfig()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("channel", 24), ("channel", -1), ("cost", -1), ("cost", 2**20), ("edges", -5)]
+)
+def test_questions_that_cannot_be_asked_are_refused(network, name, value, tmp_path):
+    questions = network.binarizer.questions
+    tensor = getattr(questions, name)
+    before = tensor.flatten()[0].item()
+    tensor.view(-1)[0] = value
+    try:
+        with pytest.raises(WeightsError, match=f"questions.{name} holds numbers beyond"):
+            save_weights(tmp_path / "bad.safetensors", network, "bad")
+    finally:
+        tensor.view(-1)[0] = before
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"bits": 18}, "18 bits are not 4 groups"),
+        ({"latents": 3}, "of different channels of 3"),
+        ({"iterations": 0}, "at least 1"),
+        ({"analysis_channels": (8, 8)}, "three scales"),
+        ({"synthesis_channels": (8, 0, 8)}, "at least 1"),
+    ],
+)
+def test_bad_configs(change, message):
+    with pytest.raises(ValueError, match=message):
+        replace(TINY, **change)
+
+
+def test_an_image_object_is_encoded_like_its_pixels(codec, photos):
+    array = load_image(photos / "chelsea.png")[:64, :64]
+    buffer = io.BytesIO()
+    Image.fromarray(array).save(buffer, "png")
+    assert codec.encode(Image.open(buffer), 2) == codec.encode(array, 2)
