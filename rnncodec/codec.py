@@ -192,11 +192,12 @@ class Codec:
             ValueError: as `decode`, before the first image.
         """
         header, planes = self._read(data, iterations, max_pixels)
-        arrays = np.empty((len(planes), header.height, header.width, 3), np.uint8)
+        arrays: dict[int, np.ndarray] = {}  # of one iteration after the other, unless the loop runs in tiles
         for t, (y, x), x_hat in self._synthesise(planes, header.height, header.width, None, every=True):
-            arrays[t, y, x] = to_uint8(x_hat)[0].permute(1, 2, 0).cpu().numpy()
+            array = arrays.setdefault(t, np.empty((header.height, header.width, 3), np.uint8))
+            array[y, x] = to_uint8(x_hat)[0].permute(1, 2, 0).cpu().numpy()
             if (y.stop, x.stop) == (header.height, header.width):  # the last tile
-                yield arrays[t]
+                yield arrays.pop(t)
 
     def compress(self, x: Tensor, iterations: int = MAX_ITERATIONS) -> Compressed:
         """Codes a batch to bare payloads, without header and checksums.

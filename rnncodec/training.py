@@ -131,7 +131,7 @@ class CodecTraining(Training):
     """Trains a `RecurrentCodec` on patches for the distortion of all iterations (T17 sec. 3.3).
 
     Args:
-        network: shapes and equations of the network.
+        network: shapes and equations of the network; None for those of T17.
         weights: to start from instead of random ones: a name of shipped weights, or path of a .safetensors file. Their
             network may have fewer channels (see `rnncodec.network.widened`) and another binarizer.
         iterations: steps of the unrolled loop, each weighted equally.
@@ -158,7 +158,7 @@ class CodecTraining(Training):
 
     def __init__(
         self,
-        network: NetworkConfig | LatentConfig = NetworkConfig(),  # noqa: B008 - frozen
+        network: NetworkConfig | LatentConfig | None = None,
         weights: str | None = None,
         iterations: int = 16,
         pictures: int = 0,
@@ -228,17 +228,20 @@ class CodecTraining(Training):
             optimizer = torch.optim.AdamW(self.parameters(), self.learning_rate, weight_decay=self.weight_decay)
         return self.scheduled(optimizer)
 
-    def setup(self, stage: str) -> None:
-        """Starts a latent network from images, in one process that hands it to all, unless a checkpoint has it."""
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        self.starts = False
+
+    def start_network(self) -> None:
+        """Starts a latent network from images, in one process that hands it to all, unless a checkpoint has been."""
         data = getattr(self.trainer, "datamodule", None)
-        if stage != "fit" or not self.starts or self.trainer.ckpt_path or not isinstance(data, PatchDataModule):
+        if not self.starts or not isinstance(data, PatchDataModule):
             return
         if self.trainer.is_global_zero:
             rank_zero_info("finding principal components and questions")
-            device = self.trainer.strategy.root_device
-            self.network.to(device).start(data.sample(START_BLOCKS * self.network.config.stride**2).to(device))
-        state = self.trainer.strategy.broadcast({key: value.cpu() for key, value in self.network.state_dict().items()})
-        self.network.load_state_dict(state)
+            self.network.start(data.sample(START_BLOCKS * self.network.config.stride**2).to(self.device))
+        state = {key: value.cpu() for key, value in self.network.state_dict().items()}
+        self.network.load_state_dict(self.trainer.strategy.broadcast(state))
         self.prepare()
 
     def prepare(self) -> None:
@@ -249,6 +252,7 @@ class CodecTraining(Training):
         recurrent = isinstance(config, LatentConfig) or "none" not in (config.encoder_cell, config.decoder_cell)
         if recurrent and self.trainer.world_size > 1 and self.fewest_iterations() < 2:
             raise ValueError("several processes need at least 2 iterations: in one, hidden kernels have no gradient")
+        self.start_network()
 
     def training_step(self, x: Tensor, batch_idx: int) -> Tensor:
         iterations = self.current_iterations(self.global_step)

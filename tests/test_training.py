@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,7 +28,7 @@ from rnncodec.context import ContextConfig
 from rnncodec.data import PatchDataModule
 from rnncodec.images import load_image, save_image
 from rnncodec.metrics import ms_ssim
-from rnncodec.network import NetworkConfig, RecurrentCodec, to_uint8
+from rnncodec.network import LatentConfig, NetworkConfig, RecurrentCodec, network_config, to_uint8
 from rnncodec.training import CodecTraining
 from rnncodec.weights import WeightsError, add_context, load_checkpoint, load_weights, save_weights
 
@@ -309,6 +309,73 @@ def test_bad_data_is_an_error_of_one_line(tmp_path):
     refuses(command(tmp_path / "missing", tmp_path), tmp_path, "missing")
 
 
+SHAPE = LatentConfig(
+    iterations=4, bits=16, latents=24, encoder_channels=8, decoder_channels=8, mixed=8, around=8,
+    analysis_channels=(8, 8, 8), synthesis_channels=(8, 8, 8), synthesis_blocks=1,
+)  # fmt: skip
+LATENT = [
+    "--model.network", json.dumps({"class_path": "rnncodec.network.LatentConfig", "init_args": asdict(SHAPE)}),
+    "--model.pictures", "2", "--model.missing", "0.5", "--data.patch_size", "64", "--data.tile_size", "64",
+]  # fmt: skip
+
+
+def test_a_latent_network_starts_once_and_resumes_to_the_bit(crops, tmp_path):
+    for name in ("whole", "resumed"):
+        (tmp_path / name).mkdir()
+    whole = run(crops, tmp_path / "whole", *LATENT, "--trainer.max_steps", "12", *probe(tmp_path / "whole" / "probe"))
+    assert (whole.stdout + whole.stderr).count("finding principal components") == 1
+    folder = tmp_path / "resumed"
+    run(crops, folder, *LATENT, "--trainer.max_steps", "5")
+    last = folder / "debug" / "last.ckpt"
+    resumed = run(
+        crops, folder, *LATENT, "--trainer.max_steps", "12", "--ckpt_path", str(last), *probe(folder / "probe")
+    )
+    assert "finding principal components" not in resumed.stdout + resumed.stderr
+    ours, theirs = (torch.load(tmp_path / name / "probe" / "weights-0.pt") for name in ("whole", "resumed"))
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+    # A checkpoint holds what the start has found, and the averaged weights are weights that can be exported.
+    network, _ = load_checkpoint(last)
+    assert isinstance(network.config, LatentConfig)
+    assert network.binarizer.questions.cost.any()
+    save_weights(tmp_path / "latent.safetensors", network, "latent")
+    assert load_weights(tmp_path / "latent.safetensors").network.config == network.config
+
+
+def test_two_processes_start_from_the_same_principal_components(crops, tmp_path):
+    done = run(
+        crops, tmp_path, *LATENT, "--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.max_steps", "3",
+        "--trainer.limit_val_batches", "0", *probe(tmp_path / "probe"),
+    )  # fmt: skip
+    assert (done.stdout + done.stderr).count("finding principal components") == 1
+    weights = [torch.load(tmp_path / "probe" / f"weights-{rank}.pt") for rank in (0, 1)]
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+    assert weights[0]["network.binarizer.questions.cost"].any()
+
+
+def test_pictures_are_drawn_one_from_each_stretch_of_the_iterations(monkeypatch):
+    module = CodecTraining(LatentConfig(latents=16, bits=16), iterations=16, pictures=3)
+    draws = []
+    for step in range(600):
+        module._trainer = SimpleNamespace(global_step=step)  # pyright: ignore[reportAttributeAccessIssue]
+        draws.append(module.draws(16))
+    assert all(0 <= a < 5 <= b < 10 <= c < 16 for a, b, c in draws)
+    assert {t for drawn in draws for t in drawn} == set(range(16))
+    module.pictures = 0
+    assert module.draws(16) == list(range(16))
+
+
+def test_a_share_of_the_steps_has_missing_bits():
+    module = CodecTraining(LatentConfig(latents=16, bits=16), iterations=24, missing=0.25)
+    limits = []
+    for step in range(400):
+        module._trainer = SimpleNamespace(global_step=step)  # pyright: ignore[reportAttributeAccessIssue]
+        limits.append(module.limit(torch.zeros(2, 3, 32, 48)))
+    given = [limit for limit in limits if limit is not None]
+    assert 60 < len(given) < 140  # a quarter, within five standard deviations
+    assert given[0].shape == (2, 2, 3)
+    assert torch.stack(given).unique().tolist() == list(range(1, 97))
+
+
 def test_one_iteration_is_refused_where_processes_share_gradients():
     module = CodecTraining(TINY, iterations=4, growth={0: 1})
     module._trainer = SimpleNamespace(world_size=2)  # pyright: ignore[reportAttributeAccessIssue]
@@ -325,7 +392,7 @@ def test_every_config_opens_with_its_purpose_and_builds(config, capsys, monkeypa
     assert values["name"] == config.stem
     model = values.get("model", {})
     network = model.get("init_args", model).get("network", {})
-    assert set(network) <= {field.name for field in fields(NetworkConfig)}
+    assert set(network) <= {field.name for field in fields(network_config(network))}
     monkeypatch.setattr(
         sys, "argv", ["train.py", "fit", "--config", str(config), "--data.root", "photos", "--print_config"]
     )
@@ -341,9 +408,9 @@ def test_every_config_opens_with_its_purpose_and_builds(config, capsys, monkeypa
         if name not in model.get("init_args", model) and not is_dataclass(parameters[name].default):
             assert value == parameters[name].default, name
     with torch.device("meta"):
-        module = CodecTraining(NetworkConfig(**network))
+        network = CodecTraining(network_config(network)).network
         x = torch.zeros(1, 3, 32, 32)
-        assert [step.state.y_hat.shape for step in module.network.unroll(x, 2)] == [x.shape] * 2
+        assert [network.picture(step.state).shape for step in network.unroll(network.analyse(x), 2)] == [x.shape] * 2
 
 
 def test_configs_named_in_the_manual_exist():

@@ -291,6 +291,20 @@ class RecurrentCodec(nn.Module):
         return self.transforms.synthesise(state.y_hat, state.decoder, window)
 
     @torch.no_grad()
+    def cases(self, planes: Tensor) -> Tensor | None:
+        """What encoder and decoder know of each bit [T, B, bits, H, W] before it, see `Questions`; None on pixels."""
+        if not isinstance(self.binarizer, LatentBinarizer):
+            return None
+        questions, known, cases = self.binarizer.questions, None, []
+        for t, plane in enumerate(planes):
+            groups = plane.detach().chunk(questions.groups, 1)
+            iteration = torch.tensor(t, device=plane.device)
+            known = questions.start(plane) if known is None else known
+            _, case, known = questions.walk(iteration, known, lambda group, _, groups=groups: groups[group])
+            cases.append(case)
+        return torch.stack(cases)
+
+    @torch.no_grad()
     def start(self, x: Tensor) -> None:
         """Sets a latent network to what images tell without gradients: principal components, questions and scales.
 
