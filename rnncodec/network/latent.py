@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rnncodec.network.cells import CellState, ConvLSTM, GateConv
-from rnncodec.network.questions import Known, Questions
-from rnncodec.network.transforms import STRIDE, silent
+from rnncodec.network.questions import Known, Questions, at
+from rnncodec.network.transforms import STRIDE, full_precision, silent
 
 
 @dataclass(frozen=True)
@@ -123,8 +123,8 @@ class LatentEncoder(nn.Module):
 
     def forward(self, residual: Tensor, state: EncoderState | None) -> tuple[Tensor, EncoderState]:
         iteration, cell = state or EncoderState(torch.zeros((), dtype=torch.long, device=residual.device), None)
-        scaled = residual / _columns(self.scale[iteration])
-        hidden, cell = self.cell(self.look(scaled, _columns(self.bias[iteration])), cell)
+        scaled = residual / _columns(at(self.scale, iteration))
+        hidden, cell = self.cell(self.look(scaled, _columns(at(self.bias, iteration))), cell)
         return self.output(hidden), EncoderState(iteration + 1, cell)
 
 
@@ -146,14 +146,14 @@ class LatentBinarizer(nn.Module):
     def forward(self, features: Tensor, residual: Tensor, state: Asked | None, limit: Tensor | None = None) -> Tensor:
         """The bits of a pass, [B, bits, H, W] of -1 and +1; 0 beyond the limit of groups of a location [B, H, W]."""
         iteration, known, received = self._asked(state, len(residual), *residual.shape[2:])
-        with torch.autocast(residual.device.type, enabled=False):
+        with full_precision(residual):
             left = None if limit is None else limit - received
             return self.questions.ask(iteration, known, residual.float(), features.float(), left)
 
     def values(self, bits: Tensor, state: Asked | None) -> tuple[Answers, Asked]:
         """What the bits of a pass say to the decoder."""
         iteration, known, received = self._asked(state, len(bits), *bits.shape[2:])
-        with torch.autocast(bits.device.type, enabled=False):
+        with full_precision(bits):
             added, known = self.questions.values(iteration, known, bits.float())
         groups = bits.detach().unflatten(1, (self.questions.groups, -1))
         received = received + (groups != 0).any(2).sum(1)
@@ -176,7 +176,7 @@ class LatentDecoder(nn.Module):
         """What a pass adds to the latents, [B, C, H, W]."""
         added, iteration, received = answers
         y_hat = added if state is None else state.y_hat + added
-        seen = torch.cat([added / _columns(self.scale[iteration]), y_hat], 1)
+        seen = torch.cat([added / _columns(at(self.scale, iteration)), y_hat], 1)
         look = self.look(seen, self.received(received).permute(0, 3, 1, 2))
         hidden, cell = self.cell(look, state.cell if state else None)
         correction = self.output(hidden).float()

@@ -29,6 +29,11 @@ Answer = Callable[[int, Tensor], Tensor]
 """Answers a group of questions, given its number and the cases [B, K / groups, H, W], by bits of that shape."""
 
 
+def at(table: Tensor, iteration: Tensor) -> Tensor:
+    """The row of a table whose number is a scalar on its device, of which Python never asks the value."""
+    return table.index_select(0, iteration.reshape(1)).squeeze(0)
+
+
 class Known(NamedTuple):
     """What both sides know between two groups: uint8 [B, C, H, W], and whole numbers in float64 [B, 1, H, W]."""
 
@@ -70,16 +75,16 @@ class Questions(nn.Module):
 
     def case(self, iteration: Tensor, group: int, known: Known) -> Tensor:
         """The cases of a group of questions, long [B, K / groups, H, W]."""
-        activity = (_around(known.activity)[None] > self.edges[iteration, group].view(-1, 1, 1, 1, 1)).sum(0)
-        return known.history[:, self.channel[iteration, group]].long() * ACTIVITIES + activity
+        activity = (_around(known.activity)[None] > at(self.edges, iteration)[group].view(-1, 1, 1, 1, 1)).sum(0)
+        return known.history[:, at(self.channel, iteration)[group]].long() * ACTIVITIES + activity
 
     def told(self, iteration: Tensor, group: int, known: Known, case: Tensor, bits: Tensor) -> Known:
         """What is known after a group has been answered; a bit of 0 was never sent and tells nothing."""
-        channel = self.channel[iteration, group]
+        channel = at(self.channel, iteration)[group]
         yes, sent = bits > 0, bits != 0
         history = case // ACTIVITIES
         after = torch.where(history < 7, 2 * history + 1 + yes, 7 + (2 * (history - 7) + yes) % 8)
-        spent = self.cost[iteration, group][2 * _places(case) + yes]
+        spent = at(self.cost, iteration)[group][2 * _places(case) + yes]
         counted = sent & (channel >= QUIET).view(-1, 1, 1)
         return Known(
             known.history.index_copy(1, channel, torch.where(sent, after, history).to(torch.uint8)),
@@ -125,7 +130,7 @@ class Questions(nn.Module):
             offset: added to the residual before it is compared, [B, K, H, W].
             left: how many groups of this pass and later ones are still sent, long [B, H, W]; bits beyond are 0.
         """
-        channel, tables = self.channel[iteration], self.table[iteration].chunk(self.groups)
+        channel, tables = at(self.channel, iteration), at(self.table, iteration).chunk(self.groups)
         offsets = offset.chunk(self.groups, 1)
         added: list[Tensor] = []  # by the groups so far
 
@@ -156,10 +161,10 @@ class Questions(nn.Module):
         """
         groups = bits.chunk(self.groups, 1)
         _, case, known = self.walk(iteration, known, lambda group, _: groups[group])
-        _, mean, half = self.look_up(self.table[iteration], case)
+        _, mean, half = self.look_up(at(self.table, iteration), case)
         added = mean * bits.detach().abs() + half * bits
         latents = added.new_zeros(len(bits), self.channels, *bits.shape[2:])
-        return latents.index_add(1, self.channel[iteration].flatten(), added), known
+        return latents.index_add(1, at(self.channel, iteration).flatten(), added), known
 
     def odds(self) -> Tensor:
         """Log odds of a yes by the costs alone, [iterations, K, CASES]: where a context model starts."""

@@ -4,6 +4,7 @@ Both transforms start as linear ones, the largest principal components of 16x16 
 layers of zeros. A network that begins as a decent codec learns in minutes what takes others hours.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, cast
 
@@ -21,6 +22,12 @@ SHUFFLE = 4  # the branches work from 1/4 of the resolution down
 
 Window = tuple[slice, slice]
 WHOLE = slice(None), slice(None)
+
+
+def full_precision(x: Tensor) -> AbstractContextManager[Any]:
+    """What is computed within, on the device of a tensor, is not converted by autocast."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 def silent(in_channels: int, out_channels: int, kernel_size: int) -> nn.Conv2d:
@@ -68,7 +75,7 @@ class Analysis(nn.Module):
         self.output = silent(channels[-1], latents, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):  # eight bits of a mantissa are too few for an image
+        with full_precision(x):  # eight bits of a mantissa are too few for an image
             y = self.linear(x.float())
         branch = self.stem(F.pixel_unshuffle(x, SHUFFLE))
         for scale in self.scales:
@@ -105,7 +112,7 @@ class Synthesis(nn.Module):
 
     def forward(self, y_hat: Tensor, hidden: Tensor, received: Tensor) -> Tensor:
         """Images, not limited to [-1, 1]; received counts groups of bits, long [B, H, W]."""
-        with torch.autocast(y_hat.device.type, enabled=False):
+        with full_precision(y_hat):
             x_hat = self.linear(y_hat.float())
         branch = self.stem(y_hat) + self.hidden(hidden) + self.received(received).permute(0, 3, 1, 2)
         for scale in self.scales:
