@@ -87,8 +87,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def encode(args: argparse.Namespace) -> int:
     """Compresses images."""
     jobs = _jobs(args, ".rnc", {".rnc"}, lambda folder: images.find_images([folder]))
-    _check_iterations(args)
     codec = _codec(args.weights or "small", args)
+    if (args.iterations or 1) > codec.max_iterations:
+        raise UsageError(f"--iterations must be in 1..{codec.max_iterations}, not {args.iterations}")
 
     def work(source: str, target: str, report: Report) -> str:
         image = images.load_image(_stdin() if source == "-" else source, args.max_pixels)
@@ -108,7 +109,8 @@ def decode(args: argparse.Namespace) -> int:
     if suffix not in suffixes:
         raise UsageError(f"unknown --format {args.format!r}")
     jobs = _jobs(args, suffix, suffixes, _find_files)
-    _check_iterations(args)
+    if (args.iterations or 1) > format.MAX_ITERATIONS:
+        raise UsageError(f"--iterations must be in 1..{format.MAX_ITERATIONS}, not {args.iterations}")
     codecs: dict[bytes, Codec] = {}
     if args.weights:
         given = _codec(args.weights, args)
@@ -267,7 +269,9 @@ def _parser() -> argparse.ArgumentParser:
     sub = add(encode, "compress images to .rnc files", PATHS.format(suffix=".rnc", kind="images"))
     add_coding(sub)
     target = sub.add_mutually_exclusive_group()
-    target.add_argument("--iterations", metavar="N", type=_positive_int, help="1 to 16 (default: 16)")
+    target.add_argument(
+        "--iterations", metavar="N", type=_positive_int, help="at least 1 (default: 16, or as many as there are)"
+    )
     target.add_argument(
         "--bpp", metavar="B", type=_positive, help="at most so many bits per pixel, the file as a whole"
     )
@@ -448,13 +452,6 @@ def _codec_for(header: Header, args: argparse.Namespace) -> "Codec":
         f"the file needs the weights {header.weights} ({header.fingerprint.hex()}); known are: {names}"
         + (f"; {args.weights} are others" if args.weights else "; --weights gives others")
     )
-
-
-def _check_iterations(args: argparse.Namespace) -> None:
-    from rnncodec.codec import MAX_ITERATIONS
-
-    if (args.iterations or 1) > MAX_ITERATIONS:
-        raise UsageError(f"--iterations must be in 1..{MAX_ITERATIONS}, not {args.iterations}")
 
 
 def _read(source: str) -> tuple[Header, bytes]:

@@ -14,6 +14,7 @@ RAW_VERSION, CODED_VERSION = 1, 2  # of files whose payloads are all raw, and of
 RAW = 0  # the coding of a payload that holds the bits as they are
 CONTEXT, HUFFMAN, STATIC, ADAPTIVE = 1, 2, 3, 4  # entropy coders, see rnncodec.entropy
 CODINGS = (RAW, CONTEXT, HUFFMAN, STATIC, ADAPTIVE)  # those that this program can decode
+MAX_ITERATIONS = 255  # a byte in the header
 SIZES = struct.Struct(">HH8s")  # width, height, fingerprint
 SHAPE = struct.Struct(">BBB")  # stride, bits, length of the name
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,31}")  # safe to print and to look up, whoever wrote it
@@ -78,8 +79,8 @@ class Header:
                 raise FormatError(f"a fingerprint has 8 bytes, not {len(fingerprint)}")
         if not NAME_PATTERN.fullmatch(self.weights):
             raise FormatError(f"a name of weights is up to 32 letters, digits, '.', '_' and '-', not {self.weights!a}")
-        if not 1 <= len(self.iterations) <= 255:
-            raise FormatError(f"a file holds 1 to 255 iterations, not {len(self.iterations)}")
+        if not 1 <= len(self.iterations) <= MAX_ITERATIONS:
+            raise FormatError(f"a file holds 1 to {MAX_ITERATIONS} iterations, not {len(self.iterations)}")
         codings = {it.coding for it in self.iterations} - {RAW}
         if len(codings) > 1:
             raise FormatError(f"codings {min(codings)} and {max(codings)} in one file")

@@ -291,7 +291,7 @@ def test_refused_before_any_work(command, message, capsys):
         ["encode", "a.png", "-", "folder"],
         ["encode", "a.png", "--max-pixels", "0"],
         ["encode", "a.png", "--device", "abacus"],
-        ["decode", "a.rnc", "--iterations", "17"],
+        ["decode", "a.rnc", "--iterations", "256"],
         ["decode", "a.rnc", "--format", "exe"],
         ["truncate", "a.rnc", "b.rnc", "--iterations", "1", "--bytes", "100"],
         ["truncate", "a.rnc"],
