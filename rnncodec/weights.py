@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 
-from rnncodec.context import ContextConfig, ContextModel
+from rnncodec.entropy import ContextConfig, ContextModel
 from rnncodec.format import NAME_PATTERN
 from rnncodec.images import atomic_write, one_line
 from rnncodec.network import NetworkConfig, RecurrentCodec
