@@ -15,18 +15,20 @@ from rnncodec import format
 from rnncodec.entropy import CLASSICAL, NAMES, ContextSession, EntropyName, Session
 from rnncodec.format import CONTEXT, Container, FormatError, Header, Iteration
 from rnncodec.images import MAX_PIXELS, to_rgb
-from rnncodec.network import NetworkConfig, pad_to_blocks, to_uint8
+from rnncodec.network import LatentConfig, NetworkConfig, State, Window, pad_to_blocks, to_uint8
 from rnncodec.weights import Weights, WeightsError
 
-MAX_ITERATIONS = 16
+MAX_ITERATIONS = 16  # of a network in pixels, and of any that is not told otherwise
 MAX_SIDE = 65535  # two bytes in the header
 MEMORY = (
     2 * 2**30
 )  # bytes of activations above which an image is cut into tiles; the same everywhere, as tiles leave traces
 MIN_CORE = 256  # pixels; smaller tiles would spend nearly all their time on halos
 
+WINDOW = 1024  # pixels, side of what the transforms of a latent network work on at once, without its halo
+
 Progress = Callable[[int, int], None]
-Box = tuple[slice, slice]
+Box = Window
 
 
 class Compressed(TypedDict):
@@ -71,6 +73,7 @@ class Codec:
         self.config = weights.network.config
         self.name, self.fingerprint, self.provenance = weights.name, weights.fingerprint, weights.provenance
         self.tile = tile
+        self.max_iterations = self.config.iterations if isinstance(self.config, LatentConfig) else MAX_ITERATIONS
 
     def encode(
         self,
@@ -86,9 +89,9 @@ class Codec:
 
         Args:
             image: PIL image of any mode, uint8 array [H, W, 3], or tensor [3, H, W] in [0, 1], rounded to 8 bits.
-            iterations: 1 to 16, the default.
+            iterations: at least 1, 16 by default, at most `max_iterations`.
             bpp: as many iterations as keep the whole file within so many bits per pixel.
-            psnr: as few iterations as bring the decoded image to so many dB; if 16 do not, those and a warning.
+            psnr: as few iterations as bring the decoded image to so many dB; if none do, all and a warning.
             entropy: coder of the bits (see `rnncodec.entropy`), or `none` for raw bits; None takes the context model
                 if the weights have one. What a coder does not shorten is stored raw.
             progress: is called with the steps done and the steps in all.
@@ -110,7 +113,7 @@ class Codec:
             raise ValueError(f"bpp must be positive, not {bpp}")
         self._session(entropy, *self._grid(height, width))  # what it refuses is refused before the work
         if psnr is None:
-            planes: Iterable[np.ndarray] = self._analyse(pixels, _check_iterations(iterations), progress)
+            planes: Iterable[np.ndarray] = self._analyse(pixels, self._check_iterations(iterations), progress)
         else:
             planes = self._analyse_to(psnr, pixels, progress)
         return self.write_bits((plane[0] for plane in planes), height, width, entropy, bpp)
@@ -171,9 +174,8 @@ class Codec:
         """
         header, planes = self._read(data, iterations, max_pixels)
         array = np.empty((header.height, header.width, 3), np.uint8)
-        for t, (y, x), x_hat in self._synthesise(planes, header.height, header.width, progress):
-            if t == len(planes) - 1:
-                array[y, x] = to_uint8(x_hat)[0].permute(1, 2, 0).cpu().numpy()
+        for _, (y, x), x_hat in self._synthesise(planes, header.height, header.width, progress):
+            array[y, x] = to_uint8(x_hat)[0].permute(1, 2, 0).cpu().numpy()
         return Image.fromarray(array)
 
     def decode_tensor(self, data: bytes, iterations: int | None = None, *, max_pixels: int = MAX_PIXELS) -> Tensor:
@@ -191,7 +193,7 @@ class Codec:
         """
         header, planes = self._read(data, iterations, max_pixels)
         arrays = np.empty((len(planes), header.height, header.width, 3), np.uint8)
-        for t, (y, x), x_hat in self._synthesise(planes, header.height, header.width, None):
+        for t, (y, x), x_hat in self._synthesise(planes, header.height, header.width, None, every=True):
             arrays[t, y, x] = to_uint8(x_hat)[0].permute(1, 2, 0).cpu().numpy()
             if (y.stop, x.stop) == (header.height, header.width):  # the last tile
                 yield arrays[t]
@@ -201,7 +203,7 @@ class Codec:
 
         Args:
             x: [B, 3, H, W] in [0, 1].
-            iterations: 1 to 16.
+            iterations: 1 to `max_iterations`.
 
         Raises:
             ValueError: x or iterations is not as above.
@@ -210,7 +212,7 @@ class Codec:
             raise ValueError(f"a batch is floating-point [B, 3, H, W], not {x.dtype} {list(x.shape)}")
         if not bool(((x >= 0) & (x <= 1)).all()):
             raise ValueError("a batch holds values in [0, 1]")
-        planes = np.stack(list(self._analyse(x.detach(), _check_iterations(iterations), None)))
+        planes = np.stack(list(self._analyse(x.detach(), self._check_iterations(iterations), None)))
         strings = [[format.pack_bits(plane) for plane in planes[:, i]] for i in range(len(x))]
         return {"strings": strings, "shape": (x.shape[2], x.shape[3])}
 
@@ -230,7 +232,7 @@ class Codec:
         counts = {len(payloads) for payloads in strings}
         if len(counts) != 1 or counts == {0}:
             raise ValueError("every image of a batch needs the same number of payloads, at least one")
-        iterations = _check_iterations(counts.pop() if iterations is None else iterations)
+        iterations = self._check_iterations(counts.pop() if iterations is None else iterations)
         if iterations > len(strings[0]):
             raise ValueError(f"there are {len(strings[0])} iterations, not {iterations}")
         height, width = shape
@@ -244,9 +246,8 @@ class Codec:
             ]
         )
         x = torch.empty(len(strings), 3, height, width, device=self.device)
-        for t, (rows_px, columns_px), x_hat in self._synthesise(planes, height, width, None):
-            if t == iterations - 1:
-                x[..., rows_px, columns_px] = (x_hat.clamp(-1, 1) + 1) / 2
+        for _, (rows_px, columns_px), x_hat in self._synthesise(planes, height, width, None):
+            x[..., rows_px, columns_px] = (x_hat.clamp(-1, 1) + 1) / 2
         return x
 
     def read_bits(self, data: bytes, iterations: int | None = None, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
@@ -259,7 +260,7 @@ class Codec:
     def _read(self, data: bytes, iterations: int | None, max_pixels: int) -> tuple[Header, np.ndarray]:
         """The header of a file and its bits [iterations, 1, bits, rows, columns], as far as asked for and there."""
         if iterations is not None:
-            _check_iterations(iterations)
+            self._check_iterations(iterations)
         header = format.read_header(data)
         self._check_header(header)
         payloads = format.read(data, max_pixels=max_pixels, iterations=iterations).payloads
@@ -297,9 +298,10 @@ class Codec:
         height, width = images.shape[-2:]
         tiles = self._tiles(height, width)
         if len(tiles) == 1:  # an iteration costs nothing before it is asked for
-            steps = self.network.unroll(self._input(images, tiles[0].area), iterations)
+            with _exact():  # not around `yield`, where it would be in force for the caller, too
+                steps = self.network.unroll(self._input(images, tiles[0].area), iterations)
             for t in range(iterations):
-                with _exact():  # not around `yield`, where it would be in force for the caller, too
+                with _exact():
                     step = next(steps)
                 if progress:
                     progress(t + 1, iterations)
@@ -320,7 +322,7 @@ class Codec:
             raise ValueError(f"psnr must be a positive number of dB, not {target}")
         height, width = image.shape[-2:]
         tiles = self._tiles(height, width)
-        best = -math.inf
+        most, best = self.max_iterations, -math.inf
 
         def squared_error(x_hat: Tensor, box: Box) -> int:
             return int((to_uint8(x_hat).cpu().int() - image[..., *box].int()).square().sum())
@@ -331,42 +333,40 @@ class Codec:
         if len(tiles) == 1:  # the encoder's reconstruction is the decoder's
             found = []
             with _exact():
-                for t, step in enumerate(self.network.unroll(self._input(image, tiles[0].area), MAX_ITERATIONS)):
+                for t, step in enumerate(self.network.unroll(self._input(image, tiles[0].area), most)):
                     found.append((step.bits > 0).cpu().numpy())
-                    reached = decibel(squared_error(step.x_hat[..., :height, :width], (slice(None), slice(None))))
+                    pictures = self._pictures(step.state, tiles[0], height, width)
+                    reached = decibel(sum(squared_error(x_hat, box) for box, x_hat in pictures))
                     if progress:
-                        progress(MAX_ITERATIONS if reached >= target else t + 1, MAX_ITERATIONS)
+                        progress(most if reached >= target else t + 1, most)
                     if reached >= target:
                         return np.stack(found)
                     best = max(best, reached)
             planes = np.stack(found)
         else:
-            steps = MAX_ITERATIONS * len(tiles)
+            steps = most * len(tiles)
             first = progress and (lambda done, _: progress(done, 2 * steps))
-            planes = np.stack(list(self._analyse(image, MAX_ITERATIONS, first)))
-            errors = [0] * MAX_ITERATIONS
+            planes = np.stack(list(self._analyse(image, most, first)))
+            errors = [0] * most
             later = progress and (lambda done, _: progress(steps + done, 2 * steps))
-            for t, box, x_hat in self._synthesise(planes, height, width, later):
+            for t, box, x_hat in self._synthesise(planes, height, width, later, every=True):
                 errors[t] += squared_error(x_hat, box)
             for t, error in enumerate(errors):
                 if decibel(error) >= target:
                     return planes[: t + 1]
             best = decibel(min(errors))
-        warnings.warn(f"{target:g} dB are out of reach, {MAX_ITERATIONS} iterations reach {best:.2f} dB", stacklevel=3)
+        warnings.warn(f"{target:g} dB are out of reach, {most} iterations reach {best:.2f} dB", stacklevel=3)
         return planes
 
     def _synthesise(
-        self, planes: np.ndarray, height: int, width: int, progress: Progress | None
+        self, planes: np.ndarray, height: int, width: int, progress: Progress | None, every: bool = False
     ) -> Iterator[tuple[int, Box, Tensor]]:
-        """Decodes bits [iterations, B, bits, rows, columns]; gives the iteration, a box in pixels and its x_hat."""
+        """Decodes bits [iterations, B, bits, rows, columns]; gives the iteration, a box in pixels and its x_hat.
+
+        Only of the last iteration, or of `every` one.
+        """
         tiles = self._tiles(height, width)
-        stride = self.config.stride
         for i, tile in enumerate(tiles):
-            rows, columns = (slice(s.start * stride, s.stop * stride) for s in tile.core)
-            box = slice(rows.start, min(rows.stop, height)), slice(columns.start, min(columns.stop, width))
-            y, x = (slice(s.start * stride, s.stop * stride) for s in _inside(tile))
-            y = slice(y.start, y.start + box[0].stop - box[0].start)
-            x = slice(x.start, x.start + box[1].stop - box[1].start)
             state = None
             for t, plane in enumerate(planes):
                 with _exact():
@@ -375,16 +375,68 @@ class Codec:
                 state = step.state
                 if progress:
                     progress(i * len(planes) + t + 1, len(tiles) * len(planes))
-                yield t, box, step.x_hat[..., y, x]
+                if every or t == len(planes) - 1:
+                    for box, x_hat in self._pictures(state, tile, height, width):
+                        yield t, box, x_hat
+
+    def _pictures(self, state: State, tile: Tile, height: int, width: int) -> Iterator[tuple[Box, Tensor]]:
+        """What a state of a tile shows: boxes of an image in pixels, and their x_hat."""
+        stride, halo = self.config.stride, self.network.transforms.halos[1]
+        for area, core in _windows(*tile.area, halo, self._window()):
+            kept = tuple(
+                slice(max(c.start, t.start), min(c.stop, t.stop)) for c, t in zip(core, tile.core, strict=True)
+            )
+            if any(cut.start >= cut.stop for cut in kept):
+                continue
+            box = tuple(
+                slice(cut.start * stride, min(cut.stop * stride, length))
+                for cut, length in zip(kept, (height, width), strict=True)
+            )
+            with _exact():
+                x_hat = self.network.picture(state, _inside(Tile(tile.area, area)))
+            y, x = (
+                slice(cut.start - start.start * stride, cut.stop - start.start * stride)
+                for cut, start in zip(box, area, strict=True)
+            )
+            yield (box[0], box[1]), x_hat[..., y, x]
 
     def _input(self, images: Tensor, area: Box) -> Tensor:
-        """What the network sees of images: an area in [-1, 1], its last pixels repeated up to whole blocks."""
+        """What the loop runs on, of an area of images whose last pixels are repeated up to whole blocks."""
+        windows = _windows(*area, self.network.transforms.halos[0], self._window())
+        if len(windows) == 1:
+            return self.network.analyse(self._pixels(images, area))
+        parts = []
+        for window, core in windows:
+            y = self.network.analyse(self._pixels(images, window))
+            parts.append((core, y[..., *_inside(Tile(window, core))]))
+        rows, columns = (cut.stop - cut.start for cut in area)
+        whole = parts[0][1].new_empty(*parts[0][1].shape[:2], rows, columns)
+        for core, y in parts:
+            whole[..., *_inside(Tile(area, core))] = y
+        return whole.contiguous(memory_format=torch.channels_last)
+
+    def _pixels(self, images: Tensor, area: Box) -> Tensor:
+        """An area of images in [-1, 1], their last pixels repeated up to whole blocks."""
         stride = self.config.stride
         rows, columns = area
         x = images[..., rows.start * stride : rows.stop * stride, columns.start * stride : columns.stop * stride]
         x = x.to(self.device)
         x = 2 * x.float() / 255 - 1 if x.dtype == torch.uint8 else 2 * x.float() - 1
         return pad_to_blocks(x, stride).contiguous(memory_format=torch.channels_last)
+
+    def _window(self) -> int:
+        """Blocks, a side, that the transforms work on at once."""
+        if isinstance(self.config, LatentConfig):
+            return math.ceil((self.tile or WINDOW) / self.config.stride)
+        return MAX_SIDE
+
+    def _check_iterations(self, iterations: int | None) -> int:
+        """A number of iterations in range, 16 by default."""
+        if iterations is None:
+            return min(MAX_ITERATIONS, self.max_iterations)
+        if not 1 <= iterations <= self.max_iterations:
+            raise ValueError(f"iterations must be in 1..{self.max_iterations}, not {iterations}")
+        return iterations
 
     def _grid(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of the code of an image."""
@@ -393,6 +445,9 @@ class Codec:
     def _tiles(self, height: int, width: int) -> list[Tile]:
         """The tiles of an image: they depend on its size and the network alone, so that every prefix decodes alike."""
         rows, columns = self._grid(height, width)
+        if isinstance(self.config, LatentConfig):  # whose states are small: only its transforms are cut
+            whole = slice(0, rows), slice(0, columns)
+            return [Tile(whole, whole)]
         halo, block = receptive_field(self.config)
         side = self.tile
         if side is None:
@@ -404,13 +459,8 @@ class Codec:
         side = math.ceil(side / block) * block // self.config.stride
         halo //= self.config.stride
 
-        def cuts(length: int) -> list[tuple[slice, slice]]:
-            return [
-                (slice(max(0, start - halo), min(length, start + side + halo)), slice(start, min(length, start + side)))
-                for start in range(0, length, side)
-            ]
-
-        return [Tile((y[0], x[0]), (y[1], x[1])) for y in cuts(rows) for x in cuts(columns)]
+        whole = slice(0, rows), slice(0, columns)
+        return [Tile(*window) for window in _windows(*whole, halo, side)]
 
     def _header(self, height: int, width: int, iterations: Sequence[Iteration]) -> Header:
         return Header(
@@ -436,8 +486,8 @@ class Codec:
                 f"the header says stride {header.stride} and {header.bits} bits, "
                 f"its weights have stride {self.config.stride} and {self.config.bits} bits"
             )
-        if len(header.iterations) > MAX_ITERATIONS:
-            raise FormatError(f"{len(header.iterations)} iterations, this program decodes up to {MAX_ITERATIONS}")
+        if len(header.iterations) > self.max_iterations:
+            raise FormatError(f"{len(header.iterations)} iterations, its weights decode up to {self.max_iterations}")
 
 
 def activation_bytes(config: NetworkConfig) -> float:
@@ -503,13 +553,15 @@ def _as_array(image: Image.Image | np.ndarray | Tensor) -> np.ndarray:
     return np.require(image, requirements=["C", "W"])
 
 
-def _check_iterations(iterations: int | None) -> int:
-    """A number of iterations in range, all by default."""
-    if iterations is None:
-        return MAX_ITERATIONS
-    if not 1 <= iterations <= MAX_ITERATIONS:
-        raise ValueError(f"iterations must be in 1..{MAX_ITERATIONS}, not {iterations}")
-    return iterations
+def _windows(rows: slice, columns: slice, halo: int, side: int) -> list[tuple[Box, Box]]:
+    """Squares of blocks that cover an area: each with a halo, as far as the area reaches, and without."""
+
+    def cuts(whole: slice) -> list[tuple[slice, slice]]:
+        starts = range(whole.start, whole.stop, side)
+        cores = [slice(start, min(start + side, whole.stop)) for start in starts]
+        return [(slice(max(c.start - halo, whole.start), min(c.stop + halo, whole.stop)), c) for c in cores]
+
+    return [((y[0], x[0]), (y[1], x[1])) for y in cuts(rows) for x in cuts(columns)]
 
 
 def _inside(tile: Tile) -> Box:

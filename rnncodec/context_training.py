@@ -115,7 +115,8 @@ class ContextTraining(Training):
     def codes(self, x: Tensor) -> Tensor:
         """The bits of images, [T, B, bits, H / stride, W / stride] of -1 and +1."""
         codec = self._codec[0].to(x.device)
-        return torch.stack([step.bits.float() for step in codec.unroll(pad_to_blocks(x, self.stride), self.iterations)])
+        y = codec.analyse(pad_to_blocks(x, self.stride))
+        return torch.stack([step.bits.float() for step in codec.unroll(y, self.iterations)])
 
     def training_step(self, x: Tensor, batch_idx: int) -> Tensor:
         planes = self.codes(x)

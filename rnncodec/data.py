@@ -622,6 +622,25 @@ class PatchDataModule(L.LightningDataModule):
             pin_memory=torch.cuda.is_available(),
         )
 
+    def sample(self, pixels: int) -> Tensor:
+        """At least so many pixels of training images, if they have them, in tiles float32 [N, 3, T, T] in [-1, 1].
+
+        The same on every rank. T is `tile_size`, reduced to a multiple of 16 if it is above.
+        """
+        side = max(self.tile_size // 16, 1) * 16
+        count = min(-(-pixels // side**2), len(self.cells))
+        stream = PatchStream(
+            self.cache,
+            self.cells,
+            self.margins,
+            batch_size=count,
+            tile_size=self.tile_size,
+            patch_size=self.patch_size,
+            flips=False,
+            seed=self.seed,
+        )
+        return normalize(stream[0]["tiles"][:, :side, :side].permute(0, 3, 1, 2))
+
     def val_dataloader(self) -> DataLoader:
         """This rank's share of the whole validation images.
 

@@ -3,11 +3,13 @@
 import os
 import random
 from dataclasses import asdict, replace
+from itertools import pairwise
 from typing import Any, ClassVar, Literal
 
 import lightning as L
 import torch
 from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torchmetrics import MeanMetric, Metric, MetricCollection
@@ -15,10 +17,21 @@ from torchmetrics import MeanMetric, Metric, MetricCollection
 from rnncodec.curves import NAN, Point
 from rnncodec.data import PatchDataModule
 from rnncodec.metrics import RATES, ms_ssim, psnr
-from rnncodec.network import NetworkConfig, RecurrentCodec, Step, pad_to_blocks, to_uint8, widened
+from rnncodec.network import (
+    LatentConfig,
+    NetworkConfig,
+    RecurrentCodec,
+    Step,
+    network_config,
+    pad_to_blocks,
+    to_uint8,
+    widened,
+)
 from rnncodec.optim import MuonAdamW, parameter_groups
 from rnncodec.tracking import curve_charts, log_rates, points_table
 from rnncodec.weights import load_weights
+
+START_BLOCKS = 2**16  # 16x16 blocks from which a latent network starts
 
 
 def global_seed() -> int:
@@ -122,6 +135,10 @@ class CodecTraining(Training):
         weights: to start from instead of random ones: a name of shipped weights, or path of a .safetensors file. Their
             network may have fewer channels (see `rnncodec.network.widened`) and another binarizer.
         iterations: steps of the unrolled loop, each weighted equally.
+        pictures: of how many iterations a picture is made in each training step, drawn so that equal stretches of them
+            have one each; 0 for all. A latent network needs few, since each costs more than an iteration.
+        missing: in which share of the training steps of a latent network every location has a random number of groups
+            of bits after which nothing is sent.
         distortion: `l1`, the mean of the L1 of all iterations (T17), or `rmse`, the geometric mean of their root mean
             square errors: a decibel counts the same in each iteration, however small its error.
         growth: iterations by the training step from which on they are unrolled: {0: 2, 1000: 4, 5000: [4, 8, 16]}. Of
@@ -129,6 +146,7 @@ class CodecTraining(Training):
         optimizer: `adam` (the papers'), or `muon`: Muon for the recurrent kernels beside AdamW for the rest.
         learning_rate: of Adam or AdamW.
         muon_learning_rate: of Muon.
+        start_learning_rate: with `muon`, of what a latent network starts with: linear transforms and tables.
         weight_decay: decoupled, of every optimizer.
         warmup_steps: of the linear rise of both rates.
         decay_steps: of the linear fall of both rates to zero that ends with `trainer.max_steps`; 0 for none.
@@ -140,14 +158,17 @@ class CodecTraining(Training):
 
     def __init__(
         self,
-        network: NetworkConfig = NetworkConfig(),  # noqa: B008 - frozen
+        network: NetworkConfig | LatentConfig = NetworkConfig(),  # noqa: B008 - frozen
         weights: str | None = None,
         iterations: int = 16,
+        pictures: int = 0,
+        missing: float = 0.0,
         distortion: Literal["l1", "rmse"] = "l1",
         growth: dict[int, int | list[int]] | None = None,
         optimizer: Literal["adam", "muon"] = "adam",
         learning_rate: float = 5e-4,
         muon_learning_rate: float = 0.02,
+        start_learning_rate: float = 1e-4,
         weight_decay: float = 0.0,
         warmup_steps: int = 100,
         decay_steps: int = 0,
@@ -156,7 +177,7 @@ class CodecTraining(Training):
     ) -> None:
         super().__init__(learning_rate, weight_decay, warmup_steps, decay_steps, max_bad_steps)
         # A checkpoint holds plain values: a mapping for the network, and possibly text for the steps of growth.
-        self.network = RecurrentCodec(network if isinstance(network, NetworkConfig) else NetworkConfig(**network))
+        self.network = RecurrentCodec(network_config(network) if isinstance(network, dict) else network)
         if weights is not None:
             start = load_weights(weights)
             try:
@@ -168,8 +189,11 @@ class CodecTraining(Training):
         self.plain_hyperparameters(network=asdict(self.network.config))
         self.network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         self.iterations, self.distortion = iterations, distortion
+        self.pictures, self.missing = pictures, missing
+        self.starts = isinstance(self.network.config, LatentConfig) and weights is None
         self.growth = {int(step): [k] if isinstance(k, int) else list(k) for step, k in (growth or {}).items()}
         self.optimizer, self.muon_learning_rate = optimizer, muon_learning_rate
+        self.start_learning_rate = start_learning_rate
         if compile:
             self.network.compile(dynamic=False)
         # MS-SSIM is not defined for small images: these do not count.
@@ -194,28 +218,69 @@ class CodecTraining(Training):
     def configure_optimizers(self) -> Any:
         if self.optimizer == "muon":
             groups = parameter_groups(self, self.learning_rate, self.muon_learning_rate)
+            started = set(self.network.started())
+            rest = groups[-1]["params"]
+            groups[-1]["params"] = [parameter for parameter in rest if parameter not in started]
+            if started:
+                groups.append({"params": self.network.started(), "gates": 0, "lr": self.start_learning_rate})
             optimizer: torch.optim.Optimizer = MuonAdamW(groups, weight_decay=self.weight_decay)
         else:
             optimizer = torch.optim.AdamW(self.parameters(), self.learning_rate, weight_decay=self.weight_decay)
         return self.scheduled(optimizer)
 
+    def setup(self, stage: str) -> None:
+        """Starts a latent network from images, in one process that hands it to all, unless a checkpoint has it."""
+        data = getattr(self.trainer, "datamodule", None)
+        if stage != "fit" or not self.starts or self.trainer.ckpt_path or not isinstance(data, PatchDataModule):
+            return
+        if self.trainer.is_global_zero:
+            rank_zero_info("finding principal components and questions")
+            device = self.trainer.strategy.root_device
+            self.network.to(device).start(data.sample(START_BLOCKS * self.network.config.stride**2).to(device))
+        state = self.trainer.strategy.broadcast({key: value.cpu() for key, value in self.network.state_dict().items()})
+        self.network.load_state_dict(state)
+        self.prepare()
+
+    def prepare(self) -> None:
+        """What a training derives from the network that it starts from."""
+
     def on_fit_start(self) -> None:
-        recurrent = "none" not in (self.network.config.encoder_cell, self.network.config.decoder_cell)
+        config = self.network.config
+        recurrent = isinstance(config, LatentConfig) or "none" not in (config.encoder_cell, config.decoder_cell)
         if recurrent and self.trainer.world_size > 1 and self.fewest_iterations() < 2:
             raise ValueError("several processes need at least 2 iterations: in one, hidden kernels have no gradient")
 
     def training_step(self, x: Tensor, batch_idx: int) -> Tensor:
         iterations = self.current_iterations(self.global_step)
-        loss = self.loss(x, list(self.network.unroll(x, iterations)))
+        loss = self.loss(x, list(self.network.unroll(self.network.analyse(x), iterations, self.limit(x))))
         self.log("train/loss", loss, prog_bar=True)
         self.log("train/iterations", float(iterations))
         return loss
 
+    def draws(self, iterations: int) -> list[int]:
+        """The iterations whose pictures count in a training step, from 0: the same on all ranks."""
+        if self.pictures == 0 or self.pictures >= iterations:
+            return list(range(iterations))
+        chance = random.Random(f"{global_seed()} {self.global_step} pictures")
+        ends = [iterations * i // self.pictures for i in range(self.pictures + 1)]
+        return [chance.randrange(start, end) for start, end in pairwise(ends)]
+
+    def limit(self, x: Tensor) -> Tensor | None:
+        """How many groups of bits each location may have, in that share of the steps whose bits are not all sent."""
+        config = self.network.config
+        chance = random.Random(f"{global_seed()} {self.global_step} missing").random()
+        if not isinstance(config, LatentConfig) or chance >= self.missing:
+            return None
+        batch, _, height, width = x.shape
+        counts = config.iterations * config.groups
+        shape = batch, height // config.stride, width // config.stride
+        return torch.randint(1, counts + 1, shape, device=x.device)
+
     def loss(self, x: Tensor, steps: list[Step]) -> Tensor:
-        """The distortion of the steps of the unrolled loop."""
-        l1 = {k: (x - steps[k - 1].x_hat.detach()).abs().mean() for k in RATES if k <= len(steps)}
-        self.log_dict({f"train/l1_{k}": value for k, value in l1.items()})
-        return self.mean_distortion([self.error(x - step.x_hat) for step in steps])
+        """The distortion of the steps of the unrolled loop of which pictures are made."""
+        residuals = {t + 1: x - self.network.picture(steps[t].state) for t in self.draws(len(steps))}
+        self.log_dict({f"train/l1_{k}": residuals[k].detach().abs().mean() for k in RATES if k in residuals})
+        return self.mean_distortion([self.error(residual) for residual in residuals.values()])
 
     def error(self, residual: Tensor) -> Tensor:
         """What the distortion counts of an iteration: the mean absolute or squared residual."""
@@ -231,13 +296,14 @@ class CodecTraining(Training):
         padded = pad_to_blocks(x, self.network.config.stride)
         original, pictures, bits, losses, errors = to_uint8(x), [], [], [], []
         with torch.compiler.set_stance("force_eager"):  # every size of image would be compiled anew
-            for k, step in enumerate(self.network.unroll(padded, max(RATES)), start=1):
+            for k, step in enumerate(self.network.unroll(self.network.analyse(padded), max(RATES)), start=1):
                 bits.append(step.bits)
-                residual = padded - step.x_hat
+                picture = self.network.picture(step.state)
+                residual = padded - picture
                 losses.append(residual.abs().mean())
                 errors.append(self.error(residual))
                 if k in RATES:
-                    x_hat = to_uint8(step.x_hat[..., :height, :width])
+                    x_hat = to_uint8(picture[..., :height, :width])
                     qualities = psnr(original, x_hat), ms_ssim(original, x_hat)
                     for name, quality in zip(("psnr", "ms_ssim"), qualities, strict=True):
                         self.val_metrics[f"{name}_{k}"].update(quality)

@@ -77,7 +77,7 @@ def unroll(codec, image, iterations):
     x = 2 * torch.from_numpy(padded).permute(2, 0, 1)[None].float() / 255 - 1
     with torch.no_grad():
         steps = list(codec.network.unroll(x.contiguous(memory_format=torch.channels_last), iterations))
-    pixels = [((s.x_hat.clamp(-1, 1) + 1) * 127.5).round().byte()[0, :, :height, :width] for s in steps]
+    pixels = [((s.state.y_hat.clamp(-1, 1) + 1) * 127.5).round().byte()[0, :, :height, :width] for s in steps]
     return [s.bits[0] for s in steps], pixels
 
 
@@ -451,7 +451,7 @@ def test_decompress_is_the_reconstruction(codecs, name):
     with torch.no_grad():
         steps = list(codec.network.unroll((2 * padded - 1).contiguous(memory_format=torch.channels_last), 5))
     for t in (1, 5):
-        expected = (steps[t - 1].x_hat.clamp(-1, 1) + 1) / 2
+        expected = (steps[t - 1].state.y_hat.clamp(-1, 1) + 1) / 2
         found = codec.decompress(**compressed, iterations=t)
         assert torch.equal(found, expected[..., :33, :48])
     assert torch.equal(codec.decompress(**compressed), found)
@@ -508,4 +508,4 @@ def test_encoder_and_decoder_agree_on_a_gpu(codecs, name):
     compressed = codec.compress(x, iterations=16)
     with torch.no_grad(), codec_module._exact():
         steps = list(codec.network.unroll((2 * x.cuda() - 1).contiguous(memory_format=torch.channels_last), 16))
-    assert torch.equal(codec.decompress(**compressed), (steps[-1].x_hat.clamp(-1, 1) + 1) / 2)
+    assert torch.equal(codec.decompress(**compressed), (steps[-1].state.y_hat.clamp(-1, 1) + 1) / 2)

@@ -206,7 +206,7 @@ def joint_step(**kwargs):
     bits = torch.stack([step.bits for step in steps])
     p = torch.sigmoid(module.context(bits).double())
     rates = -torch.log2(torch.where(bits > 0, p, 1 - p)).sum((1, 2, 3, 4)) / (2 * 64 * 64)
-    return loss, [(x - step.x_hat).double() for step in steps], rates.tolist()
+    return loss, [(x - step.state.y_hat).double() for step in steps], rates.tolist()
 
 
 def test_joint_loss_is_distortion_and_weighted_rate():

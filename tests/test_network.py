@@ -82,7 +82,7 @@ def test_default_runs():
     network = RecurrentCodec().eval()
     steps = list(network.unroll(images(1, 16, 32), 2))
     assert [step.bits.shape for step in steps] == [(1, 32, 1, 2)] * 2
-    assert [step.x_hat.shape for step in steps] == [(1, 3, 16, 32)] * 2
+    assert [step.state.y_hat.shape for step in steps] == [(1, 3, 16, 32)] * 2
     assert network.config.stride == 16
 
 
@@ -93,8 +93,8 @@ def test_shapes_for_an_odd_number_of_blocks(cell, reconstruction):
     for step in network.unroll(images(2, 48, 80), 2):
         assert step.bits.shape == (2, 6, 3, 5)
         assert set(step.bits.unique().tolist()) <= {-1.0, 1.0}
-        assert step.x_hat.shape == (2, 3, 48, 80)
-        assert step.x_hat is step.state.x_hat
+        assert step.state.y_hat.shape == (2, 3, 48, 80)
+        assert step.state.y_hat is step.state.y_hat
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3])
@@ -106,10 +106,10 @@ def test_stride_follows_the_depth(depth):
         decoder_hidden_kernels=(3,) * depth,
         bits=5,
     )
-    step = RecurrentCodec(config)(x=images(1, 16, 24))
+    step = RecurrentCodec(config)(y=images(1, 16, 24))
     assert config.stride == 2**depth
     assert step.bits.shape == (1, 5, 16 // 2**depth, 24 // 2**depth)
-    assert step.x_hat.shape == (1, 3, 16, 24)
+    assert step.state.y_hat.shape == (1, 3, 16, 24)
 
 
 # The residual loop
@@ -137,7 +137,7 @@ def test_residual_loop(cell, reconstruction):
             assert network.gain is not None
             gain = network.gain(torch.from_numpy(x_hat)).numpy()
         np.testing.assert_array_equal(step.bits.numpy(), bits)
-        np.testing.assert_allclose(step.x_hat.numpy(), x_hat, rtol=0, atol=1e-6)
+        np.testing.assert_allclose(step.state.y_hat.numpy(), x_hat, rtol=0, atol=1e-6)
         differences.append(np.abs(x_hat - previous).max())
     assert min(differences) > 1e-3  # every iteration changed something
 
@@ -156,7 +156,7 @@ def test_decoding_the_bits_gives_the_same_reconstructions(cell, reconstruction, 
         decoded = network(state, bits=step.bits)
         state = decoded.state
         assert torch.equal(decoded.bits, step.bits)
-        assert torch.equal(decoded.x_hat, step.x_hat)
+        assert torch.equal(decoded.state.y_hat, step.state.y_hat)
 
 
 @torch.no_grad()
@@ -169,11 +169,11 @@ def test_a_decoder_holds_no_encoder_state():
     assert decoded.state.encoder is None
     decoded = network(decoded.state, bits=second.bits)
     assert decoded.state.encoder is None
-    assert torch.equal(decoded.x_hat, second.x_hat)
+    assert torch.equal(decoded.state.y_hat, second.state.y_hat)
     # Nor does decoding read the encoder's weights.
     for parameter in [*network.encoder.parameters(), *network.binarizer.parameters()]:
         parameter.fill_(torch.nan)
-    assert torch.equal(network(bits=first.bits).x_hat, first.x_hat)
+    assert torch.equal(network(bits=first.bits).state.y_hat, first.state.y_hat)
 
 
 @torch.no_grad()
@@ -181,10 +181,10 @@ def test_a_step_leaves_the_state_it_was_given_unchanged():
     for cell in CELLS:
         network = narrow(cell, "residual_scaling").eval()
         x = images()
-        state = network(x=x).state
-        once, again = network(state, x=x), network(state, x=x)
+        state = network(y=x).state
+        once, again = network(state, y=x), network(state, y=x)
         assert torch.equal(once.bits, again.bits)
-        assert torch.equal(once.x_hat, again.x_hat)
+        assert torch.equal(once.state.y_hat, again.state.y_hat)
 
 
 @torch.no_grad()
@@ -196,10 +196,10 @@ def test_mixed_precision_sums_reconstructions_in_float32():
         output, _ = network.decoder(second.bits, first.state.decoder)
         decoded = network(network(bits=first.bits).state, bits=second.bits)
     assert output.dtype == torch.bfloat16
-    assert second.x_hat.dtype == torch.float32
-    assert torch.equal(second.x_hat, first.x_hat + output.float())
+    assert second.state.y_hat.dtype == torch.float32
+    assert torch.equal(second.state.y_hat, first.state.y_hat + output.float())
     assert set(second.bits.unique().tolist()) == {-1.0, 1.0}
-    assert torch.equal(decoded.x_hat, second.x_hat)
+    assert torch.equal(decoded.state.y_hat, second.state.y_hat)
 
 
 def test_a_step_needs_an_image_or_bits():
@@ -213,7 +213,7 @@ def test_a_step_needs_an_image_or_bits():
 def test_gradient_reaches_every_parameter_in_two_iterations(cell, reconstruction, binarizer):
     network = narrow(cell, reconstruction, binarizer=binarizer)
     x = images()
-    torch.stack([(x - step.x_hat).abs().mean() for step in network.unroll(x, 2)]).mean().backward()
+    torch.stack([(x - step.state.y_hat).abs().mean() for step in network.unroll(x, 2)]).mean().backward()
     for name, parameter in network.named_parameters():
         assert parameter.grad is not None, name
         assert torch.isfinite(parameter.grad).all(), name
@@ -226,7 +226,7 @@ def test_fresh_output_layer_starts_near_zero():
     network = RecurrentCodec(NetworkConfig(**NARROW)).eval()
     with torch.no_grad():
         *_, last = network.unroll(images(), 16)
-    assert last.x_hat.abs().mean() < 0.5
+    assert last.state.y_hat.abs().mean() < 0.5
 
 
 # The gain of residual scaling
@@ -297,9 +297,9 @@ def test_patches_are_coded_independently(encoder_cell, decoder_cell, reconstruct
     for step, other, patch in zip(steps, changed_steps, alone, strict=True):
         assert step.bits.shape == (1, 4, 3, 4)  # 4 bits for 8x8 pixels: 1/16 bpp
         assert torch.equal(step.bits[:, :, patches], other.bits[:, :, patches])
-        torch.testing.assert_close(step.x_hat[:, :, pixels], other.x_hat[:, :, pixels], rtol=0, atol=1e-6)
+        torch.testing.assert_close(step.state.y_hat[:, :, pixels], other.state.y_hat[:, :, pixels], rtol=0, atol=1e-6)
         assert torch.equal(other.bits[:, :, 1, 2], patch.bits[:, :, 0, 0])
-        torch.testing.assert_close(other.x_hat[:, :, 8:16, 16:24], patch.x_hat, rtol=0, atol=1e-6)
+        torch.testing.assert_close(other.state.y_hat[:, :, 8:16, 16:24], patch.state.y_hat, rtol=0, atol=1e-6)
     assert any(
         not torch.equal(step.bits[:, :, 1, 2], other.bits[:, :, 1, 2])
         for step, other in zip(steps, changed_steps, strict=True)
@@ -319,7 +319,7 @@ def test_fully_connected_model_is_a_multilayer_perceptron():
     for layer in [network.encoder.stem, *(cell.input for cell in network.encoder.cells)]:
         h = torch.tanh(dense(layer, h))
     bits = torch.where(dense(network.binarizer.features, h) >= 0, 1.0, -1.0)
-    step = network(x=x)
+    step = network(y=x)
     assert torch.equal(step.bits, bits.T.reshape(1, 4, 2, 3))
 
 
@@ -358,8 +358,8 @@ def test_inconsistent_config_is_refused(options, message):
 
 
 def test_first_decoder_channels_need_not_be_a_multiple_of_4():
-    step = narrow(decoder_channels=(7, 12, 8, 8, 8))(x=images())
-    assert step.x_hat.shape == (1, 3, 48, 80)
+    step = narrow(decoder_channels=(7, 12, 8, 8, 8))(y=images())
+    assert step.state.y_hat.shape == (1, 3, 48, 80)
 
 
 # GPU
@@ -375,13 +375,13 @@ def test_cpu_and_gpu_agree(cell, reconstruction):
     x = images()
     encoded = list(network.unroll(x, 4))
     network.cuda()
-    first = network(x=x.cuda())
+    first = network(y=x.cuda())
     assert (first.bits.cpu() == encoded[0].bits).double().mean() > 0.98
     state = None
     for step in encoded:
         decoded = network(state, bits=step.bits.cuda())
         state = decoded.state
-        torch.testing.assert_close(decoded.x_hat.cpu(), step.x_hat, rtol=0, atol=5e-3)
+        torch.testing.assert_close(decoded.state.y_hat.cpu(), step.state.y_hat, rtol=0, atol=5e-3)
 
 
 # Wider networks
@@ -401,11 +401,11 @@ def test_a_widened_network_codes_alike_and_every_new_channel_can_learn(cell, rec
     steps = list(wide.eval().unroll(x, 3))
     for step, expected in zip(steps, network.unroll(x, 3), strict=True):
         assert torch.equal(step.bits, expected.bits)
-        torch.testing.assert_close(step.x_hat, expected.x_hat, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(step.state.y_hat, expected.state.y_hat, atol=1e-5, rtol=1e-4)
     optimizer = torch.optim.SGD(wide.parameters(), 0.1)
     for _ in range(2):  # the first step gives the new channels listeners, which lead gradients to them in the second
         optimizer.zero_grad()
-        torch.stack([(x - step.x_hat).abs().mean() for step in wide.train().unroll(x, 2)]).mean().backward()
+        torch.stack([(x - step.state.y_hat).abs().mean() for step in wide.train().unroll(x, 2)]).mean().backward()
         optimizer.step()
     for name, parameter in wide.named_parameters():
         gradient = parameter.grad

@@ -138,7 +138,7 @@ def test_loss_is_the_mean_distortion_of_all_iterations(distortion):
     torch.manual_seed(5)
     loss = module.training_step(x, 0)
     torch.manual_seed(5)  # the same stochastic bits
-    errors = [(x - step.x_hat).detach().double().numpy() for step in module.network.unroll(x, 3)]
+    errors = [(x - step.state.y_hat).detach().double().numpy() for step in module.network.unroll(x, 3)]
     if distortion == "l1":
         assert loss.item() == pytest.approx(np.mean([np.abs(error).mean() for error in errors]), abs=1e-6)
     else:  # the mean PSNR of values in [-1, 1]
@@ -259,7 +259,7 @@ def test_a_run_leaves_metrics_config_checkpoint_and_wandb_files(crops, tmp_path)
     for image in data.val_dataloader():
         x = 2 * image.float() / 255 - 1
         with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
-            x_hat = to_uint8(list(module.network.unroll(x, 4))[-1].x_hat)
+            x_hat = to_uint8(list(module.network.unroll(x, 4))[-1].state.y_hat)
         original, decoded = (t[0].permute(1, 2, 0).numpy() for t in (image, x_hat))
         psnrs.append(peak_signal_noise_ratio(original, decoded))
         similarities.append(ms_ssim(image, x_hat).item())
@@ -343,7 +343,7 @@ def test_every_config_opens_with_its_purpose_and_builds(config, capsys, monkeypa
     with torch.device("meta"):
         module = CodecTraining(NetworkConfig(**network))
         x = torch.zeros(1, 3, 32, 32)
-        assert [step.x_hat.shape for step in module.network.unroll(x, 2)] == [x.shape] * 2
+        assert [step.state.y_hat.shape for step in module.network.unroll(x, 2)] == [x.shape] * 2
 
 
 def test_configs_named_in_the_manual_exist():

@@ -5,6 +5,8 @@ Nothing here knows of files, entropy coding, data or training.
 
 from rnncodec.network.binarizer import Binarizer, BinarizerName, binarize
 from rnncodec.network.cells import CELLS, CellName, GateConv
+from rnncodec.network.latent import LatentConfig
+from rnncodec.network.questions import Questions
 from rnncodec.network.recurrent import (
     GainNetwork,
     NetworkConfig,
@@ -12,10 +14,12 @@ from rnncodec.network.recurrent import (
     RecurrentCodec,
     State,
     Step,
+    network_config,
     pad_to_blocks,
     to_uint8,
     widened,
 )
+from rnncodec.network.transforms import Window
 
 __all__ = [
     "CELLS",
@@ -24,12 +28,16 @@ __all__ = [
     "CellName",
     "GainNetwork",
     "GateConv",
+    "LatentConfig",
     "NetworkConfig",
+    "Questions",
     "ReconstructionName",
     "RecurrentCodec",
     "State",
     "Step",
+    "Window",
     "binarize",
+    "network_config",
     "pad_to_blocks",
     "to_uint8",
     "widened",

@@ -1,6 +1,6 @@
 """From features to bits: the three answers to the missing derivative of quantization, one and the same at inference."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -37,5 +37,9 @@ class Binarizer(nn.Module):
         self.method: BinarizerName = method
         self.features = conv(in_channels, bits, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *_: Any) -> Tensor:
         return binarize(torch.tanh(self.features(x)), self.training, self.method)
+
+    def values(self, bits: Tensor, state: None = None) -> tuple[Tensor, None]:
+        """What the bits say to the decoder: themselves."""
+        return bits, None

@@ -56,10 +56,10 @@ class Questions(nn.Module):
         size = bits // groups
         # The channel each question asks about, what each answer costs in each case, and where activities begin.
         self.register_buffer("channel", torch.zeros(iterations, groups, size, dtype=torch.long))
-        self.register_buffer("cost", torch.zeros(iterations, groups, size, CASES, 2, dtype=torch.long))
+        self.register_buffer("cost", torch.zeros(iterations, groups, size * CASES * 2, dtype=torch.long))
         self.register_buffer("edges", torch.zeros(iterations, groups, ACTIVITIES - 1, dtype=torch.long))
         # Threshold, mean of the two values, and half their difference.
-        self.table = nn.Parameter(torch.zeros(iterations, groups, size, CASES, 3))
+        self.table = nn.Parameter(torch.zeros(iterations, bits * CASES, 3))
 
     def start(self, like: Tensor) -> Known:
         """What is known before the first pass, for latents [B, C, H, W]."""
@@ -78,7 +78,7 @@ class Questions(nn.Module):
         yes, sent = bits > 0, bits != 0
         history = case // ACTIVITIES
         after = torch.where(history < 7, 2 * history + 1 + yes, 7 + (2 * (history - 7) + yes) % 8)
-        spent = self.cost[iteration, group].flatten()[2 * _places(case) + yes]
+        spent = self.cost[iteration, group][2 * _places(case) + yes]
         counted = sent & (channel >= QUIET).view(-1, 1, 1)
         return Known(
             known.history.index_copy(1, channel, torch.where(sent, after, history).to(torch.uint8)),
@@ -106,11 +106,13 @@ class Questions(nn.Module):
         return torch.cat(bits, 1), torch.cat(cases, 1), known
 
     def look_up(self, table: Tensor, case: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Thresholds, means and half differences of the values [B, k, H, W] from a table [k, CASES, 3]."""
-        threshold, mean, half = F.embedding(_places(case), table.flatten(0, 1)).unbind(-1)
+        """Thresholds, means and half differences of the values [B, k, H, W] from a table [k * CASES, 3]."""
+        threshold, mean, half = F.embedding(_places(case), table).unbind(-1)
         return threshold, mean, half
 
-    def ask(self, iteration: Tensor, known: Known, residual: Tensor, offset: Tensor) -> Tensor:
+    def ask(
+        self, iteration: Tensor, known: Known, residual: Tensor, offset: Tensor, left: Tensor | None = None
+    ) -> Tensor:
         """The bits of a pass, [B, K, H, W] of -1 and +1.
 
         The gradient is that of the ramp between the two values: straight through near the threshold, none beyond.
@@ -120,20 +122,24 @@ class Questions(nn.Module):
             known: before it.
             residual: [B, C, H, W].
             offset: added to the residual before it is compared, [B, K, H, W].
+            left: how many groups of this pass and later ones are still sent, long [B, H, W]; bits beyond are 0.
         """
-        channel, table = self.channel[iteration], self.table[iteration]
+        channel, tables = self.channel[iteration], self.table[iteration].chunk(self.groups)
         offsets = offset.chunk(self.groups, 1)
         added: list[Tensor] = []  # by the groups so far
 
         def answer(group: int, case: Tensor) -> Tensor:
-            threshold, mean, half = self.look_up(table[group], case)
-            left = residual[:, channel[group]]
+            threshold, mean, half = self.look_up(tables[group], case)
+            rest = residual[:, channel[group]]
             if added:  # the same channel may have been asked about before in this pass
-                same = (channel[group][:, None] == channel[:group].flatten()).to(left.dtype)
-                left = left - torch.einsum("ij,bjhw->bihw", same, torch.cat(added, 1))
-            margin = left - threshold + offsets[group]
+                same = (channel[group][:, None] == channel[:group].flatten()).to(rest.dtype)
+                rest = rest - torch.einsum("ij,bjhw->bihw", same, torch.cat(added, 1))
+            margin = rest - threshold + offsets[group]
             ramp = (margin / half.detach().abs().clamp(min=1e-3)).clamp(-1, 1)
             bits = torch.where(margin > 0, 1.0, -1.0).to(margin.dtype) + (ramp - ramp.detach())
+            if left is not None:
+                sent = (left > group)[:, None]
+                bits, mean = bits * sent, mean * sent
             added.append(mean + half * bits)
             return bits
 
@@ -149,14 +155,14 @@ class Questions(nn.Module):
         """
         groups = bits.chunk(self.groups, 1)
         _, case, known = self.walk(iteration, known, lambda group, _: groups[group])
-        _, mean, half = self.look_up(self.table[iteration].flatten(0, 1), case)
+        _, mean, half = self.look_up(self.table[iteration], case)
         added = mean * bits.detach().abs() + half * bits
         latents = added.new_zeros(len(bits), self.channels, *bits.shape[2:])
         return latents.index_add(1, self.channel[iteration].flatten(), added), known
 
     def odds(self) -> Tensor:
         """Log odds of a yes by the costs alone, [iterations, K, CASES]: where a context model starts."""
-        cost = self.cost.flatten(1, 2)
+        cost = self.cost.view(len(self.cost), -1, CASES, 2)
         return (cost[..., 0] - cost[..., 1]) * (math.log(2) / UNIT)
 
     @torch.no_grad()
@@ -196,8 +202,9 @@ class Questions(nn.Module):
                 split = _Statistics(case.transpose(0, 1).flatten(1), residual[channel]).split(
                     spreads[best[channel], None]
                 )
-                self.table[t, group], self.cost[t, group] = split.table(), split.cost()
-                threshold, mean, half = self.look_up(self.table[iteration, group], case)
+                table, self.cost[t, group] = split.table().flatten(0, 1), split.cost().flatten()
+                self.table[t].chunk(self.groups)[group].copy_(table)
+                threshold, mean, half = self.look_up(table, case)
                 asked = residual[channel].view(size, batch, height, width).transpose(0, 1)
                 bits = torch.where(asked > threshold, 1.0, -1.0)
                 residual[channel] -= (mean + half * bits).transpose(0, 1).flatten(1)

@@ -1,16 +1,17 @@
 """The recurrent codec network: encoder, binarizer, decoder and the residual loop that joins them, one step at a time.
 
-    x ──►(-)──► encoder ──► binarizer ──► bits ──► decoder ──►(+)──► x_hat
-          ▲      state t                            state t     ▲      │
-          └───────────────── x_hat of step t-1 ─────────────────┴──────┘
+    x ──► analysis ──► y ──►(-)──► encoder ──► binarizer ──► bits ──► decoder ──►(+)──► y_hat ──► synthesis ──► x_hat
+          (once)             ▲      state t                            state t     ▲      │       (where wanted)
+                             └───────────────── y_hat of step t-1 ─────────────────┴──────┘
 
-Training, encoding and decoding all run `RecurrentCodec.forward`, one step, in a loop: `unroll`.
+Training, encoding and decoding all run `RecurrentCodec.forward`, one step, in a loop: `unroll`. The papers' networks
+run it on pixels, where y is x; a `LatentConfig` makes a network whose loop runs on one vector for each 16x16 block.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
-from typing import Literal, NamedTuple, cast, get_args
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,8 @@ from torch import Tensor, nn
 
 from rnncodec.network.binarizer import Binarizer, BinarizerName
 from rnncodec.network.cells import CELLS, CellName, CellState, GateConv, conv
+from rnncodec.network.latent import LatentBinarizer, LatentConfig, LatentDecoder, LatentEncoder
+from rnncodec.network.transforms import WHOLE, LatentTransforms, Pixels, Window
 
 ReconstructionName = Literal["one_shot", "additive", "residual_scaling"]
 
@@ -98,19 +101,28 @@ class NetworkConfig:
         return self.patch_size if self.patch_size > 1 else 2 ** len(self.encoder_channels)
 
 
-class State(NamedTuple):
-    """What one step hands to the next: cell states (the encoder's are None in a decoder) and the reconstruction."""
+def network_config(values: Mapping[str, Any]) -> NetworkConfig | LatentConfig:
+    """The config that plain values describe: only that of a latent network has `latents`.
 
-    encoder: list[CellState] | None
-    decoder: list[CellState]
-    x_hat: Tensor
+    Raises:
+        ValueError, TypeError: they describe none.
+    """
+    return (LatentConfig if "latents" in values else NetworkConfig)(**values)
+
+
+class State(NamedTuple):
+    """What one step hands to the next: states of the parts (the encoder's is None in a decoder) and y_hat."""
+
+    encoder: Any
+    binarizer: Any
+    decoder: Any
+    y_hat: Tensor
 
 
 class Step(NamedTuple):
-    """What one iteration yields: bits [B, bits, H / stride, W / stride], reconstruction [B, 3, H, W] and state."""
+    """What one iteration yields: bits [B, bits, H / stride, W / stride] and the state, of which a picture is made."""
 
     bits: Tensor
-    x_hat: Tensor
     state: State
 
 
@@ -196,51 +208,109 @@ class GainNetwork(nn.Module):
 class RecurrentCodec(nn.Module):
     """The progressive codec: each step codes what the earlier steps left over (T16 sec. 3; T17 eq. 1-2)."""
 
-    def __init__(self, config: NetworkConfig | None = None) -> None:
+    def __init__(self, config: NetworkConfig | LatentConfig | None = None) -> None:
         super().__init__()
         self.config = config = config or NetworkConfig()
-        self.encoder = Encoder(config)
-        self.binarizer = Binarizer(config.encoder_channels[-1], config.bits, config.binarizer)
-        self.decoder = Decoder(config)
-        self.gain = GainNetwork(config.gain_channels) if config.reconstruction == "residual_scaling" else None
+        self.gain = None
+        if isinstance(config, LatentConfig):
+            self.transforms = LatentTransforms(
+                config.latents,
+                config.decoder_channels,
+                config.iterations * config.groups,
+                config.analysis_channels,
+                config.analysis_blocks,
+                config.synthesis_channels,
+                config.synthesis_blocks,
+            )
+            self.encoder = LatentEncoder(config)
+            self.binarizer = LatentBinarizer(config)
+            self.decoder = LatentDecoder(config)
+        else:
+            self.transforms = Pixels()
+            self.encoder = Encoder(config)
+            self.binarizer = Binarizer(config.encoder_channels[-1], config.bits, config.binarizer)
+            self.decoder = Decoder(config)
+            if config.reconstruction == "residual_scaling":
+                self.gain = GainNetwork(config.gain_channels)
+        self.sums = not isinstance(config, NetworkConfig) or config.reconstruction != "one_shot"
 
-    def forward(self, state: State | None = None, *, x: Tensor | None = None, bits: Tensor | None = None) -> Step:
-        """One step: codes the residual of an image, or decodes given bits.
+    def forward(
+        self,
+        state: State | None = None,
+        *,
+        y: Tensor | None = None,
+        bits: Tensor | None = None,
+        limit: Tensor | None = None,
+    ) -> Step:
+        """One step: codes the residual of an analysed image, or decodes given bits.
 
-            b_t = B(E_t(g_t (x - x_hat_{t-1})))        x_hat_t = D_t(b_t) / g_t + gamma x_hat_{t-1}
+            b_t = B(E_t(g_t (y - y_hat_{t-1})))        y_hat_t = D_t(b_t) / g_t + gamma y_hat_{t-1}
 
         gamma is 0 in one-shot reconstruction and 1 otherwise; g_t is 1 but in residual scaling.
 
         Args:
             state: of the step before; None at the first.
-            x: images to encode, [B, 3, H, W] in [-1, 1], H and W multiples of the stride.
-            bits: or the bits of this step to decode, [B, bits, H / stride, W / stride] of -1 and +1.
+            y: what `analyse` made of images to encode.
+            bits: or the bits of this step to decode, [B, bits, H / stride, W / stride] of -1 and +1, or 0 where nothing
+                was sent (latent networks only).
+            limit: groups of bits that each location may have, long [B, H / stride, W / stride]; None for no limit.
         """
-        gain = self.gain(state.x_hat) if self.gain is not None and state is not None else None
-        encoder_state = None
+        gain = self.gain(state.y_hat) if self.gain is not None and state is not None else None
+        encoder_state, known = None, state.binarizer if state else None
         if bits is None:
-            if x is None:
+            if y is None:
                 raise ValueError("a step needs an image to encode or bits to decode")
-            residual = x if state is None else x - state.x_hat
+            residual = y if state is None else y - state.y_hat
             if gain is not None:
                 residual = residual * gain
             features, encoder_state = self.encoder(residual, state.encoder if state else None)
-            bits = cast(Tensor, self.binarizer(features))
-        output, decoder_state = self.decoder(bits, state.decoder if state else None)
-        x_hat = output.float()  # the sum over iterations stays exact under mixed precision
+            bits = self.binarizer(features, residual, known, limit)
+        values, known = self.binarizer.values(bits, known)
+        output, decoder_state = self.decoder(values, state.decoder if state else None)
+        y_hat = output.float()  # the sum over iterations stays exact under mixed precision
         if gain is not None:
-            x_hat = x_hat / gain
-        if state is not None and self.config.reconstruction != "one_shot":
-            x_hat = x_hat + state.x_hat
-        return Step(bits, x_hat, State(encoder_state, decoder_state, x_hat))
+            y_hat = y_hat / gain
+        if state is not None and self.sums:
+            y_hat = y_hat + state.y_hat
+        return Step(bits, State(encoder_state, known, decoder_state, y_hat))
 
-    def unroll(self, x: Tensor, iterations: int) -> Iterator[Step]:
-        """The steps that encode images x, [B, 3, H, W] in [-1, 1], H and W multiples of the stride."""
+    def analyse(self, x: Tensor) -> Tensor:
+        """Images [B, 3, H, W] in [-1, 1], H and W multiples of the stride, to what the loop runs on."""
+        return self.transforms.analyse(x)
+
+    def unroll(self, y: Tensor, iterations: int, limit: Tensor | None = None) -> Iterator[Step]:
+        """The steps that encode what `analyse` gave; limit as above."""
         state = None
         for _ in range(iterations):
-            step = self(state, x=x)
+            step = self(state, y=y, limit=limit)
             state = step.state
             yield step
+
+    def picture(self, state: State, window: Window = WHOLE) -> Tensor:
+        """The images that a decoder shows in a state, [B, 3, H, W], roughly in [-1, 1]; or a window of their blocks."""
+        return self.transforms.synthesise(state.y_hat, state.decoder, window)
+
+    @torch.no_grad()
+    def start(self, x: Tensor) -> None:
+        """Sets a latent network to what images tell without gradients: principal components, questions and scales.
+
+        Args:
+            x: images to train on, [N, 3, H, W] in [-1, 1], sides multiples of 16.
+        """
+        if not isinstance(self.transforms, LatentTransforms):
+            raise ValueError("only a latent network starts from images")
+        weight = self.transforms.start(x)
+        y = torch.cat([self.analyse(images) for images in x.split(16)])
+        deviations = self.binarizer.questions.learn(y, weight)
+        self.encoder.scale.copy_(deviations)
+        self.decoder.scale.copy_(deviations)
+
+    def started(self) -> list[nn.Parameter]:
+        """The parameters that `start` sets and training should change slowly; none in pixel networks."""
+        if not isinstance(self.transforms, LatentTransforms):
+            return []
+        linear = self.transforms.analysis.linear, self.transforms.synthesis.linear
+        return [self.binarizer.questions.table, *(p for layer in linear for p in layer.parameters())]
 
 
 @torch.no_grad()

@@ -1,0 +1,187 @@
+"""The parts of the loop in the latent space: one location for each 16x16 block, bits that answer questions about it.
+
+Encoder and decoder are ConvLSTMs that correct what the questions' tables know already: the encoder moves the
+decisions, the decoder moves the latents. Both corrections start at zero.
+"""
+
+from dataclasses import dataclass, fields
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rnncodec.network.cells import CellState, ConvLSTM, GateConv
+from rnncodec.network.questions import Known, Questions
+from rnncodec.network.transforms import STRIDE, silent
+
+
+@dataclass(frozen=True)
+class LatentConfig:
+    """Shapes of a network whose loop runs in a latent space.
+
+    Attributes:
+        iterations: passes that there are questions for.
+        bits: questions of each pass.
+        groups: of them; each knows the answers of those before it.
+        latents: channels of the latent space.
+        encoder_channels, decoder_channels: of the hidden states of the two ConvLSTMs.
+        mixed: channels to which the input of a ConvLSTM is reduced, before a 3x3 convolution looks around.
+        around: channels of that convolution.
+        analysis_channels: of the branch of the analysis, at 1/4, 1/8 and 1/16 of the resolution.
+        analysis_blocks: its residual blocks at each of these.
+        synthesis_channels: of the branch of the synthesis, at 1/16, 1/8 and 1/4 of the resolution.
+        synthesis_blocks: its residual blocks at each of these.
+    """
+
+    iterations: int = 24
+    bits: int = 64
+    groups: int = 4
+    latents: int = 384
+    encoder_channels: int = 192
+    decoder_channels: int = 256
+    mixed: int = 128
+    around: int = 96
+    analysis_channels: tuple[int, ...] = (64, 128, 192)
+    analysis_blocks: int = 1
+    synthesis_channels: tuple[int, ...] = (192, 128, 64)
+    synthesis_blocks: int = 2
+
+    def __post_init__(self) -> None:
+        for field in fields(self):  # configs and checkpoints hold lists
+            if isinstance(getattr(self, field.name), list):
+                object.__setattr__(self, field.name, tuple(getattr(self, field.name)))
+        values = [getattr(self, field.name) for field in fields(self)]
+        if min(min(value) if isinstance(value, tuple) else value for value in values) < 1:
+            raise ValueError("every number of a latent network must be at least 1")
+        if self.bits % self.groups or self.bits // self.groups > self.latents:
+            raise ValueError(f"{self.bits} bits are not {self.groups} groups of different channels of {self.latents}")
+        if len(self.analysis_channels) != 3 or len(self.synthesis_channels) != 3:
+            raise ValueError("the branches of the transforms have three scales")
+
+    @property
+    def stride(self) -> int:
+        """Side in pixels of the block of one location."""
+        return STRIDE
+
+
+class EncoderState(NamedTuple):
+    """The number of the next pass, a long scalar, and the state of the cell."""
+
+    iteration: Tensor
+    cell: CellState | None
+
+
+class Asked(NamedTuple):
+    """What is known before a pass, its number, and how many groups each location has received, long [B, H, W]."""
+
+    iteration: Tensor
+    known: Known
+    received: Tensor
+
+
+class Answers(NamedTuple):
+    """What the bits of a pass add to the latents [B, C, H, W]; `iteration` and `received` as in `Asked`, after it."""
+
+    added: Tensor
+    iteration: Tensor
+    received: Tensor
+
+
+class DecoderState(NamedTuple):
+    """Latents so far [B, C, H, W], groups received [B, H, W] and the state of the cell."""
+
+    y_hat: Tensor
+    received: Tensor
+    cell: CellState
+
+
+class LookAround(nn.Module):
+    """A reduction of the channels and, beside it, a 3x3 convolution of it: the input of a cell of 1x1 convolutions."""
+
+    def __init__(self, in_channels: int, config: LatentConfig) -> None:
+        super().__init__()
+        self.mixed = GateConv(in_channels, config.mixed, 1)
+        self.around = GateConv(config.mixed, config.around, 3)
+
+    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+        mixed = self.mixed(x)
+        return torch.cat([mixed, F.relu(self.around(F.relu(mixed)) + bias)], 1)
+
+
+class LatentEncoder(nn.Module):
+    """A ConvLSTM: the residual [B, C, H, W] to what moves the decisions, [B, bits, H, W]."""
+
+    def __init__(self, config: LatentConfig) -> None:
+        super().__init__()
+        # Standard deviation of the residual before each pass.
+        self.scale = nn.Parameter(torch.ones(config.iterations, config.latents))
+        self.bias = nn.Parameter(torch.zeros(config.iterations, config.around))
+        self.look = LookAround(config.latents, config)
+        self.cell = ConvLSTM(config.mixed + config.around, config.encoder_channels, 1, 1)
+        self.output = silent(config.encoder_channels, config.bits, 1)
+
+    def forward(self, residual: Tensor, state: EncoderState | None) -> tuple[Tensor, EncoderState]:
+        iteration, cell = state or EncoderState(torch.zeros((), dtype=torch.long, device=residual.device), None)
+        scaled = residual / _columns(self.scale[iteration])
+        hidden, cell = self.cell(self.look(scaled, _columns(self.bias[iteration])), cell)
+        return self.output(hidden), EncoderState(iteration + 1, cell)
+
+
+class LatentBinarizer(nn.Module):
+    """Bits by questions: what the encoder says moves the decisions, tables say what an answer adds to the latents."""
+
+    def __init__(self, config: LatentConfig) -> None:
+        super().__init__()
+        self.questions = Questions(config.latents, config.iterations, config.bits, config.groups)
+
+    def _asked(self, state: Asked | None, batch: int, height: int, width: int) -> Asked:
+        if state is not None:
+            return state
+        device = self.questions.table.device
+        known = self.questions.start(torch.empty(batch, 0, height, width, device=device))
+        received = torch.zeros(batch, height, width, dtype=torch.long, device=device)
+        return Asked(torch.zeros((), dtype=torch.long, device=device), known, received)
+
+    def forward(self, features: Tensor, residual: Tensor, state: Asked | None, limit: Tensor | None = None) -> Tensor:
+        """The bits of a pass, [B, bits, H, W] of -1 and +1; 0 beyond the limit of groups of a location [B, H, W]."""
+        iteration, known, received = self._asked(state, len(residual), *residual.shape[2:])
+        with torch.autocast(residual.device.type, enabled=False):
+            left = None if limit is None else limit - received
+            return self.questions.ask(iteration, known, residual.float(), features.float(), left)
+
+    def values(self, bits: Tensor, state: Asked | None) -> tuple[Answers, Asked]:
+        """What the bits of a pass say to the decoder."""
+        iteration, known, received = self._asked(state, len(bits), *bits.shape[2:])
+        with torch.autocast(bits.device.type, enabled=False):
+            added, known = self.questions.values(iteration, known, bits.float())
+        groups = bits.detach().unflatten(1, (self.questions.groups, -1))
+        received = received + (groups != 0).any(2).sum(1)
+        return Answers(added, iteration, received), Asked(iteration + 1, known, received)
+
+
+class LatentDecoder(nn.Module):
+    """A ConvLSTM that corrects the latents after the answers of each pass."""
+
+    def __init__(self, config: LatentConfig) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(config.iterations, config.latents))
+        self.received = nn.Embedding(config.iterations * config.groups + 1, config.around)
+        self.look = LookAround(2 * config.latents, config)
+        self.cell = ConvLSTM(config.mixed + config.around, config.decoder_channels, 1, 1)
+        self.output = silent(config.decoder_channels, config.latents, 1)
+        nn.init.zeros_(self.received.weight)
+
+    def forward(self, answers: Answers, state: DecoderState | None) -> tuple[Tensor, DecoderState]:
+        """What a pass adds to the latents, [B, C, H, W]."""
+        added, iteration, received = answers
+        y_hat = added if state is None else state.y_hat + added
+        seen = torch.cat([added / _columns(self.scale[iteration]), y_hat], 1)
+        look = self.look(seen, self.received(received).permute(0, 3, 1, 2))
+        hidden, cell = self.cell(look, state.cell if state else None)
+        correction = self.output(hidden).float()
+        return added + correction, DecoderState(y_hat + correction, received, cell)
+
+
+def _columns(values: Tensor) -> Tensor:
+    return values.view(-1, 1, 1)

@@ -1,0 +1,201 @@
+"""From pixels to the latent space of the loop and back: principal components, with nonlinear branches beside them.
+
+Both transforms start as linear ones, the largest principal components of 16x16 blocks, because their branches end in
+layers of zeros. A network that begins as a decent codec learns in minutes what takes others hours.
+"""
+
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rnncodec.network.cells import GateConv, conv
+
+if TYPE_CHECKING:
+    from rnncodec.network.latent import DecoderState
+
+STRIDE = 16  # side in pixels of the block of one location
+SHUFFLE = 4  # the branches work from 1/4 of the resolution down
+
+Window = tuple[slice, slice]
+WHOLE = slice(None), slice(None)
+
+
+def silent(in_channels: int, out_channels: int, kernel_size: int) -> nn.Conv2d:
+    """A convolution that starts by saying nothing, so that what stands beside it starts as it is."""
+    layer = conv(in_channels, out_channels, kernel_size)
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(cast(Tensor, layer.bias))
+    return layer
+
+
+class Residual(nn.Module):
+    """Two 3x3 convolutions whose output is added to their input, [B, C, H, W]."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.first = GateConv(channels, channels, 3)
+        self.second = GateConv(channels, channels, 3)
+        with torch.no_grad():
+            self.second.weight.mul_(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.second(F.relu(self.first(F.relu(x))))
+
+
+class Analysis(nn.Module):
+    """Images [B, 3, H, W] to latents [B, C, H / 16, W / 16].
+
+    Args:
+        latents: C.
+        channels: of the branch at 1/4, 1/8 and 1/16 of the resolution.
+        blocks: residual blocks at each.
+    """
+
+    def __init__(self, latents: int, channels: tuple[int, ...], blocks: int) -> None:
+        super().__init__()
+        self.linear = nn.Conv2d(3, latents, STRIDE, STRIDE)
+        self.stem = GateConv(3 * SHUFFLE**2, channels[0], 3)
+        self.scales = nn.ModuleList(
+            nn.Sequential(
+                *(Residual(before) for _ in range(blocks)),
+                *([GateConv(before, after, 3, 2)] if after else []),
+            )
+            for before, after in pairwise([*channels, 0])
+        )
+        self.output = silent(channels[-1], latents, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):  # eight bits of a mantissa are too few for an image
+            y = self.linear(x.float())
+        branch = self.stem(F.pixel_unshuffle(x, SHUFFLE))
+        for scale in self.scales:
+            branch = scale(branch)
+        return y + self.output(branch).float()
+
+
+class Synthesis(nn.Module):
+    """Latents [B, C, H, W], the decoder's hidden state and what it has received to images [B, 3, 16 H, 16 W].
+
+    Args:
+        latents: C.
+        hidden: channels of the decoder's hidden state.
+        counts: how many groups of bits a location may have received.
+        channels: of the branch at 1/16, 1/8 and 1/4 of the resolution.
+        blocks: residual blocks at each.
+    """
+
+    def __init__(self, latents: int, hidden: int, counts: int, channels: tuple[int, ...], blocks: int) -> None:
+        super().__init__()
+        self.linear = nn.ConvTranspose2d(latents, 3, STRIDE, STRIDE)
+        self.stem = GateConv(latents, channels[0], 1)
+        self.hidden = silent(hidden, channels[0], 1)
+        self.received = nn.Embedding(counts + 1, channels[0])
+        nn.init.zeros_(self.received.weight)
+        self.scales = nn.ModuleList(
+            nn.Sequential(
+                *(Residual(before) for _ in range(blocks)),
+                *([GateConv(before, 4 * after, 1), nn.PixelShuffle(2)] if after else []),
+            )
+            for before, after in pairwise([*channels, 0])
+        )
+        self.output = silent(channels[-1], 3 * SHUFFLE**2, 3)
+
+    def forward(self, y_hat: Tensor, hidden: Tensor, received: Tensor) -> Tensor:
+        """Images, not limited to [-1, 1]; received counts groups of bits, long [B, H, W]."""
+        with torch.autocast(y_hat.device.type, enabled=False):
+            x_hat = self.linear(y_hat.float())
+        branch = self.stem(y_hat) + self.hidden(hidden) + self.received(received).permute(0, 3, 1, 2)
+        for scale in self.scales:
+            branch = scale(branch)
+        return x_hat + F.pixel_shuffle(self.output(branch), SHUFFLE).float()
+
+
+class Pixels(nn.Module):
+    """The transforms of the papers' networks, whose loop runs on the pixels: none, so that no window is ever cut."""
+
+    halos = 0, 0
+
+    def analyse(self, x: Tensor) -> Tensor:
+        return x
+
+    def synthesise(self, y_hat: Tensor, decoder: Any, window: Window) -> Tensor:
+        return y_hat
+
+
+class LatentTransforms(nn.Module):
+    """Analysis and synthesis around a loop in the latent space.
+
+    Attributes:
+        halos: how many blocks around a block its analysis and its synthesis see.
+    """
+
+    def __init__(
+        self,
+        latents: int,
+        hidden: int,
+        counts: int,
+        analysis_channels: tuple[int, ...],
+        analysis_blocks: int,
+        synthesis_channels: tuple[int, ...],
+        synthesis_blocks: int,
+    ) -> None:
+        super().__init__()
+        self.analysis = Analysis(latents, analysis_channels, analysis_blocks)
+        self.synthesis = Synthesis(latents, hidden, counts, synthesis_channels, synthesis_blocks)
+        # Pixels that 3x3 convolutions reach: two in each residual block at 1/4, 1/8 and 1/16 of the resolution, one in
+        # the stem of the analysis, in each of its strided layers, and at the end of the synthesis.
+        self.halos = (
+            -(-(4 + 4 + 8 + 2 * (4 + 8 + 16) * analysis_blocks) // STRIDE),
+            -(-(4 + 2 * (4 + 8 + 16) * synthesis_blocks) // STRIDE),
+        )
+
+    def analyse(self, x: Tensor) -> Tensor:
+        return self.analysis(x)
+
+    def synthesise(self, y_hat: Tensor, decoder: "DecoderState", window: Window) -> Tensor:
+        return self.synthesis(*(tensor[..., *window] for tensor in (y_hat, decoder.cell[0], decoder.received)))
+
+    def start(self, x: Tensor) -> Tensor:
+        return start_linear(self.analysis, self.synthesis, x)
+
+
+@torch.no_grad()
+def start_linear(analysis: Analysis, synthesis: Synthesis, x: Tensor) -> Tensor:
+    """Sets both linear transforms to the principal components of images' blocks.
+
+    A component with the standard deviation s is multiplied by s ** -1/2, halfway between what keeps distances and what
+    makes all components alike.
+
+    Args:
+        analysis: whose linear part is set.
+        synthesis: likewise.
+        x: images [N, 3, H, W] in [-1, 1], sides multiples of 16; of a few ten thousand blocks at least.
+
+    Returns:
+        Squared error of a picture for a squared error of 1 of each component, [C].
+    """
+    latents = analysis.linear.weight.shape[0]
+    size = 3 * STRIDE**2
+    total, square, count = torch.zeros(size, dtype=torch.double), torch.zeros(size, size, dtype=torch.double), 0
+    for images in x.split(64):
+        blocks = F.pixel_unshuffle(images, STRIDE).permute(0, 2, 3, 1).reshape(-1, size)
+        total += blocks.sum(0).double().cpu()
+        square += (blocks.mT @ blocks).double().cpu()
+        count += len(blocks)
+    mean = total / count
+    variances, vectors = torch.linalg.eigh(square / count - mean.outer(mean))
+    components = vectors.flip(1)[:, :latents].mT  # by falling variance
+    # The sign of an eigenvector is arbitrary: that of its largest value makes it the same everywhere.
+    components = components * components.gather(1, components.abs().argmax(1, keepdim=True)).sign()
+    spread = variances.flip(0)[:latents].clamp(min=1e-12) ** 0.25
+    kernels = components.view(latents, 3, STRIDE, STRIDE)
+    analysis.linear.weight.copy_(kernels / spread.view(-1, 1, 1, 1))
+    synthesis.linear.weight.copy_(kernels * spread.view(-1, 1, 1, 1))
+    # The mean of each color: that of each pixel of a block would be a pattern.
+    color = mean.view(3, -1).mean(1)
+    cast(Tensor, synthesis.linear.bias).copy_(color)
+    cast(Tensor, analysis.linear.bias).copy_(-(kernels.sum((2, 3)) @ color) / spread)
+    return spread.square().float().to(x.device)
