@@ -8,6 +8,7 @@ from rnncodec.entropy.classical import AdaptiveSession, HuffmanSession, RawSessi
 from rnncodec.entropy.coders import CLASSICAL, NAMES, ContextSession, EntropyName
 from rnncodec.entropy.context import ContextConfig, ContextModel, ContextName, code_length, code_nats
 from rnncodec.entropy.exact import SCALE, probability
+from rnncodec.entropy.grouped import Questions
 from rnncodec.entropy.ranges import RangeDecoder, RangeEncoder, Session
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "ContextSession",
     "EntropyName",
     "HuffmanSession",
+    "Questions",
     "RangeDecoder",
     "RangeEncoder",
     "RawSession",

@@ -6,7 +6,7 @@
 
 Two predictors fill in the last box. The sequential one is the BinaryRNN of T17 (sec. 4), which knows all locations
 above and to the left. The parallel one reveals an iteration in a few passes, each of which predicts a group of
-channels on one color of a checkerboard.
+channels on one color of a checkerboard. `rnncodec.entropy.grouped` has a third kind, for bits that answer questions.
 
 `ContextModel.quantize` makes a model exact, as `rnncodec.entropy.exact` explains, to code with.
 """
@@ -23,8 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rnncodec.entropy.exact import SPAN, STEP, Conv, Layer, probability, snap
+from rnncodec.entropy.grouped import Grouped
 
-ContextName = Literal["sequential", "parallel"]
+ContextName = Literal["sequential", "parallel", "grouped"]
 
 Read = Callable[[np.ndarray], np.ndarray]
 """Decodes the next bits, given P(+1) * SCALE of each: int [n] to bool [n]."""
@@ -35,12 +36,12 @@ class ContextConfig:
     """Shape of a context model.
 
     Attributes:
-        kind: `sequential`, the BinaryRNN, or `parallel`.
+        kind: `sequential`, the BinaryRNN, or `parallel`; or `grouped`, for a network whose bits answer questions.
         bits: of one location in one iteration.
         channels: of every hidden layer.
         iterations: 0 to share the predictor among all iterations, or for how many each has its own (later ones take
-            the last).
-        groups: of channels that the parallel predictor reveals one after the other.
+            the last), as all of the grouped kind have.
+        groups: of channels that the parallel predictor reveals one after the other; or that questions are asked in.
     """
 
     kind: ContextName = "sequential"
@@ -54,8 +55,10 @@ class ContextConfig:
             raise ValueError(f"kind is one of {', '.join(get_args(ContextName))}, not {self.kind!r}")
         if min(self.bits, self.channels, self.groups) < 1 or not 0 <= self.iterations <= 255:
             raise ValueError("bits, channels and groups must be at least 1, iterations in 0..255")
-        if self.kind == "parallel" and self.bits % self.groups:
+        if self.kind != "sequential" and self.bits % self.groups:
             raise ValueError(f"{self.bits} bits cannot be divided into {self.groups} equal groups")
+        if self.kind == "grouped" and not self.iterations:
+            raise ValueError("the grouped kind needs the number of iterations, each of which asks other questions")
 
 
 class Memory(NamedTuple):
@@ -240,6 +243,9 @@ class ContextModel(nn.Module):
     def __init__(self, config: ContextConfig | None = None) -> None:
         super().__init__()
         self.config = config = config or ContextConfig()
+        if config.kind == "grouped":
+            self.grouped = Grouped(config.bits, config.groups, config.channels, config.iterations)
+            return
         self.history = History(config)
         kind = {"sequential": Sequential, "parallel": Parallel}[config.kind]
         self.predictors = nn.ModuleList(kind(config) for _ in range(max(1, config.iterations)))
@@ -248,12 +254,20 @@ class ContextModel(nn.Module):
         """The predictor of an iteration, counted from 0."""
         return cast(Sequential | Parallel, self.predictors[min(iteration, len(self.predictors) - 1)])
 
-    def forward(self, planes: Tensor) -> Tensor:
+    def forward(self, planes: Tensor, cases: Tensor | None = None) -> Tensor:
         """Logits of P(+1) for every bit of all iterations.
 
         Args:
-            planes: bits [T, B, bits, H, W] of -1 and +1.
+            planes: bits [T, B, bits, H, W] of -1 and +1; for the grouped kind, 0 where none was sent.
+            cases: of the bits, long of the same shape, for the grouped kind.
+
+        Raises:
+            ValueError: the grouped kind has no cases, or another has some.
         """
+        if (cases is not None) != (self.config.kind == "grouped"):
+            raise ValueError("cases are for context models of the grouped kind, which cannot do without")
+        if cases is not None:
+            return self.grouped(planes, cases)
         state, priors = None, []
         for t, bits in enumerate(planes):
             priors.append(self.history.look(state, bits))
@@ -270,7 +284,8 @@ class ContextModel(nn.Module):
         """An exact copy of a trained model.
 
         It is float64, though float32 holds all its values: nothing converts that behind one's back, neither autocast
-        nor the bfloat16 and TF32 that libraries may use within products.
+        nor the bfloat16 and TF32 that libraries may use within products. The grouped kind is float32, more than twice
+        as fast, because its factors are small enough for both.
 
         Raises:
             ValueError: a weight is not finite, or so many are so large that sums would not be exact.
@@ -281,7 +296,7 @@ class ContextModel(nn.Module):
         for layer in model.layers().values():
             layer.exact = True
             layer.quantize()
-        return model
+        return model.float() if self.config.kind == "grouped" else model
 
     def layers(self) -> dict[str, "Layer"]:
         """All layers by name."""
@@ -305,14 +320,17 @@ class ContextModel(nn.Module):
             layer.exact = True
             prefix = f"{name}."
             layer.load_integers({k[len(prefix) :]: v for k, v in integers.items() if k.startswith(prefix)})
-        return model
+        return model.float() if config.kind == "grouped" else model
 
 
 def code_nats(logits: Tensor, planes: Tensor) -> Tensor:
-    """Code length in nats of each bit of planes of -1 and +1, with a gradient to both (T17 sec. 4)."""
-    return F.softplus(-logits.float() * planes.float())
+    """Code length in nats of each bit of planes of -1 and +1, and of 0 where none was sent, which costs nothing.
+
+    It has a gradient to both (T17 sec. 4).
+    """
+    return torch.where(planes == 0, 0.0, F.softplus(-logits.float() * planes.float()))
 
 
 def code_length(logits: Tensor, planes: Tensor) -> Tensor:
-    """Mean code length in bits for each bit of planes of -1 and +1, with a gradient to both (T17 sec. 4)."""
+    """Mean code length in bits for each bit of planes as in `code_nats`, with a gradient to both (T17 sec. 4)."""
     return code_nats(logits, planes).mean() / math.log(2)
