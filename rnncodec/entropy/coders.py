@@ -11,7 +11,7 @@ from torch import Tensor
 from rnncodec.entropy.classical import AdaptiveSession, HuffmanSession, RawSession, StaticSession
 from rnncodec.entropy.context import ContextModel, Memory, Read
 from rnncodec.entropy.exact import SCALE, STEP, probability
-from rnncodec.entropy.grouped import REACH, Pass, Questions, grid
+from rnncodec.entropy.grouped import Pass, Questions, grid
 from rnncodec.entropy.ranges import RangeDecoder, RangeEncoder, Session
 from rnncodec.format import CONTEXT
 
@@ -102,7 +102,7 @@ class GroupedBand(Band):
         bits, rows, cols = self.shape
         size = bits // self.model.config.groups
         index = torch.arange(rows * cols * bits).view(rows * cols, -1, size)
-        squares = grid(1, rows, cols, REACH, self.device).squares
+        squares = grid(1, rows, cols, self.device).squares
         return torch.cat([index[here.cpu(), g].flatten() for g in range(index.shape[1]) for here in squares]).numpy()
 
     def chances(self, plane: np.ndarray) -> np.ndarray:

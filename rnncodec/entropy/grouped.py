@@ -28,8 +28,7 @@ from rnncodec.entropy.exact import MANTISSA, SIGMOID, SPAN, STEP, Layer, snap
 CASES = 75  # of a question
 UNIT = int(1 / STEP)
 FACTOR = 2**7 - 1  # largest weight in units of its grid
-REACH = 2  # locations that the convolution over surprises of a pass sees to each side
-REACH_BEFORE = 1  # likewise, over those of earlier passes
+SIDE = 3  # of the convolutions' kernels
 SQUARES = 512  # locations whose columns are laid out at once, which fits a cache
 
 Tell = Callable[[int, Tensor, Tensor], Tensor]
@@ -55,36 +54,27 @@ class Questions(Protocol):
 
 
 class Grid(NamedTuple):
-    """The locations of a batch of planes, numbered through: of each color the squares [n], and those around them.
+    """The locations of a batch of planes, numbered through.
 
-    `around` [n, taps] goes through a square of (2 reach + 1)^2 row by row, and has the number of locations where there
-    is none.
+    Attributes:
+        squares: of the black and of the white ones the numbers [n], row by row.
+        around: of the locations around each of them, and itself in the middle, the numbers [n, SIDE * SIDE], row by
+            row; the number of all locations where there is none.
     """
 
-    squares: tuple[Tensor, Tensor]
-    around: tuple[Tensor, Tensor]
+    squares: list[Tensor]
+    around: list[Tensor]
 
 
 @lru_cache(maxsize=8)
-def grid(batch: int, height: int, width: int, reach: int, device: torch.device) -> Grid:
+def grid(batch: int, height: int, width: int, device: torch.device) -> Grid:
     """The grid of planes of one size."""
     number = torch.arange(batch * height * width).view(batch, height, width)
-    padded = F.pad(number, (reach, reach, reach, reach), value=number.numel())
-    side = 2 * reach + 1
-    around = padded.unfold(1, side, 1).unfold(2, side, 1).reshape(-1, side * side)
-    white = ((torch.arange(height)[:, None] + torch.arange(width)) % 2 > 0).expand_as(number).flatten()
-    squares = [color.nonzero().flatten() for color in (~white, white)]
-    black, other = (Grid((s, s), (around[s], around[s])) for s in squares)
-    return Grid(
-        (black.squares[0].to(device), other.squares[0].to(device)),
-        (black.around[0].to(device), other.around[0].to(device)),
-    )
-
-
-def odd(reach: int) -> Tensor:
-    """Which taps of a square kernel see the other color, bool [taps]."""
-    offset = torch.arange(2 * reach + 1)
-    return ((offset[:, None] + offset) % 2 > 0).flatten()
+    padded = F.pad(number, [SIDE // 2] * 4, value=number.numel())
+    around = padded.unfold(1, SIDE, 1).unfold(2, SIDE, 1).reshape(-1, SIDE * SIDE)
+    white = ((torch.arange(height)[:, None] + torch.arange(width)) % 2).expand_as(number).flatten()
+    squares = [(white == color).nonzero().flatten() for color in range(2)]
+    return Grid([here.to(device) for here in squares], [around[here].to(device) for here in squares])
 
 
 class Maps(Layer):
@@ -152,7 +142,7 @@ class Grouped(Layer):
     def __init__(self, bits: int, groups: int, channels: int, iterations: int) -> None:
         super().__init__()
         self.groups, self.size = groups, bits // groups
-        taps, before = (2 * REACH + 1) ** 2, (2 * REACH_BEFORE + 1) ** 2
+        taps = SIDE * SIDE
         self.odds = nn.Parameter(torch.zeros(iterations, bits, CASES))
         # Inputs of `known` are in the order group, tap, bit; those of `remember` tap, bit.
         self.known = Maps((iterations, groups * taps * self.size, channels), 1.2)
@@ -160,7 +150,7 @@ class Grouped(Layer):
         self.middle = Maps((iterations, groups, channels, channels), 1.0)
         self.shift = nn.Parameter(torch.rand(iterations, groups, channels) / 3)
         self.output = Maps((iterations, groups, channels, self.size), 0.0)
-        self.remember = Maps((iterations, before * bits, channels), 1.0)
+        self.remember = Maps((iterations, taps * bits, channels), 1.0)
         self.level = nn.Parameter(torch.rand(iterations, channels) / 2)
         self.prior = Maps((iterations, channels, channels), 0.5)
 
@@ -207,31 +197,30 @@ class Grouped(Layer):
             surprise = torch.where(bits == 0, 0, (bits + 1) / 2 - torch.sigmoid(odds))
             logits.append(odds + self._correction(t, surprise, memory))
             if iteration + 1 < len(planes):
-                side = 2 * REACH_BEFORE + 1
-                kernel = self.remember.map[t].view(side, side, bits.shape[1], -1).permute(3, 2, 0, 1)
-                found = F.conv2d(surprise, kernel, padding=REACH_BEFORE)
+                kernel = self.remember.map[t].view(SIDE, SIDE, bits.shape[1], -1).permute(3, 2, 0, 1)
+                found = F.conv2d(surprise, kernel, padding=SIDE // 2)
                 memory = found if memory is None else memory + found
         return torch.stack(logits)
 
     def _correction(self, t: int, surprise: Tensor, memory: Tensor | None) -> Tensor:
         """What the network adds to the odds, [B, bits, H, W]."""
-        (batch, _, height, width), side, groups = surprise.shape, 2 * REACH + 1, self.groups
+        (batch, _, height, width), groups = surprise.shape, self.groups
         # Of each group what the other color says, to be seen in its second turn, and what its own color says.
-        known = self.known.map[t].view(groups, side * side, self.size, -1)
-        mask = odd(REACH).to(known.device)[:, None, None]
-        kernel = torch.stack([known * mask, known * ~mask], 1).view(groups, 2, side, side, self.size, -1)
-        kernel = kernel.permute(0, 1, 5, 4, 2, 3).flatten(0, 2)  # [groups * 2 * channels, S, side, side]
-        found = F.conv2d(surprise, kernel, padding=REACH, groups=groups).view(batch, groups, 2, -1, height, width)
+        known = self.known.map[t].view(groups, SIDE * SIDE, self.size, -1)
+        other = _other_color(known)
+        kernel = torch.stack([known * other, known * ~other], 1).view(groups, 2, SIDE, SIDE, self.size, -1)
+        kernel = kernel.permute(0, 1, 5, 4, 2, 3).flatten(0, 2)  # [groups * 2 * channels, S, SIDE, SIDE]
+        found = F.conv2d(surprise, kernel, padding=SIDE // 2, groups=groups).view(batch, groups, 2, -1, height, width)
         total = found.sum(2)
         white = ((torch.arange(height)[:, None] + torch.arange(width)) % 2).to(found)
         turn = self.turn[t].view(groups, 2, -1, 1, 1)
         x = total.cumsum(1) - total + white * found[:, :, 0] + torch.lerp(turn[:, 0], turn[:, 1], white)
         if memory is not None:
-            remembered = (memory + self.level[t][:, None, None]).clamp(0, 1)
+            remembered = (memory + self.level[t][:, None, None]).clamp(-1, 1)
             x = x + F.conv2d(remembered, self.prior.map[t].T[..., None, None])[:, None]
-        x = x.clamp(0, 1).flatten(1, 2)
+        x = x.clamp(-1, 1).flatten(1, 2)
         middle = self.middle.map[t].transpose(1, 2).flatten(0, 1)[..., None, None]
-        x = F.conv2d(x, middle, self.shift[t].flatten(), groups=groups).clamp(0, 1)
+        x = F.conv2d(x, middle, self.shift[t].flatten(), groups=groups).clamp(-1, 1)
         return F.conv2d(x, self.output.map[t].transpose(1, 2).flatten(0, 1)[..., None, None], groups=groups)
 
     def _places(self, case: Tensor, dim: int) -> Tensor:
@@ -261,6 +250,11 @@ def _rows(planes: Tensor) -> Tensor:
     return planes.permute(0, 2, 3, 1).flatten(0, 2)
 
 
+def _other_color(like: Tensor) -> Tensor:
+    """Which taps of a kernel see the other color, bool [SIDE * SIDE, 1, 1]."""
+    return (torch.arange(SIDE * SIDE, device=like.device) % 2 > 0).view(-1, 1, 1)  # the rows' sides are odd
+
+
 class Pass:
     """One pass of an exact model over a batch of planes, group by group.
 
@@ -273,23 +267,20 @@ class Pass:
 
     def __init__(self, model: Grouped, iteration: int, memory: Tensor | None, shape: tuple[int, int, int]) -> None:
         self.model, self.t, self.memory = model, model.own(iteration), memory
-        device, width, self.taps = model.turn.device, model.turn.shape[-1], (2 * REACH + 1) ** 2
-        self.grid = grid(*shape, REACH, device)
-        self.shape, count = shape, math.prod(shape)
+        self.grid = grid(*shape, model.odds.device)
+        count, width = math.prod(shape), model.turn.shape[-1]
         self.odds = model.odds[self.t].flatten()
         self.expected = SIGMOID.to(self.odds)[(self.odds + SPAN * UNIT).long()] * UNIT
-        self.odd = odd(REACH).to(device)[:, None, None]
-        # Weights of a tap, as every group's turns need them.
-        self.known = model.known.map[self.t].view(model.groups, self.taps, model.size, width)
+        self.known = model.known.map[self.t].view(model.groups, SIDE * SIDE, model.size, width)
+        self.other = _other_color(self.known)
         self.sums = [self.known.new_zeros(len(squares), width) for squares in self.grid.squares]
-        self.surprises = self.known.new_zeros(
-            count + 1, model.groups, model.size
-        )  # the last one is that of no location
-        self.recent = self.known.new_zeros(count + 1, model.size)  # of the last group known on each square
+        # The last row of both is that of no location. Recent ones are of the last group known on each square.
+        self.surprises = self.known.new_zeros(count + 1, model.groups, model.size)
+        self.recent = self.known.new_zeros(count + 1, model.size)
         self.logits = self.known.new_zeros(count, model.groups, model.size)
         self.prior = None
         if memory is not None:
-            remembered = (memory + model.level[self.t]).clamp_(0, UNIT)
+            remembered = (memory + model.level[self.t]).clamp_(-UNIT, UNIT)
             prior = model.prior.at(self.t, remembered @ model.prior.map[self.t])
             self.prior = [prior[squares] for squares in self.grid.squares]
 
@@ -301,15 +292,15 @@ class Pass:
         for color, (here, around) in enumerate(zip(self.grid.squares, self.grid.around, strict=True)):
             before = self.known[max(group - 1, 0)]
             # In the second turn, the squares of the other color have this group's surprises already.
-            weights = (torch.where(self.odd, self.known[group], before) if color else before).flatten(0, 1)
+            weights = (torch.where(self.other, self.known[group], before) if color else before).flatten(0, 1)
             sums = self.sums[color]
             if group or color:
                 for first in range(0, len(here), SQUARES):
                     band = slice(first, first + SQUARES)
                     sums[band].addmm_(self.recent[around[band]].flatten(1), weights)
             x = model.known.at(t, sums.clone()).add_(model.turn[t, 2 * group + color])
-            x = (x if self.prior is None else x.add_(self.prior[color])).clamp_(0, UNIT)
-            x = model.middle.at(t, x @ model.middle.map[t, group]).add_(model.shift[t, group]).clamp_(0, UNIT)
+            x = (x if self.prior is None else x.add_(self.prior[color])).clamp_(-UNIT, UNIT)
+            x = model.middle.at(t, x @ model.middle.map[t, group]).add_(model.shift[t, group]).clamp_(-UNIT, UNIT)
             logits = model.output.at(t, x @ model.output.map[t, group]).add_(odds[here])
             bits = tell(color, here, logits).to(logits.dtype)
             self.recent[here] = ((bits + 1) * (UNIT // 2) - expected[here]) * bits.abs()
@@ -318,11 +309,10 @@ class Pass:
 
     def remember(self) -> Tensor:
         """What the next pass needs, [locations, channels]."""
-        model, around = self.model, grid(*self.shape, REACH_BEFORE, self.recent.device)
+        model, surprises = self.model, self.surprises.flatten(1)
         memory = self.recent.new_zeros(len(self.logits), model.level.shape[1])
-        surprises = self.surprises.flatten(1)
-        for squares, neighbors in zip(around.squares, around.around, strict=True):
-            for here, beside in zip(squares.split(SQUARES), neighbors.split(SQUARES), strict=True):
+        for squares, around in zip(*self.grid, strict=True):
+            for here, beside in zip(squares.split(SQUARES), around.split(SQUARES), strict=True):
                 memory[here] = surprises[beside].flatten(1) @ model.remember.map[self.t]
         memory = model.remember.at(self.t, memory)
         return memory if self.memory is None else memory.add_(self.memory).clamp_(-(2**16), 2**16)
