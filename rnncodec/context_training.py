@@ -10,7 +10,7 @@ import wandb
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric, MetricCollection
 
-from rnncodec.context import ContextConfig, ContextModel, code_length, code_nats
+from rnncodec.entropy import ContextConfig, ContextModel, code_length, code_nats
 from rnncodec.metrics import RATES
 from rnncodec.network import Step, pad_to_blocks
 from rnncodec.training import CodecTraining, Training

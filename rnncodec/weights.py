@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 
-from rnncodec.context import ContextConfig, ContextModel
+from rnncodec.entropy import ContextConfig, ContextModel
 from rnncodec.format import NAME_PATTERN
 from rnncodec.images import atomic_write, one_line
 from rnncodec.network import LatentConfig, NetworkConfig, Questions, RecurrentCodec
@@ -187,10 +187,17 @@ def _context_config(values: Any, network: NetworkConfig | LatentConfig) -> Conte
 
 def _context_tensors(model: ContextModel) -> dict[str, tuple[torch.Size, str]]:
     """Shapes and types of the integers of a context model, by name."""
-    types = {"weight": "I16", "turn": "I16", "bias": "I32"}
-    expected = {f"context.{key}": (tensor.shape, types[key.split(".")[-1]]) for key, tensor in model.named_parameters()}
-    exponents = [key for key in expected if key.endswith(".weight")]
-    return expected | {f"{key[: -len('weight')]}exponent": (torch.Size(), "I8") for key in exponents}
+    types = {"weight": "I16", "bias": "I32", "map": "I8"}  # all others are biases on the grid of activations
+    expected = {
+        f"context.{key}": (tensor.shape, types.get(key.split(".")[-1], "I16"))
+        for key, tensor in model.named_parameters()
+    }
+    exponents = {}
+    for key, (shape, _) in expected.items():
+        layer, _, tensor = key.rpartition(".")
+        if tensor in ("weight", "map"):
+            exponents[f"{layer}.exponent"] = (torch.Size() if tensor == "weight" else shape[:1], "I8")
+    return expected | exponents
 
 
 def load_checkpoint(path: str | os.PathLike[str]) -> tuple[RecurrentCodec, dict[str, str]]:

@@ -115,6 +115,90 @@ class Reference:
         return found
 
 
+class GroupedReference:
+    """A context model of the grouped kind with its questions, all of integers; in units of 1 / 256."""
+
+    CLIP = 256
+
+    def __init__(self, exact, channels, channel, cost, edges):
+        """Of the questions: latent channels, and the arrays [T, G, S], [T, G, S, 75, 2] and [T, G, 4]."""
+        self.weights = {key: value.numpy().astype(np.int64) for key, value in exact.integers().items()}
+        self.channels, self.channel, self.cost, self.edges = channels, channel, cost, edges
+
+    def product(self, name, t, x, *part):
+        """The sums of a linear map."""
+        name = f"grouped.{name}"
+        return half_even(x @ self.weights[f"{name}.map"][(t, *part)], int(self.weights[f"{name}.exponent"][t]))
+
+    def bias(self, name, *part):
+        return self.weights[f"grouped.{name}"][part]
+
+    def clip(self, x):
+        return np.clip(x, -self.CLIP, self.CLIP)
+
+    def around(self, x, row, col):
+        """The 3x3 locations around one, row by row, of x [rows, cols, ...], zeros beyond."""
+        padded = np.pad(x, [(1, 1), (1, 1)] + [(0, 0)] * (x.ndim - 2))
+        return padded[row : row + 3, col : col + 3].reshape(9, *x.shape[2:])
+
+    def run(self, bits):
+        """Logits and cases of all iterations, [T, K, rows, cols], for bits of -1, 0 and +1."""
+        bits = bits.astype(np.int64).transpose(0, 2, 3, 1)
+        count, rows, cols, _ = bits.shape
+        logits, cases = np.zeros_like(bits), np.zeros_like(bits)
+        history = np.zeros((rows, cols, self.channels), np.int64)
+        activity = np.zeros((rows, cols), np.int64)
+        passes, groups, size = self.channel.shape
+        memory = np.zeros((rows, cols, self.weights["grouped.level"].shape[1]), np.int64)
+        places = list(np.ndindex(rows, cols))
+        for iteration in range(count):
+            t = min(iteration, passes - 1)
+            surprise = np.zeros((rows, cols, groups, size), np.int64)
+            for group in range(groups):
+                asked = slice(group * size, (group + 1) * size)
+                case = np.zeros((rows, cols, size), np.int64)
+                for r, c in places:
+                    beside = [(r - 1, c), (r + 1, c), (r, c - 1), (r, c + 1)]
+                    total = 4 * activity[r, c] + sum(
+                        activity[min(max(y, 0), rows - 1), min(max(x, 0), cols - 1)] for y, x in beside
+                    )
+                    busy = sum(total > edge for edge in self.edges[t, group])
+                    case[r, c] = history[r, c, self.channel[t, group]] * 5 + busy
+                cases[iteration, ..., asked] = case
+                odds = self.bias("odds", t, asked)[np.arange(size), case]
+                expected = sigmoid(odds.ravel()).reshape(odds.shape)
+                for color in range(2):
+                    known = surprise.copy()
+                    for r, c in places:
+                        if (r + c) % 2 != color:
+                            continue
+                        near = self.around(known, r, c).transpose(1, 0, 2).ravel()
+                        x = self.product("known", t, near) + self.bias("turn", t, 2 * group + color)
+                        if iteration:
+                            x = x + self.product("prior", t, self.clip(memory[r, c] + self.bias("level", t)))
+                        x = self.product("middle", t, self.clip(x), group) + self.bias("shift", t, group)
+                        logits[iteration, r, c, asked] = self.product("output", t, self.clip(x), group) + odds[r, c]
+                        for i, bit in enumerate(bits[iteration, r, c, asked]):
+                            surprise[r, c, group, i] = bit and (bit > 0) * 256 - expected[r, c, i]
+                for r, c in places:
+                    for i, bit in enumerate(bits[iteration, r, c, asked]):
+                        if bit:
+                            h, k = int(case[r, c, i]) // 5, self.channel[t, group, i]
+                            yes = int(bit > 0)
+                            history[r, c, k] = 2 * h + 1 + yes if h < 7 else 7 + (2 * (h - 7) + yes) % 8
+                            if k >= 10:
+                                activity[r, c] += self.cost[t, group, i, case[r, c, i], yes]
+            flat = surprise.reshape(rows, cols, -1)
+            found = np.array(
+                [
+                    [self.product("remember", t, self.around(flat, r, c).ravel()) for c in range(cols)]
+                    for r in range(rows)
+                ]
+            )
+            memory = np.clip(memory + found, -65536, 65536)
+        return logits.transpose(0, 3, 1, 2), cases.transpose(0, 3, 1, 2)
+
+
 def order(kind, groups, shape):
     """The bits (channel, row, column) of a plane in the order of coding."""
     bits, rows, cols = shape

@@ -7,8 +7,8 @@ import pytest
 import torch
 from reference import Reference
 
-from rnncodec.context import PROBABILITY, SIGMOID, TANH, ContextConfig, ContextModel, code_length, probability
-from rnncodec.entropy import ContextSession
+from rnncodec.entropy import ContextConfig, ContextModel, ContextSession, code_length, probability
+from rnncodec.entropy.exact import PROBABILITY, SIGMOID, TANH
 
 KINDS = ["sequential", "parallel"]
 

@@ -13,8 +13,8 @@ import torch
 from rnncodec import format
 from rnncodec.cli import main
 from rnncodec.codec import Codec
-from rnncodec.context import ContextConfig
 from rnncodec.context_training import ContextTraining, JointTraining
+from rnncodec.entropy import ContextConfig
 from rnncodec.network import NetworkConfig, RecurrentCodec
 from rnncodec.weights import WeightsError, add_context, load_weights, save_weights
 

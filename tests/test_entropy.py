@@ -13,10 +13,11 @@ from skimage import data
 
 from rnncodec import format
 from rnncodec.codec import Codec
-from rnncodec.context import ContextConfig, ContextModel
 from rnncodec.entropy import (
     CLASSICAL,
     AdaptiveSession,
+    ContextConfig,
+    ContextModel,
     ContextSession,
     HuffmanSession,
     RangeEncoder,

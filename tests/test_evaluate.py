@@ -24,8 +24,8 @@ import evaluate
 from evaluate import Coded
 from rnncodec.baselines import BASELINES
 from rnncodec.codec import Codec
-from rnncodec.context import ContextConfig, ContextModel
 from rnncodec.curves import Point, from_csv
+from rnncodec.entropy import ContextConfig, ContextModel
 from rnncodec.format import truncate
 from rnncodec.network import NetworkConfig, RecurrentCodec
 from rnncodec.weights import load_weights, save_weights

@@ -24,8 +24,8 @@ import yaml
 from skimage.metrics import peak_signal_noise_ratio
 
 from rnncodec import context_training
-from rnncodec.context import ContextConfig
 from rnncodec.data import PatchDataModule
+from rnncodec.entropy import ContextConfig
 from rnncodec.images import load_image, save_image
 from rnncodec.metrics import ms_ssim
 from rnncodec.network import LatentConfig, NetworkConfig, RecurrentCodec, network_config, to_uint8

@@ -6,12 +6,9 @@
 
 Two predictors fill in the last box. The sequential one is the BinaryRNN of T17 (sec. 4), which knows all locations
 above and to the left. The parallel one reveals an iteration in a few passes, each of which predicts a group of
-channels on one color of a checkerboard.
+channels on one color of a checkerboard. `rnncodec.entropy.grouped` has a third kind, for bits that answer questions.
 
-A coder needs the very same probabilities on both sides, which floating-point sums do not give: their value depends on
-their order. `ContextModel.quantize` therefore moves every weight and activation to a grid of powers of two, so coarse
-that no sum of a layer needs more than the 24 bits of a float32. All sums are then exact, so that order, batch, threads
-and device no longer matter; what is not a sum is rounded to the grid or looked up in a table.
+`ContextModel.quantize` makes a model exact, as `rnncodec.entropy.exact` explains, to code with.
 """
 
 import copy
@@ -25,35 +22,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-ContextName = Literal["sequential", "parallel"]
+from rnncodec.entropy.exact import SPAN, STEP, Conv, Layer, probability, snap
+from rnncodec.entropy.grouped import Grouped
 
-STEP = 2.0**-8  # grid of activations and of the sums that go into a table
-MEMORY_STEP = 2.0**-12  # grid of LSTM memories, finer because they accumulate
-SPAN = (
-    8.0  # tables end at +-8, where tanh and the sigmoid have come to their limits on the grid; memories end there, too
-)
-MANTISSA = 24  # bits that a float32 holds exactly
-WEIGHT = 2**11  # largest weight in units of its grid: what TF32 would hold exactly, too
-SCALE = 2**16  # probabilities are integers over this
-BAND = 2**24  # values in the columns of a convolution that are laid out at once
+ContextName = Literal["sequential", "parallel", "grouped"]
 
 Read = Callable[[np.ndarray], np.ndarray]
 """Decodes the next bits, given P(+1) * SCALE of each: int [n] to bool [n]."""
-
-
-def table(function: Callable[[np.ndarray], np.ndarray], scale: float) -> Tensor:
-    """The values of a function from -SPAN to SPAN in steps of STEP, rounded to multiples of 1 / scale."""
-    x = np.arange(-SPAN, SPAN + STEP, STEP)
-    return torch.from_numpy(np.round(function(x) * scale) / scale)
-
-
-def _sigmoid(x: np.ndarray) -> np.ndarray:
-    return 1 / (1 + np.exp(-x))
-
-
-TANH = table(np.tanh, 1 / STEP)
-SIGMOID = table(_sigmoid, 1 / STEP)
-PROBABILITY = table(lambda x: np.round(_sigmoid(x) * SCALE), 1).to(torch.int32)  # 22 to SCALE - 22
 
 
 @dataclass(frozen=True)
@@ -61,12 +36,12 @@ class ContextConfig:
     """Shape of a context model.
 
     Attributes:
-        kind: `sequential`, the BinaryRNN, or `parallel`.
+        kind: `sequential`, the BinaryRNN, or `parallel`; or `grouped`, for a network whose bits answer questions.
         bits: of one location in one iteration.
         channels: of every hidden layer.
         iterations: 0 to share the predictor among all iterations, or for how many each has its own (later ones take
-            the last).
-        groups: of channels that the parallel predictor reveals one after the other.
+            the last), as all of the grouped kind have.
+        groups: of channels that the parallel predictor reveals one after the other; or that questions are asked in.
     """
 
     kind: ContextName = "sequential"
@@ -80,8 +55,10 @@ class ContextConfig:
             raise ValueError(f"kind is one of {', '.join(get_args(ContextName))}, not {self.kind!r}")
         if min(self.bits, self.channels, self.groups) < 1 or not 0 <= self.iterations <= 255:
             raise ValueError("bits, channels and groups must be at least 1, iterations in 0..255")
-        if self.kind == "parallel" and self.bits % self.groups:
+        if self.kind != "sequential" and self.bits % self.groups:
             raise ValueError(f"{self.bits} bits cannot be divided into {self.groups} equal groups")
+        if self.kind == "grouped" and not self.iterations:
+            raise ValueError("the grouped kind needs the number of iterations, each of which asks other questions")
 
 
 class Memory(NamedTuple):
@@ -89,142 +66,6 @@ class Memory(NamedTuple):
 
     hidden: Tensor
     memory: Tensor
-
-
-class Layer(nn.Module):
-    """A module that computes in floats, or exactly once `ContextModel.quantize` has been called."""
-
-    exact = False
-
-    def quantize(self) -> None:
-        """Moves the layer's own weights to their grid."""
-
-    def integers(self) -> dict[str, Tensor]:
-        """The layer's own weights, once quantized, as integers."""
-        return {}
-
-    def load_integers(self, integers: Mapping[str, Tensor]) -> None:
-        """Takes what `integers` gave."""
-
-    def _lookup(self, values: Tensor, x: Tensor) -> Tensor:
-        index = (x.clamp(-SPAN, SPAN) / STEP).long() + int(SPAN / STEP)
-        return values.to(x.device)[index].to(x.dtype)
-
-    def tanh(self, x: Tensor) -> Tensor:
-        return self._lookup(TANH, x) if self.exact else torch.tanh(x)
-
-    def sigmoid(self, x: Tensor) -> Tensor:
-        return self._lookup(SIGMOID, x) if self.exact else torch.sigmoid(x)
-
-    def lstm(self, gates: Tensor, memory: Tensor | None, dim: int = 1) -> tuple[Tensor, Tensor]:
-        """Gates (input, forget, output, candidate) and the memory before to the hidden state and the memory after."""
-        i, f, o, j = gates.chunk(4, dim)
-        new = self.sigmoid(i) * self.tanh(j)
-        if memory is not None:
-            new = new + self.sigmoid(f) * memory
-        if self.exact:
-            # f and the memory have 8 and 15 bits, their product on a grid of 2^-20 stays below 2^3: 24 with i j.
-            new = snap(new, MEMORY_STEP).clamp(-SPAN, SPAN)
-        hidden = self.sigmoid(o) * self.tanh(snap(new, STEP) if self.exact else new)
-        return (snap(hidden, STEP) if self.exact else hidden), new
-
-
-def snap(x: Tensor, step: float) -> Tensor:
-    """The nearest multiple of a power of two, halves to even: exact wherever it is computed."""
-    return (x / step).round() * step
-
-
-class Conv(Layer):
-    """A convolution whose output has its input's size; a mask may hide part of its kernel.
-
-    Args:
-        in_channels, out_channels: of the convolution.
-        kernel: odd height and width.
-        visible: bool of the kernel's size, what the mask lets through; None for all.
-    """
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel: tuple[int, int] = (1, 1),
-        visible: Tensor | None = None,
-        bias: bool = True,
-    ) -> None:
-        super().__init__()
-        like = nn.Conv2d(in_channels, out_channels, kernel, bias=bias)
-        self.weight, self.bias = like.weight, like.bias
-        self.padding = (kernel[0] // 2, kernel[1] // 2)
-        mask = torch.ones(kernel) if visible is None else visible.float()
-        self.register_buffer("mask", mask, persistent=False)
-        with torch.no_grad():  # the variance of the sum as if nothing were hidden
-            self.weight.mul_(mask * (mask.numel() / mask.sum()).sqrt())
-
-    mask: Tensor
-    exponent: int  # of the grid of the weights, once they are quantized
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, in, H, W] to [B, out, H, W]; of an exact layer, input channels that are left out at the end are zeros."""
-        if not self.exact:
-            return F.conv2d(x, self.weight * self.mask, self.bias, padding=self.padding)
-        # As a matrix product, because libraries may convolve by transforms that are not exact; in bands of rows,
-        # because its columns take so much more memory than x.
-        (batch, _, height, width), (down, across) = x.shape, self.padding
-        x = F.pad(x, (across, across, down, down))
-        rows = max(1, BAND // (batch * width * self.weight[0].numel()))
-        bands = []
-        for top in range(0, height, rows):
-            band = x[:, :, top : min(top + rows, height) + 2 * down]
-            bands.append(self.at(F.unfold(band, self.weight.shape[2:])).unflatten(2, (-1, width)))
-        return torch.cat(bands, dim=2)
-
-    def at(self, columns: Tensor) -> Tensor:
-        """The exact output [..., out, N] at N locations, around which `columns` [..., in * kernel, N] lie."""
-        out = self.weight.flatten(1)[:, : columns.shape[-2]] @ columns
-        return snap(out if self.bias is None else out + self.bias[:, None], STEP)
-
-    @torch.no_grad()
-    def quantize(self) -> None:
-        """Moves the weights to the finest grid on which no sum leaves the 24 bits of a float32."""
-        self.weight.mul_(self.mask)
-        total = self.weight.flatten(1).abs().sum(1) + (0 if self.bias is None else self.bias.abs())
-        # A row of n weights may grow by n / 2 steps when it is rounded; a bit of margin covers that.
-        room = math.log2(2.0**MANTISSA * STEP / max(total.max().item(), STEP)) - 1
-        largest = max(self.weight.abs().max().item(), STEP)
-        self.exponent = math.floor(min(room, math.log2(WEIGHT / largest), 16))
-        self.weight.copy_(snap(self.weight, 2.0**-self.exponent))
-        if self.bias is not None:
-            self.bias.copy_(snap(self.bias, 2.0**-self.exponent))
-        self._check()
-
-    @torch.no_grad()
-    def integers(self) -> dict[str, Tensor]:
-        """The quantized weights as integers, and the exponent of their grid: they are 2^-exponent times these."""
-        scale = 2.0**self.exponent
-        integers = {"weight": (self.weight * scale).short(), "exponent": torch.tensor(self.exponent, dtype=torch.int8)}
-        return integers if self.bias is None else integers | {"bias": (self.bias * scale).int()}
-
-    @torch.no_grad()
-    def load_integers(self, integers: Mapping[str, Tensor]) -> None:
-        """Takes what `integers` gave, from whatever source.
-
-        Raises:
-            ValueError: sums would not be exact.
-        """
-        self.exponent = int(integers["exponent"])
-        scale = 2.0**-self.exponent
-        self.weight.copy_(integers["weight"] * self.mask * scale)
-        if self.bias is not None:
-            self.bias.copy_(integers["bias"] * scale)
-        self._check()
-
-    def _check(self) -> None:
-        """Raises ValueError if sums would not be exact."""
-        total = self.weight.flatten(1).abs().sum(1) + (0 if self.bias is None else self.bias.abs())
-        grid = 2.0**-self.exponent
-        exact = self.weight.abs().max() <= WEIGHT * grid and total.max() <= 2.0**MANTISSA * STEP * grid
-        if not (exact and 0 <= self.exponent <= 16):
-            raise ValueError("sums of a layer would need more bits than a float32 has")
 
 
 class History(Layer):
@@ -396,18 +237,15 @@ class Parallel(Layer):
         return known.permute(2, 0, 1)[None]
 
 
-def probability(logits: Tensor) -> Tensor:
-    """P(+1) * SCALE of logits on the grid, int32, never 0 and never SCALE."""
-    index = (logits.clamp(-SPAN, SPAN) / STEP).long() + int(SPAN / STEP)
-    return PROBABILITY.to(logits.device)[index]
-
-
 class ContextModel(nn.Module):
     """A context model in floats, to be trained, or exact, to code with (T17 sec. 4)."""
 
     def __init__(self, config: ContextConfig | None = None) -> None:
         super().__init__()
         self.config = config = config or ContextConfig()
+        if config.kind == "grouped":
+            self.grouped = Grouped(config.bits, config.groups, config.channels, config.iterations)
+            return
         self.history = History(config)
         kind = {"sequential": Sequential, "parallel": Parallel}[config.kind]
         self.predictors = nn.ModuleList(kind(config) for _ in range(max(1, config.iterations)))
@@ -416,12 +254,20 @@ class ContextModel(nn.Module):
         """The predictor of an iteration, counted from 0."""
         return cast(Sequential | Parallel, self.predictors[min(iteration, len(self.predictors) - 1)])
 
-    def forward(self, planes: Tensor) -> Tensor:
+    def forward(self, planes: Tensor, cases: Tensor | None = None) -> Tensor:
         """Logits of P(+1) for every bit of all iterations.
 
         Args:
-            planes: bits [T, B, bits, H, W] of -1 and +1.
+            planes: bits [T, B, bits, H, W] of -1 and +1; for the grouped kind, 0 where none was sent.
+            cases: of the bits, long of the same shape, for the grouped kind.
+
+        Raises:
+            ValueError: the grouped kind has no cases, or another has some.
         """
+        if (cases is not None) != (self.config.kind == "grouped"):
+            raise ValueError("cases are for context models of the grouped kind, which cannot do without")
+        if cases is not None:
+            return self.grouped(planes, cases)
         state, priors = None, []
         for t, bits in enumerate(planes):
             priors.append(self.history.look(state, bits))
@@ -438,7 +284,8 @@ class ContextModel(nn.Module):
         """An exact copy of a trained model.
 
         It is float64, though float32 holds all its values: nothing converts that behind one's back, neither autocast
-        nor the bfloat16 and TF32 that libraries may use within products.
+        nor the bfloat16 and TF32 that libraries may use within products. The grouped kind is float32, more than twice
+        as fast, because its factors are small enough for both.
 
         Raises:
             ValueError: a weight is not finite, or so many are so large that sums would not be exact.
@@ -449,7 +296,7 @@ class ContextModel(nn.Module):
         for layer in model.layers().values():
             layer.exact = True
             layer.quantize()
-        return model
+        return model.float() if self.config.kind == "grouped" else model
 
     def layers(self) -> dict[str, "Layer"]:
         """All layers by name."""
@@ -473,14 +320,17 @@ class ContextModel(nn.Module):
             layer.exact = True
             prefix = f"{name}."
             layer.load_integers({k[len(prefix) :]: v for k, v in integers.items() if k.startswith(prefix)})
-        return model
+        return model.float() if config.kind == "grouped" else model
 
 
 def code_nats(logits: Tensor, planes: Tensor) -> Tensor:
-    """Code length in nats of each bit of planes of -1 and +1, with a gradient to both (T17 sec. 4)."""
-    return F.softplus(-logits.float() * planes.float())
+    """Code length in nats of each bit of planes of -1 and +1, and of 0 where none was sent, which costs nothing.
+
+    It has a gradient to both (T17 sec. 4).
+    """
+    return torch.where(planes == 0, 0.0, F.softplus(-logits.float() * planes.float()))
 
 
 def code_length(logits: Tensor, planes: Tensor) -> Tensor:
-    """Mean code length in bits for each bit of planes of -1 and +1, with a gradient to both (T17 sec. 4)."""
+    """Mean code length in bits for each bit of planes as in `code_nats`, with a gradient to both (T17 sec. 4)."""
     return code_nats(logits, planes).mean() / math.log(2)

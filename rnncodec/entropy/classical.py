@@ -1,0 +1,166 @@
+"""The coders that need no model: raw bits, Huffman codes, and the range coder with counted probabilities."""
+
+import heapq
+from collections.abc import Callable
+
+import numpy as np
+
+from rnncodec.entropy.exact import SCALE
+from rnncodec.entropy.ranges import RangeDecoder, RangeEncoder, Session
+from rnncodec.format import ADAPTIVE, HUFFMAN, RAW, STATIC, FormatError, pack_bits, unpack_bits
+
+Code = Callable[[np.ndarray, tuple[int, int]], np.ndarray]
+"""Codes the bits at a location (y, x), given P(1) * SCALE of each: int [bits] to bool [bits]."""
+
+
+class RawSession(Session):
+    """No entropy coding."""
+
+    coding = RAW
+
+    def _encode(self, plane: np.ndarray) -> bytes:
+        return pack_bits(plane)
+
+    def _decode(self, payload: bytes) -> np.ndarray:
+        return unpack_bits(payload, *self.shape)
+
+
+class HuffmanSession(Session):
+    """Canonical Huffman codes of groups of four bits of one location (S07), with a code book for each iteration."""
+
+    coding = HUFFMAN
+    LONGEST = 15  # bits of a code of 16 symbols, so that a length takes four
+
+    def __init__(self, bits: int, rows: int, cols: int) -> None:
+        super().__init__(bits, rows, cols)
+        self.group = next(size for size in (4, 2, 1) if bits % size == 0)
+
+    def _encode(self, plane: np.ndarray) -> bytes:
+        symbols = plane.transpose(1, 2, 0).reshape(-1, self.group) @ (1 << np.arange(self.group)[::-1])
+        lengths = huffman_lengths(np.bincount(symbols, minlength=1 << self.group))
+        codes = np.zeros((len(lengths), self.LONGEST), bool)  # left-aligned
+        for symbol, code in canonical_codes(lengths).items():
+            codes[symbol, : lengths[symbol]] = [char == "1" for char in code]
+        bits = codes[symbols][np.arange(self.LONGEST) < lengths[symbols, None]]
+        nibbles = np.unpackbits(lengths[:, None], axis=1)[:, 4:]
+        return np.packbits(nibbles).tobytes() + np.packbits(bits).tobytes()
+
+    def _decode(self, payload: bytes) -> np.ndarray:
+        bits, rows, cols = self.shape
+        size = (4 << self.group) // 8
+        flat = np.unpackbits(np.frombuffer(payload, np.uint8))
+        lengths = flat[: 8 * size].reshape(-1, 4) @ (1 << np.arange(4)[::-1])
+        if len(lengths) < 1 << self.group or (2.0 ** -lengths[lengths > 0].astype(float)).sum() > 1:
+            raise FormatError("the code book of an entropy-coded payload is corrupt")
+        # What the next 15 bits begin with, for every value they may have: a symbol and the length of its code.
+        book = [(0, 0)] * (1 << self.LONGEST)
+        for symbol, code in canonical_codes(lengths).items():
+            count = 1 << (self.LONGEST - len(code))
+            start = int(code, 2) * count
+            book[start : start + count] = [(symbol, len(code))] * count
+        code = np.pad(flat[8 * size :], (0, self.LONGEST))
+        end = len(code) - self.LONGEST
+        windows = np.zeros(end, np.uint16)
+        for i in range(self.LONGEST):
+            windows = windows << 1 | code[i : i + end]
+        next_bits, place = windows.data, 0
+        symbols = bytearray(rows * cols * bits // self.group)
+        for i in range(len(symbols)):
+            symbols[i], length = book[next_bits[place]] if place < end else (0, 0)
+            if not length:
+                raise FormatError("an entropy-coded payload is corrupt")
+            place += length
+        if not 0 <= end - place < 8 or code[place:].any():
+            raise FormatError("an entropy-coded payload is corrupt")
+        groups = (np.frombuffer(symbols, np.uint8)[:, None] >> np.arange(self.group)[::-1]) & 1
+        return groups.astype(bool).reshape(rows, cols, bits).transpose(2, 0, 1)
+
+
+def huffman_lengths(counts: np.ndarray) -> np.ndarray:
+    """Lengths of the codes of an optimal prefix code, uint8 [N], 0 for symbols that do not occur."""
+    heap = [(int(count), symbol, [symbol]) for symbol, count in enumerate(counts) if count]
+    lengths = np.zeros(len(counts), np.uint8)
+    if len(heap) == 1:
+        lengths[heap[0][1]] = 1
+    heapq.heapify(heap)
+    while len(heap) > 1:
+        (first, tie, below), (second, _, beside) = heapq.heappop(heap), heapq.heappop(heap)
+        lengths[below + beside] += 1
+        heapq.heappush(heap, (first + second, tie, below + beside))
+    return lengths
+
+
+def canonical_codes(lengths: np.ndarray) -> dict[int, str]:
+    """Codes in ascending order of length, then of symbol, each the one before plus 1, shifted to its own length."""
+    codes, code, before = {}, 0, 0
+    for length, symbol in sorted((int(length), symbol) for symbol, length in enumerate(lengths) if length):
+        code <<= length - before
+        codes[symbol] = f"{code:0{length}b}"
+        code, before = code + 1, length
+    return codes
+
+
+class StaticSession(Session):
+    """The range coder with one probability for each channel, a byte at the beginning of each iteration (S07)."""
+
+    coding = STATIC
+
+    def _chances(self, shares: np.ndarray) -> np.ndarray:
+        return np.tile(shares.astype(np.int64) * (SCALE // 256), self.shape[1] * self.shape[2])
+
+    def _encode(self, plane: np.ndarray) -> bytes:
+        shares = np.clip(np.round(plane.mean((1, 2)) * 256), 1, 255).astype(np.uint8)
+        coder = RangeEncoder()
+        coder.write(self._chances(shares), plane.transpose(1, 2, 0).ravel())
+        return shares.tobytes() + coder.finish()
+
+    def _decode(self, payload: bytes) -> np.ndarray:
+        bits, rows, cols = self.shape
+        shares = np.frombuffer(payload[:bits], np.uint8)
+        if len(shares) < bits or not shares.all():
+            raise FormatError("an entropy-coded payload is corrupt")
+        coder = RangeDecoder(payload[bits:])
+        plane = coder.read(self._chances(shares)).reshape(rows, cols, bits).transpose(2, 0, 1)
+        coder.finish()
+        return plane
+
+
+class AdaptiveSession(Session):
+    """The range coder with probabilities that are counted on both sides: of each channel, given its left and upper bit.
+
+    An estimate of Krichevsky and Trofimov for each channel and context, which begins anew in every iteration (S07).
+    """
+
+    coding = ADAPTIVE
+
+    def _encode(self, plane: np.ndarray) -> bytes:
+        coder = RangeEncoder()
+
+        def write(chances: np.ndarray, place: tuple[int, int]) -> np.ndarray:
+            coder.write(chances, plane[:, *place])
+            return plane[:, *place]
+
+        self._walk(write)
+        return coder.finish()
+
+    def _decode(self, payload: bytes) -> np.ndarray:
+        coder = RangeDecoder(payload)
+        plane = self._walk(lambda chances, place: coder.read(chances))
+        coder.finish()
+        return plane
+
+    def _walk(self, code: Code) -> np.ndarray:
+        """Visits the locations line by line and gives what `code` gave for each."""
+        bits, rows, cols = self.shape
+        channels = np.arange(bits)
+        ones = np.ones((bits, 4), np.int64)  # counts of half an occurrence
+        total = np.full((bits, 4), 2, np.int64)
+        plane = np.zeros((rows + 1, cols + 1, bits), bool)
+        for y in range(1, rows + 1):
+            for x in range(1, cols + 1):
+                context = channels, 2 * plane[y - 1, x] + plane[y, x - 1]
+                chances = np.clip(ones[context] * SCALE // total[context], 1, SCALE - 1)
+                plane[y, x] = code(chances, (y - 1, x - 1))
+                ones[context] += 2 * plane[y, x]
+                total[context] += 2
+        return plane[1:, 1:].transpose(2, 0, 1)

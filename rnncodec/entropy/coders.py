@@ -1,0 +1,227 @@
+"""The session of a context model, and all coders by their names."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rnncodec.entropy.classical import AdaptiveSession, HuffmanSession, RawSession, StaticSession
+from rnncodec.entropy.context import ContextModel, Memory, Read
+from rnncodec.entropy.exact import SCALE, STEP, probability
+from rnncodec.entropy.grouped import Pass, Questions, grid
+from rnncodec.entropy.ranges import RangeDecoder, RangeEncoder, Session
+from rnncodec.format import CONTEXT
+
+EntropyName = Literal["none", "context", "huffman", "static", "adaptive"]
+
+
+class Band(ABC):
+    """Rows of an image that an exact context model codes without knowing of any others.
+
+    Args:
+        model: exact.
+        bits, rows, cols: shape of the bits of an iteration.
+    """
+
+    def __init__(self, model: ContextModel, bits: int, rows: int, cols: int) -> None:
+        self.model, self.shape = model, (bits, rows, cols)
+        self.iteration = 0
+
+    @abstractmethod
+    def order(self) -> np.ndarray:
+        """The order of coding: indices into the bits [rows, cols, bits], flattened."""
+
+    @abstractmethod
+    def chances(self, plane: np.ndarray) -> np.ndarray:
+        """P(1) * SCALE of every bit of the next iteration, int [bits, rows, cols]."""
+
+    @abstractmethod
+    def decode(self, read: Read) -> np.ndarray:
+        """The bits of the next iteration that `read` gives in the order of coding."""
+
+    @abstractmethod
+    def advance(self, plane: np.ndarray) -> None:
+        """Takes note of an iteration before the next one."""
+
+
+class PlainBand(Band):
+    """A band for the sequential and the parallel kind."""
+
+    def __init__(self, model: ContextModel, bits: int, rows: int, cols: int) -> None:
+        super().__init__(model, bits, rows, cols)
+        self.pending: list[np.ndarray] = []  # earlier iterations that are not yet part of the state
+        self.state: Memory | None = None
+
+    def order(self) -> np.ndarray:
+        return self.model.predictor(self.iteration).order(*self.shape)
+
+    def chances(self, plane: np.ndarray) -> np.ndarray:
+        logits = self.model.predictor(self.iteration)(self._signs(plane), self._prior())
+        return probability(logits)[0].cpu().numpy()
+
+    def decode(self, read: Read) -> np.ndarray:
+        found = self.model.predictor(self.iteration).decode(self._prior(), self.shape[0], read)
+        return (found[0] > 0).cpu().numpy()
+
+    def advance(self, plane: np.ndarray) -> None:
+        self.pending.append(plane)
+        self.iteration += 1
+
+    def _prior(self) -> Tensor:
+        """What the model knows of the next iteration before its first bit."""
+        pending, self.pending = self.pending, []
+        for plane in pending:
+            self.state = self.model.history(self._signs(plane), self.state)
+        return self.model.history.look(self.state, self._signs(np.zeros(self.shape, bool)))
+
+    def _signs(self, plane: np.ndarray) -> Tensor:
+        return torch.from_numpy(plane).to(self.model.history.prior.weight)[None] * 2 - 1
+
+
+class GroupedBand(Band):
+    """A band for the grouped kind.
+
+    Args:
+        model: exact.
+        bits, rows, cols: shape of the bits of an iteration.
+        questions: that the bits answer.
+    """
+
+    def __init__(self, model: ContextModel, bits: int, rows: int, cols: int, questions: Questions) -> None:
+        super().__init__(model, bits, rows, cols)
+        self.questions = questions
+        self.device = model.grouped.odds.device
+        self.known = questions.start(torch.empty(1, 0, rows, cols, device=self.device))
+        self.memory: Tensor | None = None
+        self.after: tuple[np.ndarray, Any, Tensor] | None = None  # plane, `known` and `memory`: they follow from it
+
+    def order(self) -> np.ndarray:
+        bits, rows, cols = self.shape
+        size = bits // self.model.config.groups
+        index = torch.arange(rows * cols * bits).view(rows * cols, -1, size)
+        squares = grid(1, rows, cols, self.device).squares
+        return torch.cat([index[here.cpu(), g].flatten() for g in range(index.shape[1]) for here in squares]).numpy()
+
+    def chances(self, plane: np.ndarray) -> np.ndarray:
+        (bits, rows, cols), sent = self.shape, self._rows(plane)
+        walked, _ = self._walk(lambda group, here, _: sent[here, group])
+        return probability(walked.logits * STEP).view(rows, cols, bits).permute(2, 0, 1).cpu().numpy()
+
+    def decode(self, read: Read) -> np.ndarray:
+        def answer(group: int, here: Tensor, logits: Tensor) -> Tensor:
+            found = read(probability(logits.flatten() * STEP).cpu().numpy())
+            return torch.from_numpy(found).to(logits).view_as(logits) * 2 - 1
+
+        return self._walk(answer)[1]
+
+    def advance(self, plane: np.ndarray) -> None:
+        if self.after is None or not np.array_equal(self.after[0], plane):
+            self.chances(plane)
+        assert self.after is not None
+        _, self.known, self.memory = self.after
+        self.after = None
+        self.iteration += 1
+
+    def _rows(self, plane: np.ndarray) -> Tensor:
+        """Bits [bits, rows, cols] as -1 and +1, [locations, groups, S]."""
+        signs = torch.from_numpy(plane).to(self.device, torch.float32) * 2 - 1
+        return signs.permute(1, 2, 0).reshape(-1, self.model.config.groups, self.model.grouped.size)
+
+    def _walk(self, answer: Callable[[int, Tensor, Tensor], Tensor]) -> tuple[Pass, np.ndarray]:
+        """Goes through the next iteration with bits from `answer` (group, squares, logits), and gives these, too."""
+        (bits, rows, cols), groups = self.shape, self.model.config.groups
+        current = Pass(self.model.grouped, self.iteration, self.memory, (1, rows, cols))
+        signs = torch.zeros(rows * cols, groups, bits // groups, device=self.device)
+
+        def of_group(group: int, case: Tensor) -> Tensor:
+            def tell(color: int, here: Tensor, logits: Tensor) -> Tensor:
+                found = answer(group, here, logits)
+                signs[here, group] = found
+                return found
+
+            current.group(group, case[0].flatten(1).T, tell)
+            return signs[:, group].T.unflatten(1, (rows, cols))[None]
+
+        with torch.autocast(self.device.type, enabled=False):
+            number = torch.tensor(self.model.grouped.own(self.iteration), device=self.device)
+            _, _, known = self.questions.walk(number, self.known, of_group)
+            memory = current.remember()
+        plane = (signs.view(rows, cols, bits) > 0).permute(2, 0, 1).cpu().numpy()
+        self.after = plane, known, memory
+        return current, plane
+
+
+class ContextSession(Session):
+    """The range coder with the probabilities of an exact context model (T17 sec. 4).
+
+    Large planes are coded in bands of rows that know nothing of each other, which bounds the working memory. There
+    remain the states, 16 bytes for each channel and location.
+
+    Args:
+        model: from `ContextModel.quantize`, on the device that is to compute.
+        bits, rows, cols: shape of the bits of an iteration.
+        questions: that the bits answer, for a model of the grouped kind, on the same device.
+
+    Raises:
+        ValueError: there are questions for a model of another kind, or none for one of the grouped kind.
+    """
+
+    coding = CONTEXT
+    BAND = 2**17  # locations, about 33 megapixels
+
+    def __init__(
+        self, model: ContextModel, bits: int, rows: int, cols: int, questions: Questions | None = None
+    ) -> None:
+        super().__init__(bits, rows, cols)
+        if (questions is not None) != (model.config.kind == "grouped"):
+            raise ValueError("questions are for context models of the grouped kind, which cannot do without")
+        height = max(1, self.BAND // cols)
+        self.bands: list[tuple[slice, Band]] = []
+        for top in range(0, rows, height):
+            band = slice(top, min(top + height, rows))
+            shape = bits, band.stop - top, cols
+            made = PlainBand(model, *shape) if questions is None else GroupedBand(model, *shape, questions)
+            self.bands.append((band, made))
+
+    @torch.inference_mode()
+    def chances(self, plane: np.ndarray) -> np.ndarray:
+        """P(1) * SCALE of every bit of the next iteration, int [bits, rows, cols]."""
+        return np.concatenate([band.chances(plane[:, rows]) for rows, band in self.bands], axis=1)
+
+    def ideal_bits(self, plane: np.ndarray) -> float:
+        """The code length of the next iteration by the model's probabilities alone, which no coder can beat."""
+        p = self.chances(plane) / SCALE
+        self._advance(plane)
+        return float(-np.log2(np.where(plane, p, 1 - p)).sum())
+
+    def _encode(self, plane: np.ndarray) -> bytes:
+        chances, coder = self.chances(plane), RangeEncoder()
+        for rows, band in self.bands:
+            order = band.order()
+            coder.write(*(a[:, rows].transpose(1, 2, 0).ravel()[order] for a in (chances, plane)))
+        return coder.finish()
+
+    @torch.inference_mode()
+    def _decode(self, payload: bytes) -> np.ndarray:
+        coder = RangeDecoder(payload)
+        plane = np.concatenate([band.decode(coder.read) for _, band in self.bands], axis=1)
+        coder.finish()
+        return plane
+
+    @torch.inference_mode()
+    def _advance(self, plane: np.ndarray) -> None:
+        for rows, band in self.bands:
+            band.advance(plane[:, rows])
+
+
+# The coders that need no model.
+CLASSICAL: dict[EntropyName, type[Session]] = {
+    "none": RawSession,
+    "huffman": HuffmanSession,
+    "static": StaticSession,
+    "adaptive": AdaptiveSession,
+}
+NAMES: dict[int, EntropyName] = {CONTEXT: "context", **{session.coding: name for name, session in CLASSICAL.items()}}

@@ -1,0 +1,182 @@
+"""Layers with exact sums: the same bits out on any machine, whatever the order in which it adds.
+
+A coder needs the very same probabilities on both sides, which floating-point sums do not give: their value depends on
+their order. `Layer.quantize` therefore moves weights and activations to a grid of powers of two, so coarse that no sum
+of a layer needs more than the 24 bits of a float32. All sums are then exact, so that order, batch, threads and device
+no longer matter; what is not a sum is rounded to the grid or looked up in a table.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+STEP = 2.0**-8  # grid of activations and of the sums that go into a table
+MEMORY_STEP = 2.0**-12  # grid of LSTM memories, finer because they accumulate
+SPAN = (
+    8.0  # tables end at +-8, where tanh and the sigmoid have come to their limits on the grid; memories end there, too
+)
+MANTISSA = 24  # bits that a float32 holds exactly
+WEIGHT = 2**11  # largest weight in units of its grid: what TF32 would hold exactly, too
+SCALE = 2**16  # probabilities are integers over this
+BAND = 2**24  # values in the columns of a convolution that are laid out at once
+
+
+def table(function: Callable[[np.ndarray], np.ndarray], scale: float) -> Tensor:
+    """The values of a function from -SPAN to SPAN in steps of STEP, rounded to multiples of 1 / scale."""
+    x = np.arange(-SPAN, SPAN + STEP, STEP)
+    return torch.from_numpy(np.round(function(x) * scale) / scale)
+
+
+def _sigmoid(x: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-x))
+
+
+TANH = table(np.tanh, 1 / STEP)
+SIGMOID = table(_sigmoid, 1 / STEP)
+PROBABILITY = table(lambda x: np.round(_sigmoid(x) * SCALE), 1).to(torch.int32)  # 22 to SCALE - 22
+
+
+class Layer(nn.Module):
+    """A module that computes in floats, or exactly once it has been quantized."""
+
+    exact = False
+
+    def quantize(self) -> None:
+        """Moves the layer's own weights to their grid."""
+
+    def integers(self) -> dict[str, Tensor]:
+        """The layer's own weights, once quantized, as integers."""
+        return {}
+
+    def load_integers(self, integers: Mapping[str, Tensor]) -> None:
+        """Takes what `integers` gave."""
+
+    def _lookup(self, values: Tensor, x: Tensor) -> Tensor:
+        index = (x.clamp(-SPAN, SPAN) / STEP).long() + int(SPAN / STEP)
+        return values.to(x.device)[index].to(x.dtype)
+
+    def tanh(self, x: Tensor) -> Tensor:
+        return self._lookup(TANH, x) if self.exact else torch.tanh(x)
+
+    def sigmoid(self, x: Tensor) -> Tensor:
+        return self._lookup(SIGMOID, x) if self.exact else torch.sigmoid(x)
+
+    def lstm(self, gates: Tensor, memory: Tensor | None, dim: int = 1) -> tuple[Tensor, Tensor]:
+        """Gates (input, forget, output, candidate) and the memory before to the hidden state and the memory after."""
+        i, f, o, j = gates.chunk(4, dim)
+        new = self.sigmoid(i) * self.tanh(j)
+        if memory is not None:
+            new = new + self.sigmoid(f) * memory
+        if self.exact:
+            # f and the memory have 8 and 15 bits, their product on a grid of 2^-20 stays below 2^3: 24 with i j.
+            new = snap(new, MEMORY_STEP).clamp(-SPAN, SPAN)
+        hidden = self.sigmoid(o) * self.tanh(snap(new, STEP) if self.exact else new)
+        return (snap(hidden, STEP) if self.exact else hidden), new
+
+
+def snap(x: Tensor, step: float) -> Tensor:
+    """The nearest multiple of a power of two, halves to even: exact wherever it is computed."""
+    return (x / step).round() * step
+
+
+class Conv(Layer):
+    """A convolution whose output has its input's size; a mask may hide part of its kernel.
+
+    Args:
+        in_channels, out_channels: of the convolution.
+        kernel: odd height and width.
+        visible: bool of the kernel's size, what the mask lets through; None for all.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel: tuple[int, int] = (1, 1),
+        visible: Tensor | None = None,
+        bias: bool = True,
+    ) -> None:
+        super().__init__()
+        like = nn.Conv2d(in_channels, out_channels, kernel, bias=bias)
+        self.weight, self.bias = like.weight, like.bias
+        self.padding = (kernel[0] // 2, kernel[1] // 2)
+        mask = torch.ones(kernel) if visible is None else visible.float()
+        self.register_buffer("mask", mask, persistent=False)
+        with torch.no_grad():  # the variance of the sum as if nothing were hidden
+            self.weight.mul_(mask * (mask.numel() / mask.sum()).sqrt())
+
+    mask: Tensor
+    exponent: int  # of the grid of the weights, once they are quantized
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, in, H, W] to [B, out, H, W]; of an exact layer, input channels that are left out at the end are zeros."""
+        if not self.exact:
+            return F.conv2d(x, self.weight * self.mask, self.bias, padding=self.padding)
+        # As a matrix product, because libraries may convolve by transforms that are not exact; in bands of rows,
+        # because its columns take so much more memory than x.
+        (batch, _, height, width), (down, across) = x.shape, self.padding
+        x = F.pad(x, (across, across, down, down))
+        rows = max(1, BAND // (batch * width * self.weight[0].numel()))
+        bands = []
+        for top in range(0, height, rows):
+            band = x[:, :, top : min(top + rows, height) + 2 * down]
+            bands.append(self.at(F.unfold(band, self.weight.shape[2:])).unflatten(2, (-1, width)))
+        return torch.cat(bands, dim=2)
+
+    def at(self, columns: Tensor) -> Tensor:
+        """The exact output [..., out, N] at N locations, around which `columns` [..., in * kernel, N] lie."""
+        out = self.weight.flatten(1)[:, : columns.shape[-2]] @ columns
+        return snap(out if self.bias is None else out + self.bias[:, None], STEP)
+
+    @torch.no_grad()
+    def quantize(self) -> None:
+        """Moves the weights to the finest grid on which no sum leaves the 24 bits of a float32."""
+        self.weight.mul_(self.mask)
+        total = self.weight.flatten(1).abs().sum(1) + (0 if self.bias is None else self.bias.abs())
+        # A row of n weights may grow by n / 2 steps when it is rounded; a bit of margin covers that.
+        room = math.log2(2.0**MANTISSA * STEP / max(total.max().item(), STEP)) - 1
+        largest = max(self.weight.abs().max().item(), STEP)
+        self.exponent = math.floor(min(room, math.log2(WEIGHT / largest), 16))
+        self.weight.copy_(snap(self.weight, 2.0**-self.exponent))
+        if self.bias is not None:
+            self.bias.copy_(snap(self.bias, 2.0**-self.exponent))
+        self._check()
+
+    @torch.no_grad()
+    def integers(self) -> dict[str, Tensor]:
+        """The quantized weights as integers, and the exponent of their grid: they are 2^-exponent times these."""
+        scale = 2.0**self.exponent
+        integers = {"weight": (self.weight * scale).short(), "exponent": torch.tensor(self.exponent, dtype=torch.int8)}
+        return integers if self.bias is None else integers | {"bias": (self.bias * scale).int()}
+
+    @torch.no_grad()
+    def load_integers(self, integers: Mapping[str, Tensor]) -> None:
+        """Takes what `integers` gave, from whatever source.
+
+        Raises:
+            ValueError: sums would not be exact.
+        """
+        self.exponent = int(integers["exponent"])
+        scale = 2.0**-self.exponent
+        self.weight.copy_(integers["weight"] * self.mask * scale)
+        if self.bias is not None:
+            self.bias.copy_(integers["bias"] * scale)
+        self._check()
+
+    def _check(self) -> None:
+        """Raises ValueError if sums would not be exact."""
+        total = self.weight.flatten(1).abs().sum(1) + (0 if self.bias is None else self.bias.abs())
+        grid = 2.0**-self.exponent
+        exact = self.weight.abs().max() <= WEIGHT * grid and total.max() <= 2.0**MANTISSA * STEP * grid
+        if not (exact and 0 <= self.exponent <= 16):
+            raise ValueError("sums of a layer would need more bits than a float32 has")
+
+
+def probability(logits: Tensor) -> Tensor:
+    """P(+1) * SCALE of logits on the grid, int32, never 0 and never SCALE."""
+    index = (logits.clamp(-SPAN, SPAN) / STEP).long() + int(SPAN / STEP)
+    return PROBABILITY.to(logits.device)[index]

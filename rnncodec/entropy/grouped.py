@@ -1,0 +1,318 @@
+"""The context model of a latent network: tables give the odds of each bit, a small network corrects them.
+
+A pass asks its questions in groups; each has a case that earlier bits decide, and a table of log odds by cases is a
+good model already. What is left is in the *surprises*: a bit, 1 or 0, minus its probability by the table. A group is
+coded on the black squares of a checkerboard, then on the white ones, and every turn knows all surprises before it:
+
+    surprises of earlier passes ──► running sum ──► clip ──► prior ──┐
+                                                                     ├──► clip ──► middle ──► clip ──► logits - odds
+    surprises of this pass so far ──► running sum of convolutions ───┘
+
+Each pass has weights of its own, because its questions are others. An exact model computes the same in whole numbers,
+in units of 1/256, that a float32 holds; each turn adds no more than what has become known since the one before, and
+only on its own squares. Factors have at most 8 bits and a sign: what bfloat16 and TF32 hold exactly, should a library
+multiply in these.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rnncodec.entropy.exact import MANTISSA, SIGMOID, SPAN, STEP, Layer, snap
+
+CASES = 75  # of a question
+UNIT = int(1 / STEP)
+FACTOR = 2**7 - 1  # largest weight in units of its grid
+SIDE = 3  # of the convolutions' kernels
+SQUARES = 512  # locations whose columns are laid out at once, which fits a cache
+
+Tell = Callable[[int, Tensor, Tensor], Tensor]
+"""Gives bits [n, S] of -1, 0 and +1 for the color and the squares [n] of a turn, and their logits in whole numbers."""
+
+
+class Questions(Protocol):
+    """What asks the questions of the passes: it knows the case of each from the bits before it."""
+
+    def start(self, like: Tensor) -> Any:
+        """What is known before the first pass, for a tensor [B, C, H, W]."""
+        ...
+
+    def walk(
+        self, iteration: Tensor, known: Any, answer: Callable[[int, Tensor], Tensor]
+    ) -> tuple[Tensor, Tensor, Any]:
+        """Asks the groups of a pass in order; `answer` takes a group's number and cases and gives its bits.
+
+        Returns:
+            Bits [B, K, H, W], their cases, long of the same shape, and what is known after the pass.
+        """
+        ...
+
+
+class Grid(NamedTuple):
+    """The locations of a batch of planes, numbered through.
+
+    Attributes:
+        squares: of the black and of the white ones the numbers [n], row by row.
+        around: of the locations around each of them, and itself in the middle, the numbers [n, SIDE * SIDE], row by
+            row; the number of all locations where there is none.
+    """
+
+    squares: list[Tensor]
+    around: list[Tensor]
+
+
+@lru_cache(maxsize=8)
+def grid(batch: int, height: int, width: int, device: torch.device) -> Grid:
+    """The grid of planes of one size."""
+    number = torch.arange(batch * height * width).view(batch, height, width)
+    padded = F.pad(number, [SIDE // 2] * 4, value=number.numel())
+    around = padded.unfold(1, SIDE, 1).unfold(2, SIDE, 1).reshape(-1, SIDE * SIDE)
+    white = ((torch.arange(height)[:, None] + torch.arange(width)) % 2).expand_as(number).flatten()
+    squares = [(white == color).nonzero().flatten() for color in range(2)]
+    return Grid([here.to(device) for here in squares], [around[here].to(device) for here in squares])
+
+
+class Maps(Layer):
+    """Linear maps, one or more for each iteration.
+
+    Args:
+        shape: of the weights, [iterations, ..., inputs, outputs].
+        gain: standard deviation of an output for inputs of 1 each.
+    """
+
+    def __init__(self, shape: tuple[int, ...], gain: float) -> None:
+        super().__init__()
+        self.map = nn.Parameter(torch.randn(shape) * gain / math.sqrt(shape[-2]))
+        self.exponent = [0] * shape[0]  # of the grid of an iteration's weights, which are then 2^-exponent times them
+
+    def at(self, t: int, total: Tensor) -> Tensor:
+        """Sums of an iteration's products in units of 1 / 256, whole numbers; changes the argument."""
+        return total.mul_(2.0 ** -self.exponent[t]).round_()
+
+    @torch.no_grad()
+    def quantize(self) -> None:
+        """Makes the weights whole numbers, in the finest units in which no sum leaves the 24 bits of a float32."""
+        for t, weights in enumerate(self.map):
+            size = weights.shape[-2]
+            total = weights.abs().sum(-2).max().item() / (2.0**MANTISSA * STEP - size / 2)
+            largest = weights.abs().max().item() / FACTOR
+            self.exponent[t] = min(16, math.floor(-math.log2(max(total, largest, 2.0**-16))))
+            weights.mul_(2.0 ** self.exponent[t]).round_()
+        self._check()
+
+    @torch.no_grad()
+    def integers(self) -> dict[str, Tensor]:
+        return {"map": self.map.to(torch.int8), "exponent": torch.tensor(self.exponent, dtype=torch.int8)}
+
+    @torch.no_grad()
+    def load_integers(self, integers: Mapping[str, Tensor]) -> None:
+        """Takes what `integers` gave, from whatever source.
+
+        Raises:
+            ValueError: sums would not be exact.
+        """
+        self.map.copy_(integers["map"])
+        self.exponent = integers["exponent"].tolist()
+        self._check()
+
+    def _check(self) -> None:
+        """Raises ValueError if sums would not be exact."""
+        fits = self.map.abs().max() <= FACTOR and self.map.abs().sum(-2).max() <= 2.0**MANTISSA * STEP
+        if not (fits and all(0 <= exponent <= 16 for exponent in self.exponent)):
+            raise ValueError("sums of a layer would need more bits than a float32 has")
+
+
+class Grouped(Layer):
+    """Corrects the odds of the tables; weights are [iterations, ...] and later iterations take the last.
+
+    Args:
+        bits: of one location in one iteration.
+        groups: that they are asked in.
+        channels: of every hidden layer.
+        iterations: that have weights of their own.
+    """
+
+    SHIFTS = ("odds", "turn", "shift", "level")  # parameters on the grid of activations
+
+    def __init__(self, bits: int, groups: int, channels: int, iterations: int) -> None:
+        super().__init__()
+        self.groups, self.size = groups, bits // groups
+        taps = SIDE * SIDE
+        self.odds = nn.Parameter(torch.zeros(iterations, bits, CASES))
+        # Inputs of `known` are in the order group, tap, bit; those of `remember` tap, bit.
+        self.known = Maps((iterations, groups * taps * self.size, channels), 1.2)
+        self.turn = nn.Parameter(torch.rand(iterations, 2 * groups, channels) / 2)
+        self.middle = Maps((iterations, groups, channels, channels), 1.0)
+        self.shift = nn.Parameter(torch.rand(iterations, groups, channels) / 3)
+        self.output = Maps((iterations, groups, channels, self.size), 0.0)
+        self.remember = Maps((iterations, taps * bits, channels), 1.0)
+        self.level = nn.Parameter(torch.rand(iterations, channels) / 2)
+        self.prior = Maps((iterations, channels, channels), 0.5)
+
+    def own(self, iteration: int) -> int:
+        """Whose weights an iteration takes."""
+        return min(iteration, len(self.odds) - 1)
+
+    @torch.no_grad()
+    def start_odds(self, odds: Tensor) -> None:
+        """Starts from log odds of a yes [iterations, bits, CASES], as the questions know them."""
+        self.odds.copy_(odds.clamp(-SPAN, SPAN))
+
+    @torch.no_grad()
+    def quantize(self) -> None:
+        for name in self.SHIFTS:
+            shift = getattr(self, name)
+            shift.copy_(snap(shift, STEP).clamp(-SPAN, SPAN) / STEP)
+
+    @torch.no_grad()
+    def integers(self) -> dict[str, Tensor]:
+        return {name: getattr(self, name).short() for name in self.SHIFTS}
+
+    @torch.no_grad()
+    def load_integers(self, integers: Mapping[str, Tensor]) -> None:
+        for name in self.SHIFTS:
+            if integers[name].int().abs().max() > SPAN / STEP:
+                raise ValueError("a bias is too large")
+            getattr(self, name).copy_(integers[name])
+
+    def forward(self, planes: Tensor, cases: Tensor) -> Tensor:
+        """Logits of P(+1) for every bit of all iterations, each given the bits before it.
+
+        Args:
+            planes: bits [T, B, bits, H, W] of -1 and +1, and 0 where none was sent.
+            cases: of each bit, long of the same shape.
+        """
+        if self.exact:
+            with torch.autocast(planes.device.type, enabled=False):
+                return self._exact_forward(planes, cases)
+        memory, logits = None, []
+        for iteration, (bits, case) in enumerate(zip(planes, cases, strict=True)):
+            t = self.own(iteration)
+            odds = F.embedding(self._places(case, 1), self.odds[t].view(-1, 1)).squeeze(-1)
+            surprise = torch.where(bits == 0, 0, (bits + 1) / 2 - torch.sigmoid(odds))
+            logits.append(odds + self._correction(t, surprise, memory))
+            if iteration + 1 < len(planes):
+                kernel = self.remember.map[t].view(SIDE, SIDE, bits.shape[1], -1).permute(3, 2, 0, 1)
+                found = F.conv2d(surprise, kernel, padding=SIDE // 2)
+                memory = found if memory is None else memory + found
+        return torch.stack(logits)
+
+    def _correction(self, t: int, surprise: Tensor, memory: Tensor | None) -> Tensor:
+        """What the network adds to the odds, [B, bits, H, W]."""
+        (batch, _, height, width), groups = surprise.shape, self.groups
+        # Of each group what the other color says, to be seen in its second turn, and what its own color says.
+        known = self.known.map[t].view(groups, SIDE * SIDE, self.size, -1)
+        other = _other_color(known)
+        kernel = torch.stack([known * other, known * ~other], 1).view(groups, 2, SIDE, SIDE, self.size, -1)
+        kernel = kernel.permute(0, 1, 5, 4, 2, 3).flatten(0, 2)  # [groups * 2 * channels, S, SIDE, SIDE]
+        found = F.conv2d(surprise, kernel, padding=SIDE // 2, groups=groups).view(batch, groups, 2, -1, height, width)
+        total = found.sum(2)
+        white = ((torch.arange(height)[:, None] + torch.arange(width)) % 2).to(found)
+        turn = self.turn[t].view(groups, 2, -1, 1, 1)
+        x = total.cumsum(1) - total + white * found[:, :, 0] + torch.lerp(turn[:, 0], turn[:, 1], white)
+        if memory is not None:
+            remembered = (memory + self.level[t][:, None, None]).clamp(-1, 1)
+            x = x + F.conv2d(remembered, self.prior.map[t].T[..., None, None])[:, None]
+        x = x.clamp(-1, 1).flatten(1, 2)
+        middle = self.middle.map[t].transpose(1, 2).flatten(0, 1)[..., None, None]
+        x = F.conv2d(x, middle, self.shift[t].flatten(), groups=groups).clamp(-1, 1)
+        return F.conv2d(x, self.output.map[t].transpose(1, 2).flatten(0, 1)[..., None, None], groups=groups)
+
+    def _places(self, case: Tensor, dim: int) -> Tensor:
+        """Where a case's odds are among those of an iteration, if bits go along a dimension of the cases."""
+        shape = [1] * case.ndim
+        shape[dim] = -1
+        return case + CASES * torch.arange(case.shape[dim], device=case.device).view(shape)
+
+    # In whole numbers: [locations, channels], locations of all planes of a batch numbered through
+
+    def _exact_forward(self, planes: Tensor, cases: Tensor) -> Tensor:
+        """As `forward`, with the probabilities of files."""
+        batch, _, height, width = planes.shape[1:]
+        memory, logits = None, []
+        for iteration, (bits, case) in enumerate(zip(planes, cases, strict=True)):
+            current = Pass(self, iteration, memory, (batch, height, width))
+            groups = zip(_rows(bits).chunk(self.groups, 1), _rows(case).chunk(self.groups, 1), strict=True)
+            for group, (answers, of_group) in enumerate(groups):
+                current.group(group, of_group, lambda color, here, _, answers=answers: answers[here])
+            logits.append(current.logits.view(batch, height, width, -1).permute(0, 3, 1, 2))
+            memory = current.remember()
+        return (torch.stack(logits) * STEP).to(planes.dtype)
+
+
+def _rows(planes: Tensor) -> Tensor:
+    """Planes [B, C, H, W] as [B * H * W, C]."""
+    return planes.permute(0, 2, 3, 1).flatten(0, 2)
+
+
+def _other_color(like: Tensor) -> Tensor:
+    """Which taps of a kernel see the other color, bool [SIDE * SIDE, 1, 1]."""
+    return (torch.arange(SIDE * SIDE, device=like.device) % 2 > 0).view(-1, 1, 1)  # the rows' sides are odd
+
+
+class Pass:
+    """One pass of an exact model over a batch of planes, group by group.
+
+    Args:
+        model: exact.
+        iteration: number of the pass.
+        memory: what `remember` gave after the pass before.
+        shape: batch, height and width of the planes.
+    """
+
+    def __init__(self, model: Grouped, iteration: int, memory: Tensor | None, shape: tuple[int, int, int]) -> None:
+        self.model, self.t, self.memory = model, model.own(iteration), memory
+        self.grid = grid(*shape, model.odds.device)
+        count, width = math.prod(shape), model.turn.shape[-1]
+        self.odds = model.odds[self.t].flatten()
+        self.expected = SIGMOID.to(self.odds)[(self.odds + SPAN * UNIT).long()] * UNIT
+        self.known = model.known.map[self.t].view(model.groups, SIDE * SIDE, model.size, width)
+        self.other = _other_color(self.known)
+        self.sums = [self.known.new_zeros(len(squares), width) for squares in self.grid.squares]
+        # The last row of both is that of no location. Recent ones are of the last group known on each square.
+        self.surprises = self.known.new_zeros(count + 1, model.groups, model.size)
+        self.recent = self.known.new_zeros(count + 1, model.size)
+        self.logits = self.known.new_zeros(count, model.groups, model.size)
+        self.prior = None
+        if memory is not None:
+            remembered = (memory + model.level[self.t]).clamp_(-UNIT, UNIT)
+            prior = model.prior.at(self.t, remembered @ model.prior.map[self.t])
+            self.prior = [prior[squares] for squares in self.grid.squares]
+
+    def group(self, group: int, case: Tensor, tell: Tell) -> None:
+        """Goes through the two turns of a group of bits, whose cases are [locations, S]."""
+        model, t = self.model, self.t
+        places = model._places(case, 1) + CASES * model.size * group
+        odds, expected = self.odds[places], self.expected[places]
+        for color, (here, around) in enumerate(zip(self.grid.squares, self.grid.around, strict=True)):
+            before = self.known[max(group - 1, 0)]
+            # In the second turn, the squares of the other color have this group's surprises already.
+            weights = (torch.where(self.other, self.known[group], before) if color else before).flatten(0, 1)
+            sums = self.sums[color]
+            if group or color:
+                for first in range(0, len(here), SQUARES):
+                    band = slice(first, first + SQUARES)
+                    sums[band].addmm_(self.recent[around[band]].flatten(1), weights)
+            x = model.known.at(t, sums.clone()).add_(model.turn[t, 2 * group + color])
+            x = (x if self.prior is None else x.add_(self.prior[color])).clamp_(-UNIT, UNIT)
+            x = model.middle.at(t, x @ model.middle.map[t, group]).add_(model.shift[t, group]).clamp_(-UNIT, UNIT)
+            logits = model.output.at(t, x @ model.output.map[t, group]).add_(odds[here])
+            bits = tell(color, here, logits).to(logits.dtype)
+            self.recent[here] = ((bits + 1) * (UNIT // 2) - expected[here]) * bits.abs()
+            self.logits[here, group] = logits
+        self.surprises[:, group] = self.recent
+
+    def remember(self) -> Tensor:
+        """What the next pass needs, [locations, channels]."""
+        model, surprises = self.model, self.surprises.flatten(1)
+        memory = self.recent.new_zeros(len(self.logits), model.level.shape[1])
+        for squares, around in zip(*self.grid, strict=True):
+            for here, beside in zip(squares.split(SQUARES), around.split(SQUARES), strict=True):
+                memory[here] = surprises[beside].flatten(1) @ model.remember.map[self.t]
+        memory = model.remember.at(self.t, memory)
+        return memory if self.memory is None else memory.add_(self.memory).clamp_(-(2**16), 2**16)

@@ -1,0 +1,107 @@
+"""The range coder, and the session in which every coder works.
+
+Every coder works through the iterations of one image in order, as a `Session`: what an iteration of bits [bits, rows,
+cols] becomes depends on the earlier iterations and on nothing else, so that a file can be cut after any of them.
+"""
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+import numpy as np
+from constriction import stream  # pyright: ignore[reportAttributeAccessIssue]
+
+from rnncodec.entropy.exact import SCALE
+from rnncodec.format import RAW, FormatError, length_size, pack_bits, unpack_bits
+
+BERNOULLI = stream.model.Bernoulli(perfect=False)
+
+
+class RangeEncoder:
+    """Collects bits with their probabilities and codes them at once; `RangeDecoder` is the other side."""
+
+    def __init__(self) -> None:
+        self.bits: list[np.ndarray] = []
+        self.chances: list[np.ndarray] = []
+
+    def write(self, chances: np.ndarray, bits: np.ndarray) -> None:
+        """Takes bits, bool [n], and P(1) * SCALE of each, int [n] between 0 and SCALE, exclusive."""
+        self.bits.append(bits)
+        self.chances.append(chances)
+
+    def finish(self) -> bytes:
+        """The code of all bits."""
+        coder = stream.queue.RangeEncoder()
+        coder.encode(np.concatenate(self.bits).astype(np.int32), BERNOULLI, np.concatenate(self.chances) / SCALE)
+        return coder.get_compressed().astype("<u4").tobytes()
+
+
+class RangeDecoder:
+    """Gives the bits back, in groups of any size, for the same probabilities."""
+
+    def __init__(self, payload: bytes) -> None:
+        if len(payload) % 4:
+            raise FormatError("an entropy-coded payload is cut short")
+        self._coder = stream.queue.RangeDecoder(np.frombuffer(payload, "<u4").astype(np.uint32))
+
+    def read(self, chances: np.ndarray) -> np.ndarray:
+        """The next bits, bool [n], given P(1) * SCALE of each.
+
+        Raises:
+            FormatError: no encoder gives such a code.
+        """
+        try:
+            return self._coder.decode(BERNOULLI, chances / SCALE).astype(bool)
+        except AssertionError as error:
+            raise FormatError("an entropy-coded payload is corrupt") from error
+
+    def finish(self) -> None:
+        """Makes sure that nothing is left.
+
+        Raises:
+            FormatError: something is.
+        """
+        if not self._coder.maybe_exhausted():
+            raise FormatError("an entropy-coded payload is corrupt")
+
+
+class Session(ABC):
+    """Codes the iterations of one image in order.
+
+    Args:
+        bits, rows, cols: shape of the bits of an iteration.
+    """
+
+    coding: ClassVar[int]  # number of the coder in files, see FORMAT.md
+
+    def __init__(self, bits: int, rows: int, cols: int) -> None:
+        self.shape = bits, rows, cols
+
+    def encode(self, plane: np.ndarray) -> tuple[int, bytes]:
+        """Coding and payload of the next iteration, bool [bits, rows, cols]; raw if that is shorter."""
+        raw, coded = pack_bits(plane), self._encode(plane)
+        self._advance(plane)
+        # The header says how long a coded payload is.
+        return (self.coding, coded) if 0 < len(coded) < len(raw) - length_size(len(raw)) else (RAW, raw)
+
+    def decode(self, coding: int, payload: bytes) -> np.ndarray:
+        """The bits of the next iteration, bool [bits, rows, cols].
+
+        Raises:
+            FormatError: the payload is none that `encode` gives, or of another coder.
+        """
+        if coding not in (RAW, self.coding):
+            raise FormatError(f"coding {coding} where {self.coding} was expected")
+        plane = unpack_bits(payload, *self.shape) if coding == RAW else self._decode(payload)
+        self._advance(plane)
+        return plane
+
+    @abstractmethod
+    def _encode(self, plane: np.ndarray) -> bytes:
+        """The payload of a plane."""
+
+    @abstractmethod
+    def _decode(self, payload: bytes) -> np.ndarray:
+        """The plane of a payload."""
+
+    def _advance(self, plane: np.ndarray) -> None:  # noqa: B027 - most coders remember nothing
+        """Takes note of an iteration before the next one."""

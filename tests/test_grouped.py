@@ -1,0 +1,365 @@
+"""The grouped context model: exact against plain integers, the same everywhere, and files come back."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from reference import GroupedReference, range_decode
+from reference import chance as documented_chance
+
+from rnncodec.entropy import ContextConfig, ContextModel, ContextSession, code_length, code_nats, grouped, probability
+from rnncodec.format import CONTEXT, RAW, FormatError, pack_bits
+from rnncodec.network import NetworkConfig, RecurrentCodec, questions
+from rnncodec.network.questions import Questions
+from rnncodec.weights import WeightsError, load_weights, save_weights
+
+CHANNELS, PASSES, BITS, GROUPS = 14, 3, 8, 2
+SIZE = BITS // GROUPS
+
+
+def asked(seed=0):
+    """Questions with random integers; channels 0 to 9 do not count as activity."""
+    rng = np.random.default_rng(seed)
+    made = Questions(CHANNELS, PASSES, BITS, GROUPS).requires_grad_(False)
+    channel = np.array([[rng.permutation(CHANNELS)[:SIZE] for _ in range(GROUPS)] for _ in range(PASSES)])
+    made.channel.copy_(torch.from_numpy(channel))
+    made.cost.copy_(torch.from_numpy(rng.integers(10, 1500, made.cost.shape)))
+    x, known = planes(height=12, width=12), None
+    for t, bits in enumerate(x):
+        number, known = torch.tensor(t), known or made.start(bits)
+        for group, answers in enumerate(bits.chunk(GROUPS, 1)):
+            around = questions._around(known.activity)
+            made.edges[t, group] = torch.quantile(around.double(), torch.arange(1, 5).double() / 5).round()
+            known = made.told(number, group, known, made.case(number, group, known), answers)
+    return made
+
+
+def model(seed=0, channels=6, bits=BITS, groups=GROUPS, passes=PASSES, gain=3):
+    """Random weights, as a rule large enough to reach the limits of activations."""
+    torch.manual_seed(seed)
+    made = ContextModel(ContextConfig("grouped", bits, channels, passes, groups))
+    made.grouped.start_odds(torch.randn(passes, bits, grouped.CASES) * 2)
+    with torch.no_grad():
+        for name, parameter in made.named_parameters():
+            if name.endswith("output.map"):
+                parameter.normal_(0, gain / 4)
+            elif name.endswith("map"):
+                parameter.mul_(gain)
+            elif "odds" not in name:
+                parameter.sub_(0.2)
+    return made
+
+
+def planes(count=PASSES, batch=1, bits=BITS, height=5, width=7, seed=0, missing=0.0):
+    rng = np.random.default_rng(seed)
+    signs = np.where(rng.random((count, batch, bits, height, width)) < 0.3, 1.0, -1.0)
+    return torch.from_numpy(signs * (rng.random(signs.shape) >= missing)).float()
+
+
+def cases(made, x):
+    """The cases of all bits."""
+    known, found = made.start(x[0]), []
+    for t, bits in enumerate(x):
+        number = torch.tensor(min(t, PASSES - 1))
+        _, case, known = made.walk(number, known, lambda g, _, bits=bits: bits.chunk(GROUPS, 1)[g])
+        found.append(case)
+    return torch.stack(found)
+
+
+def random_cases(x, seed=0):
+    return torch.randint(0, grouped.CASES, x.shape, generator=torch.Generator().manual_seed(seed))
+
+
+def reference(exact, made):
+    cost = made.cost.numpy().reshape(PASSES, GROUPS, SIZE, grouped.CASES, 2)
+    return GroupedReference(exact, CHANNELS, made.channel.numpy(), cost, made.edges.numpy())
+
+
+def session(exact=None, shape=(BITS, 7, 9)):
+    return ContextSession(exact or model().quantize(), *shape, questions=asked())
+
+
+def test_there_are_as_many_cases_as_the_questions_have():
+    assert questions.CASES == grouped.CASES
+
+
+@pytest.mark.parametrize("missing", [0.0, 0.3])
+def test_exact_model_is_the_integer_reference(missing):
+    exact, made = model().quantize(), asked()
+    x = planes(PASSES + 1, missing=missing)
+    known = cases(made, x)
+    logits, expected = reference(exact, made).run(x[:, 0].numpy())
+    np.testing.assert_array_equal(known[:, 0].numpy(), expected)
+    assert len(np.unique(expected % 5)) == 5
+    assert len(np.unique(expected // 5)) >= 14
+    with torch.inference_mode():
+        found = exact(x, known)[:, 0] * 256
+    np.testing.assert_array_equal(found.numpy(), logits)
+    assert len(np.unique(logits)) > 200
+
+
+def test_exact_model_gives_the_same_everywhere(monkeypatch):
+    exact = model(channels=64, bits=64, groups=4).quantize()  # as it is used
+    x = planes(batch=3, bits=64, height=17, width=30, missing=0.1)
+    known = random_cases(x)
+    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    try:
+        with torch.inference_mode():
+            torch.set_num_threads(1)
+            expected = exact(x, known)
+            assert expected.unique().numel() > 500
+            double = copy.deepcopy(exact).double()
+            assert torch.equal(double(x.double(), known).float(), expected)
+            with torch.autocast("cpu", torch.bfloat16):
+                assert torch.equal(exact(x, known), expected)
+            torch.set_float32_matmul_precision("medium")  # products in bfloat16
+            assert torch.equal(exact(x, known), expected)
+            for count in (1, 2):
+                torch.set_num_threads(count)
+                assert torch.equal(exact(x, known), expected)
+                each = [exact(x[:, i : i + 1], known[:, i : i + 1]) for i in range(3)]
+                assert torch.equal(torch.cat(each, 1), expected)
+                monkeypatch.setattr(grouped, "SQUARES", 37)
+    finally:
+        torch.set_num_threads(threads)
+        torch.set_float32_matmul_precision(precision)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tf32", [False, True])
+def test_gpu_gives_what_the_cpu_gives(tf32, monkeypatch):
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", tf32)
+    exact = model(channels=64, bits=64, groups=4).quantize()
+    x = planes(batch=2, bits=64, height=17, width=30)
+    with torch.inference_mode():
+        expected = exact(x, random_cases(x))
+        assert torch.equal(copy.deepcopy(exact).cuda()(x.cuda(), random_cases(x).cuda()).cpu(), expected)
+    small = model().quantize()
+    on_cpu = session(small)
+    on_gpu = ContextSession(copy.deepcopy(small).cuda(), BITS, 7, 9, questions=asked().cuda())
+    for plane in planes(height=7, width=9)[:, 0].numpy() > 0:
+        coded = on_cpu.encode(plane)
+        np.testing.assert_array_equal(on_gpu.decode(*coded), plane)
+
+
+def test_training_and_files_agree_but_for_rounding():
+    made, x = model(channels=32, gain=1), planes(batch=4, height=12, width=12, missing=0.1)
+    known = cases(asked(), x)
+    with torch.no_grad():
+        logits = made(x, known)
+        odds = torch.stack(
+            [
+                o.flatten()[c + grouped.CASES * torch.arange(BITS).view(-1, 1, 1)]
+                for o, c in zip(made.grouped.odds, known, strict=True)
+            ]
+        )
+        error, correction = made.quantize()(x, known) - logits, logits - odds
+    assert error.abs().mean() < 0.03 * correction.abs().mean()
+
+
+def test_untrained_models_code_with_the_odds():
+    torch.manual_seed(0)
+    made = ContextModel(ContextConfig("grouped", BITS, 6, PASSES, GROUPS))
+    odds = torch.randn(PASSES, BITS, grouped.CASES)
+    made.grouped.start_odds(odds)
+    x = planes()
+    known = cases(asked(), x)
+    with torch.no_grad():
+        found = made(x, known)
+    for t, k, r, c in ((0, 0, 0, 0), (1, 5, 2, 6), (2, 7, 4, 3)):
+        assert found[t, 0, k, r, c] == odds[t, k, known[t, 0, k, r, c]]
+
+
+def test_a_bit_depends_on_earlier_bits_only():
+    made, x = model(), planes(2)
+    known = cases(asked(), x)
+    (band,) = [band for _, band in ContextSession(made.quantize(), BITS, 5, 7, questions=asked()).bands]
+    order = band.order()
+    assert sorted(order) == list(range(BITS * 35))
+    with torch.no_grad():
+        before = made(x, known)[:, 0].permute(0, 2, 3, 1).flatten(1)
+        for place in (0, 37, 111, 279):
+            changed = x.clone()
+            changed[1, 0].permute(1, 2, 0)[np.unravel_index(order[place], (5, 7, BITS))] *= -1
+            after = made(changed, known)[:, 0].permute(0, 2, 3, 1).flatten(1)
+            assert torch.equal(after[0], before[0])
+            same = (after[1] - before[1]).abs()[order] < 1e-6
+            assert same[: place + 1].all()
+            if place < 111:
+                assert not same.all()
+
+
+def test_bits_that_were_not_sent_say_and_cost_nothing():
+    made, x = model(), planes(2, missing=0.3).requires_grad_()
+    known = cases(asked(), x.detach())
+    nats = code_nats(made(x, known), x)
+    assert (nats[x == 0] == 0).all()
+    assert (nats[x != 0] > 0).all()
+    assert code_length(made(x, known), x).item() == pytest.approx(nats.sum().item() / np.log(2) / x.numel(), rel=1e-5)
+    (gradient,) = torch.autograd.grad(nats.sum(), x)
+    assert gradient.isfinite().all()
+    assert (gradient[x == 0] == 0).all()
+    assert (gradient[x != 0] != 0).any()
+
+
+@pytest.mark.parametrize("shape", [(7, 9), (1, 1), (1, 20), (20, 1), (17, 33)])
+def test_payloads_decode_to_the_bits(shape):
+    exact = model().quantize()
+    encoder, decoder = session(exact, (BITS, *shape)), session(exact, (BITS, *shape))
+    for plane in planes(PASSES + 1, height=shape[0], width=shape[1])[:, 0].numpy() > 0:
+        found = decoder.decode(*encoder.encode(plane))
+        assert found.dtype == bool
+        np.testing.assert_array_equal(found, plane)
+
+
+def test_payloads_are_the_documented_ones(monkeypatch):
+    """In bands, the second iteration raw, decoded by the reference."""
+    torch.manual_seed(0)
+    made = ContextModel(ContextConfig("grouped", BITS, 6, PASSES, GROUPS))
+    made.grouped.start_odds(torch.full((PASSES, BITS, grouped.CASES), -1.5))
+    with torch.no_grad():
+        made.grouped.output.map.normal_(0, 0.2)
+    exact = made.quantize()
+    monkeypatch.setattr(ContextSession, "BAND", 3 * 9 + 4)
+    bands = [slice(0, 3), slice(3, 6), slice(6, 7)]
+    x = planes(height=7, width=9)[:, 0].numpy()
+    x[x > 0] = np.where(np.random.default_rng(1).random((x > 0).sum()) < 0.3, 1, -1)
+    logits = [reference(exact, asked()).run(x[:, :, band])[0] for band in bands]
+    encoder, decoder = session(exact), session(exact)
+    for t, plane in enumerate(x > 0):
+        if t == 1:
+            for coder in encoder, decoder:
+                np.testing.assert_array_equal(coder.decode(RAW, pack_bits(plane)), plane)
+            continue
+        coding, payload = encoder.encode(plane)
+        assert coding == CONTEXT
+        np.testing.assert_array_equal(decoder.decode(coding, payload), plane)
+        chances, bits = [], []
+        for band, of_band in zip(bands, logits, strict=True):
+            places = list(np.ndindex(band.stop - band.start, 9))
+            for turn in range(2 * GROUPS):
+                for r, c in places:
+                    if (r + c) % 2 == turn % 2:
+                        for k in range(turn // 2 * SIZE, (turn // 2 + 1) * SIZE):
+                            chances.append(documented_chance(of_band[t, k, r, c]))
+                            bits.append(bool(plane[k, band][r, c]))
+        assert range_decode(payload, chances) == bits
+
+
+def test_chances_are_those_of_the_model_and_leave_no_trace():
+    exact, x = model().quantize(), planes(height=7, width=9)
+    with torch.inference_mode():
+        expected = probability(exact(x, cases(asked(), x)))[:, 0].numpy()
+    coder = session(exact)
+    for plane, chances in zip(x[:, 0].numpy() > 0, expected, strict=True):
+        coder.chances(~plane)
+        np.testing.assert_array_equal(coder.chances(plane), chances)
+        coder.chances(~plane)
+        p = chances / 65536
+        assert coder.ideal_bits(plane) == pytest.approx(-np.log2(np.where(plane, p, 1 - p)).sum())
+
+
+def test_damaged_payloads_are_an_error_or_other_bits():
+    torch.manual_seed(0)
+    made = ContextModel(ContextConfig("grouped", BITS, 6, PASSES, GROUPS))
+    made.grouped.start_odds(torch.full((PASSES, BITS, grouped.CASES), -1.0))
+    exact, shape = made.quantize(), (BITS, 12, 12)
+    plane = planes(1, height=12, width=12)[0, 0].numpy() > 0
+    coding, payload = session(exact, shape).encode(plane)
+    assert coding == CONTEXT
+    rng, errors = np.random.default_rng(1), 0
+    for trial in range(40):
+        damaged = bytearray(payload)
+        if trial % 2:
+            damaged[rng.integers(len(damaged))] ^= 1 << rng.integers(8)
+        else:
+            damaged = damaged[: rng.integers(len(damaged))]
+        try:
+            assert session(exact, shape).decode(coding, bytes(damaged)).shape == shape
+        except FormatError:
+            errors += 1
+    assert errors > 0
+
+
+def test_training_learns_structure():
+    """Bits that repeat those of the pass before, and that of another group."""
+    torch.manual_seed(0)
+    made = ContextModel(ContextConfig("grouped", BITS, 16, 2, GROUPS))
+    optimizer = torch.optim.AdamW(made.parameters(), 1e-2, weight_decay=0)
+
+    def sample(seed):
+        x = planes(1, batch=8, height=8, width=8, seed=seed).sign()
+        x[:, :, SIZE:] = x[:, :, :SIZE]
+        return torch.cat([x, -x])
+
+    for step in range(100):
+        x = sample(step)
+        loss = code_length(made(x, torch.zeros_like(x).long()), x)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    x = sample(1000)
+    with torch.no_grad():
+        length, exact = (code_length(m(x, torch.zeros_like(x).long()), x).item() for m in (made, made.quantize()))
+    assert length < 0.3  # a quarter of them have 0.88 bits
+    assert exact == pytest.approx(length, rel=0.02)
+
+
+def test_integers_restore_the_model_and_are_checked():
+    exact = model().quantize()
+    integers = exact.integers()
+    again = ContextModel.from_integers(exact.config, integers)
+    x = planes()
+    known = cases(asked(), x)
+    with torch.inference_mode():
+        assert torch.equal(exact(x, known), again(x, known))
+    for name, value, message in (
+        ("grouped.known.exponent", -1, "more bits"),
+        ("grouped.known.exponent", 17, "more bits"),
+        ("grouped.middle.map", -128, "more bits"),
+        ("grouped.odds", 2049, "too large"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ContextModel.from_integers(exact.config, integers | {name: torch.full_like(integers[name], value)})
+    wide = model(channels=8, bits=64, groups=4).quantize()
+    large = {"grouped.known.map": torch.full_like(wide.integers()["grouped.known.map"], 127)}
+    with pytest.raises(ValueError, match="more bits"):
+        ContextModel.from_integers(wide.config, wide.integers() | large)
+
+
+def test_weights_hold_the_model(tmp_path):
+    network = RecurrentCodec(NetworkConfig(bits=BITS, encoder_channels=(8,) * 4, decoder_channels=(8,) * 5))
+    exact, path = model().quantize(), tmp_path / "w.safetensors"
+    save_weights(path, network, "w", {}, exact)
+    loaded = load_weights(path).context
+    assert loaded is not None
+    assert loaded.config == exact.config
+    for key, value in exact.integers().items():
+        assert torch.equal(loaded.integers()[key], value)
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(WeightsError, match="damaged"):
+        load_weights(path)
+
+
+def test_what_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match="equal groups"):
+        ContextConfig("grouped", 8, 8, 3, 3)
+    with pytest.raises(ValueError, match="number of iterations"):
+        ContextConfig("grouped", 8, 8, 0, 2)
+    parallel = ContextModel(ContextConfig("parallel", BITS, 4, 0, GROUPS))
+    with pytest.raises(ValueError, match="cases are for"):
+        model()(planes())
+    with pytest.raises(ValueError, match="cases are for"):
+        parallel(planes(), random_cases(planes()))
+    with pytest.raises(ValueError, match="questions are for"):
+        ContextSession(model().quantize(), BITS, 7, 9)
+    with pytest.raises(ValueError, match="questions are for"):
+        ContextSession(parallel.quantize(), BITS, 7, 9, questions=asked())
+    broken = model()
+    with torch.no_grad():
+        broken.grouped.turn[0, 0, 0] = torch.nan
+    with pytest.raises(ValueError, match="not finite"):
+        broken.quantize()
