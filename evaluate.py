@@ -148,7 +148,8 @@ def ideal_bytes(codec: Codec, data: bytes) -> Iterator[float]:
     if codec.context is None:
         yield from [NAN] * len(planes)
         return
-    session, total = ContextSession(codec.context, *planes.shape[1:]), 0.0
+    session, total = codec.session("context", *planes.shape[2:]), 0.0
+    assert isinstance(session, ContextSession)
     for plane in planes:
         total += session.ideal_bits(plane) / 8
         yield total

@@ -111,7 +111,7 @@ class Codec:
         pixels = torch.from_numpy(array).permute(2, 0, 1)[None]
         if bpp is not None and not bpp > 0:
             raise ValueError(f"bpp must be positive, not {bpp}")
-        self._session(entropy, *self._grid(height, width))  # what it refuses is refused before the work
+        self.session(entropy, *self._grid(height, width))  # what it refuses is refused before the work
         if psnr is None:
             planes: Iterable[np.ndarray] = self._analyse(pixels, self._check_iterations(iterations), progress)
         else:
@@ -138,7 +138,7 @@ class Codec:
         Raises:
             ValueError: not even one iteration fits.
         """
-        session = self._session(entropy, *self._grid(height, width))
+        session = self.session(entropy, *self._grid(height, width))
         entries: list[Iteration] = []
         payloads: list[bytes] = []
         for plane in planes:
@@ -279,11 +279,11 @@ class Codec:
             raise WeightsError(
                 f"the file needs the weights {header.weights!r} with the context model {header.context.hex()}; {loaded}"
             )
-        session = self._session(NAMES[max(codings)], header.rows, header.cols)  # raw is 0, of the others there is one
+        session = self.session(NAMES[max(codings)], header.rows, header.cols)  # raw is 0, of the others there is one
         planes = [session.decode(coding, payload) for coding, payload in zip(codings, payloads, strict=True)]
         return header, np.stack(planes)[:, None]
 
-    def _session(self, entropy: EntropyName | None, rows: int, columns: int) -> Session:
+    def session(self, entropy: EntropyName | None, rows: int, columns: int) -> Session:
         """A new session of an entropy coder; None as in `encode`."""
         entropy = entropy or ("context" if self.context else "none")
         if entropy in CLASSICAL:
@@ -292,7 +292,8 @@ class Codec:
             raise ValueError(f"entropy is one of context, {', '.join(CLASSICAL)}, not {entropy!r}")
         if self.context is None:
             raise WeightsError(f"the weights {self.name!r} have no context model")
-        return ContextSession(self.context, self.config.bits, rows, columns)
+        questions = self.network.binarizer.questions if self.context.config.kind == "grouped" else None
+        return ContextSession(self.context, self.config.bits, rows, columns, questions)
 
     def _analyse(self, images: Tensor, iterations: int, progress: Progress | None) -> Iterator[np.ndarray]:
         """The bits of images [B, 3, H, W], bool [B, bits, rows, columns] for each iteration."""

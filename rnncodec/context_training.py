@@ -12,14 +12,21 @@ from torchmetrics import MeanMetric, Metric, MetricCollection
 
 from rnncodec.entropy import ContextConfig, ContextModel, code_length, code_nats
 from rnncodec.metrics import RATES
-from rnncodec.network import Step, pad_to_blocks
+from rnncodec.network import LatentBinarizer, LatentConfig, NetworkConfig, RecurrentCodec, Step, pad_to_blocks
 from rnncodec.training import CodecTraining, Training
 from rnncodec.weights import load_weights
 
 
-def _config(values: ContextConfig | dict[str, Any], bits: int) -> ContextConfig:
-    """A config as the command line gives it or as a checkpoint holds it, for a codec of so many bits."""
-    return replace(values if isinstance(values, ContextConfig) else ContextConfig(**values), bits=bits)
+def _config(values: ContextConfig | dict[str, Any] | None, network: NetworkConfig | LatentConfig) -> ContextConfig:
+    """A config as the command line gives it or as a checkpoint holds it, for a codec's bits and what asks for them."""
+    latent = isinstance(network, LatentConfig)
+    config = ContextConfig(**values) if isinstance(values, dict) else values
+    config = config or ContextConfig(kind="grouped" if latent else "sequential")
+    if latent and config.kind == "grouped":
+        return replace(config, bits=network.bits, groups=network.groups, iterations=network.iterations)
+    if config.kind == "grouped":
+        raise ValueError("a context model of the grouped kind needs a latent network, whose bits answer questions")
+    return replace(config, bits=network.bits)
 
 
 def _check_unroll(module: Training, iterations: int, configs: Sequence[ContextConfig]) -> None:
@@ -28,9 +35,16 @@ def _check_unroll(module: Training, iterations: int, configs: Sequence[ContextCo
     Raises:
         ValueError: there are too few.
     """
-    needed = max(3, *(config.iterations for config in configs))  # the LSTM uses its own past from the third on
+    own = [config.iterations for config in configs if config.kind != "grouped"]  # there, one tensor has all
+    needed = max(3, *own)  # the LSTM uses its own past from the third on
     if module.trainer.world_size > 1 and iterations < needed:
         raise ValueError(f"several processes need at least {needed} iterations to train these context models")
+
+
+def start_context(context: ContextModel, network: RecurrentCodec) -> None:
+    """Gives a context model of the grouped kind the odds that the questions of a latent network know."""
+    if context.config.kind == "grouped" and isinstance(network.binarizer, LatentBinarizer):
+        context.grouped.start_odds(network.binarizer.questions.odds())
 
 
 class ContextTraining(Training):
@@ -73,8 +87,10 @@ class ContextTraining(Training):
         coded = load_weights(codec)
         network = coded.network.requires_grad_(False).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         self._codec = (network,)  # no submodule: it is neither averaged nor saved
-        configs = {name: _config(config, network.config.bits) for name, config in contexts.items()}
+        configs = {name: _config(config, network.config) for name, config in contexts.items()}
         self.contexts = nn.ModuleDict({name: ContextModel(config) for name, config in configs.items()})
+        for context in self._models():
+            start_context(context, network)
         if weights is not None:
             start = load_weights(weights)
             if start.context is None or any(config != start.context.config for config in configs.values()):
@@ -118,9 +134,14 @@ class ContextTraining(Training):
         y = codec.analyse(pad_to_blocks(x, self.stride))
         return torch.stack([step.bits.float() for step in codec.unroll(y, self.iterations)])
 
+    def logits(self, context: nn.Module, planes: Tensor) -> Tensor:
+        """What a context model says of the bits."""
+        assert isinstance(context, ContextModel)
+        return context(planes, self._codec[0].cases(planes) if context.config.kind == "grouped" else None)
+
     def training_step(self, x: Tensor, batch_idx: int) -> Tensor:
         planes = self.codes(x)
-        lengths = {name: code_length(context(planes), planes) for name, context in self.contexts.items()}
+        lengths = {name: code_length(self.logits(context, planes), planes) for name, context in self.contexts.items()}
         self.log_dict({f"train/{name}": length for name, length in lengths.items()}, prog_bar=True)
         return torch.stack(list(lengths.values())).sum()
 
@@ -128,7 +149,7 @@ class ContextTraining(Training):
         with torch.autocast(x.device.type, enabled=False):
             planes = self.codes(x)
         for name, context in self.contexts.items():
-            logits = context(planes)
+            logits = self.logits(context, planes)
             for k in self.counts:  # bits per pixel of the first k iterations
                 self.val_metrics[f"{name}_{k}"].update(code_length(logits[:k], planes[:k]) * k * self.bpp)
 
@@ -160,8 +181,10 @@ class JointTraining(CodecTraining):
         rmse    distortion * geometric mean of (bits per pixel up to each iteration) ** rate_weight
 
     Args:
-        context: shape of the context model; `bits` is the codec's. It starts from that of the given `weights` if this
-            has the same shape.
+        context: shape of the context model; `bits` is the codec's, and so are `groups` and `iterations` of the grouped
+            kind. None for the `grouped` kind with latent networks, `sequential` with others. It starts from that of the
+            given `weights` if this has the same shape, a grouped one else from the odds of the questions.
+        context_learning_rate: with `muon`, of the context model; None for that of the codec's other parameters.
         rate_weight: lambda, see above. Where quality grows by 6 dB with each doubling of the rate, 1 is neutral in
             `rmse`: the loss of twice the bits and half the error is the same. The default is for `l1`;
             `configs/small_wider.yaml` has 0.2 for `rmse`.
@@ -177,7 +200,8 @@ class JointTraining(CodecTraining):
 
     def __init__(
         self,
-        context: ContextConfig = ContextConfig(),  # noqa: B008 - frozen
+        context: ContextConfig | None = None,
+        context_learning_rate: float | None = None,
         rate_weight: float = 0.01,
         last_rate_weight: float | None = None,
         **others: Any,
@@ -185,7 +209,8 @@ class JointTraining(CodecTraining):
         super().__init__(**others)
         if last_rate_weight is not None and self.distortion == "l1":
             raise ValueError("last_rate_weight is for rmse: l1 counts all bits alike")
-        self.context = ContextModel(_config(context, self.network.config.bits))
+        self.context = ContextModel(_config(context, self.network.config))
+        self.context_learning_rate = context_learning_rate
         if others.get("weights") is not None:
             start = load_weights(others["weights"]).context
             if start is not None and start.config == self.context.config:
@@ -217,8 +242,20 @@ class JointTraining(CodecTraining):
         each = weights[torch.arange(len(rates)).clamp(max=self.iterations - 1)]  # validation may run more iterations
         return distortion * (each * rates.log()).mean().exp()
 
+    def prepare(self) -> None:
+        start_context(self.context, self.network)
+
+    def own_rates(self) -> list[tuple[list[nn.Parameter], float]]:
+        own = (
+            []
+            if self.context_learning_rate is None
+            else [(list(self.context.parameters()), self.context_learning_rate)]
+        )
+        return [*super().own_rates(), *own]
+
     def rates(self, planes: Tensor) -> Tensor:
         """Estimated bits per pixel up to each iteration [T], for bits [T, B, bits, rows, columns]."""
         config = self.network.config
-        nats = code_nats(self.context(planes), planes).mean((1, 2, 3, 4))
+        cases = self.network.cases(planes) if self.context.config.kind == "grouped" else None
+        nats = code_nats(self.context(planes, cases), planes).mean((1, 2, 3, 4))
         return nats.cumsum(0) / math.log(2) * config.bits / config.stride**2

@@ -10,7 +10,7 @@ import lightning as L
 import torch
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torchmetrics import MeanMetric, Metric, MetricCollection
 
@@ -218,15 +218,19 @@ class CodecTraining(Training):
     def configure_optimizers(self) -> Any:
         if self.optimizer == "muon":
             groups = parameter_groups(self, self.learning_rate, self.muon_learning_rate)
-            started = set(self.network.started())
-            rest = groups[-1]["params"]
-            groups[-1]["params"] = [parameter for parameter in rest if parameter not in started]
-            if started:
-                groups.append({"params": self.network.started(), "gates": 0, "lr": self.start_learning_rate})
+            for parameters, rate in self.own_rates():
+                chosen = set(parameters)
+                groups[-1]["params"] = [parameter for parameter in groups[-1]["params"] if parameter not in chosen]
+                groups.insert(0, {"params": parameters, "gates": 0, "lr": rate})
             optimizer: torch.optim.Optimizer = MuonAdamW(groups, weight_decay=self.weight_decay)
         else:
             optimizer = torch.optim.AdamW(self.parameters(), self.learning_rate, weight_decay=self.weight_decay)
         return self.scheduled(optimizer)
+
+    def own_rates(self) -> list[tuple[list[nn.Parameter], float]]:
+        """Parameters with learning rates of their own, beside Muon."""
+        started = self.network.started()
+        return [(started, self.start_learning_rate)] if started else []
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)

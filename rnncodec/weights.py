@@ -182,6 +182,8 @@ def _context_config(values: Any, network: NetworkConfig | LatentConfig) -> Conte
     config = _config(ContextConfig, values)
     if config.bits != network.bits:
         raise ValueError(f"a context model for {config.bits} bits, where the codec has {network.bits}")
+    if config.kind == "grouped" and (not isinstance(network, LatentConfig) or config.groups != network.groups):
+        raise ValueError("a grouped context model needs a latent network of as many groups")
     return config
 
 

@@ -10,6 +10,8 @@ from PIL import Image
 
 from rnncodec import format
 from rnncodec.codec import Codec
+from rnncodec.context_training import start_context
+from rnncodec.entropy import ContextConfig, ContextModel
 from rnncodec.images import load_image
 from rnncodec.network import LatentConfig, NetworkConfig, RecurrentCodec, network_config, to_uint8
 from rnncodec.weights import WeightsError, load_weights, save_weights
@@ -316,3 +318,38 @@ def test_an_image_object_is_encoded_like_its_pixels(codec, photos):
     buffer = io.BytesIO()
     Image.fromarray(array).save(buffer, "png")
     assert codec.encode(Image.open(buffer), 2) == codec.encode(array, 2)
+
+
+def test_grouped_context_model_codes_the_bits_of_a_codec(network, photos, tmp_path):
+    """Files with the exact model decode to the same bits and are shorter than the questions' odds alone say of raw."""
+    context = ContextModel(ContextConfig(kind="grouped", bits=16, groups=4, channels=8, iterations=4))
+    start_context(context, network)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        context.grouped.output.map.normal_(std=0.05)
+    path = tmp_path / "latent.safetensors"
+    save_weights(path, network, "latent", context=context.quantize())
+    codec = Codec(load_weights(path))
+    image = load_image(photos / "coffee.png")[:170, :200]
+    raw, coded = codec.encode(image, entropy="none"), codec.encode(image)
+    header = format.read_header(coded)
+    assert header.context == codec.context_fingerprint
+    assert all(it.coding == format.CONTEXT for it in header.iterations)
+    assert len(coded) < len(raw)
+    np.testing.assert_array_equal(codec.read_bits(coded), codec.read_bits(raw))
+    for k in range(1, 5):
+        assert codec.decode(format.truncate(coded, iterations=k)) == codec.decode(raw, k)
+    # By the float model's probabilities, the payloads are as long as they should be.
+    planes = torch.from_numpy(codec.read_bits(raw)).float()[:, None] * 2 - 1
+    logits = context.eval()(planes, codec.network.cases(planes))
+    ideal = torch.nn.functional.softplus(-logits * planes).sum((1, 2, 3, 4)) / np.log(2) / 8
+    for it, length in zip(header.iterations, ideal.tolist(), strict=True):
+        assert it.length == pytest.approx(length, rel=0.02, abs=10)
+
+
+def test_a_grouped_context_model_needs_the_groups_of_its_network(network, tmp_path):
+    context = ContextModel(ContextConfig(kind="grouped", bits=16, groups=2, channels=8, iterations=4)).quantize()
+    path = tmp_path / "bad.safetensors"
+    save_weights(path, network, "bad", context=context)
+    with pytest.raises(WeightsError, match="needs a latent network of as many groups"):
+        load_weights(path)

@@ -24,6 +24,7 @@ import yaml
 from skimage.metrics import peak_signal_noise_ratio
 
 from rnncodec import context_training
+from rnncodec.codec import Codec
 from rnncodec.data import PatchDataModule
 from rnncodec.entropy import ContextConfig
 from rnncodec.images import load_image, save_image
@@ -350,6 +351,33 @@ def test_two_processes_start_from_the_same_principal_components(crops, tmp_path)
     weights = [torch.load(tmp_path / "probe" / f"weights-{rank}.pt") for rank in (0, 1)]
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
     assert weights[0]["network.binarizer.questions.cost"].any()
+
+
+def test_codec_and_grouped_context_model_train_resume_and_are_exported(crops, tmp_path):
+    arguments = [
+        "--model", "rnncodec.context_training.JointTraining", *LATENT, "--model.distortion", "rmse",
+        "--model.context_learning_rate", "0.01", "--model.context", '{"kind": "grouped", "channels": 8}',
+    ]  # fmt: skip
+    for name in ("whole", "resumed"):
+        (tmp_path / name).mkdir()
+    run(crops, tmp_path / "whole", *arguments, "--trainer.max_steps", "8", *probe(tmp_path / "whole" / "probe"))
+    folder = tmp_path / "resumed"
+    run(crops, folder, *arguments, "--trainer.max_steps", "4")
+    last = folder / "debug" / "last.ckpt"
+    run(crops, folder, *arguments, "--trainer.max_steps", "8", "--ckpt_path", str(last), *probe(folder / "probe"))
+    ours, theirs = (torch.load(tmp_path / name / "probe" / "weights-0.pt") for name in ("whole", "resumed"))
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+    # The context model started from the odds that the questions know.
+    odds = ours["network.binarizer.questions.cost"].view(4, 16, 75, 2).diff(dim=-1)[..., 0] * -math.log(2) / 256
+    assert (ours["context.grouped.odds"] - odds).abs().max() < 0.2
+    network, provenance = load_checkpoint(folder / "debug" / "last.ckpt")
+    save_weights(tmp_path / "l.safetensors", network, "l", provenance)
+    add_context(folder / "debug" / "last.ckpt", tmp_path / "l.safetensors", "context")
+    codec = Codec(load_weights(tmp_path / "l.safetensors"))
+    image = load_image(crops / "coffee.png")
+    data = codec.encode(image)
+    assert len(data) < len(codec.encode(image, entropy="none"))
+    assert codec.decode(data).size == (192, 192)
 
 
 def test_pictures_are_drawn_one_from_each_stretch_of_the_iterations(monkeypatch):

@@ -133,7 +133,6 @@ class GroupedBand(Band):
     def _walk(self, answer: Callable[[int, Tensor, Tensor], Tensor]) -> tuple[Pass, np.ndarray]:
         """Goes through the next iteration with bits from `answer` (group, squares, logits), and gives these, too."""
         (bits, rows, cols), groups = self.shape, self.model.config.groups
-        current = Pass(self.model.grouped, self.iteration, self.memory, (1, rows, cols))
         signs = torch.zeros(rows * cols, groups, bits // groups, device=self.device)
 
         def of_group(group: int, case: Tensor) -> Tensor:
@@ -146,6 +145,7 @@ class GroupedBand(Band):
             return signs[:, group].T.unflatten(1, (rows, cols))[None]
 
         with torch.autocast(self.device.type, enabled=False):
+            current = Pass(self.model.grouped, self.iteration, self.memory, (1, rows, cols))
             number = torch.tensor(self.model.grouped.own(self.iteration), device=self.device)
             _, _, known = self.questions.walk(number, self.known, of_group)
             memory = current.remember()

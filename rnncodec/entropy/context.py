@@ -57,8 +57,6 @@ class ContextConfig:
             raise ValueError("bits, channels and groups must be at least 1, iterations in 0..255")
         if self.kind != "sequential" and self.bits % self.groups:
             raise ValueError(f"{self.bits} bits cannot be divided into {self.groups} equal groups")
-        if self.kind == "grouped" and not self.iterations:
-            raise ValueError("the grouped kind needs the number of iterations, each of which asks other questions")
 
 
 class Memory(NamedTuple):
@@ -244,6 +242,8 @@ class ContextModel(nn.Module):
         super().__init__()
         self.config = config = config or ContextConfig()
         if config.kind == "grouped":
+            if not config.iterations:
+                raise ValueError("the grouped kind needs the number of iterations, each of which asks other questions")
             self.grouped = Grouped(config.bits, config.groups, config.channels, config.iterations)
             return
         self.history = History(config)

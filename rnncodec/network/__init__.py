@@ -5,7 +5,7 @@ Nothing here knows of files, entropy coding, data or training.
 
 from rnncodec.network.binarizer import Binarizer, BinarizerName, binarize
 from rnncodec.network.cells import CELLS, CellName, GateConv
-from rnncodec.network.latent import LatentConfig
+from rnncodec.network.latent import LatentBinarizer, LatentConfig
 from rnncodec.network.questions import Questions
 from rnncodec.network.recurrent import (
     GainNetwork,
@@ -28,6 +28,7 @@ __all__ = [
     "CellName",
     "GainNetwork",
     "GateConv",
+    "LatentBinarizer",
     "LatentConfig",
     "NetworkConfig",
     "Questions",
