@@ -1,6 +1,8 @@
 """The grouped context model: exact against plain integers, the same everywhere, and files come back."""
 
 import copy
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -328,6 +330,15 @@ def test_integers_restore_the_model_and_are_checked():
         ContextModel.from_integers(wide.config, wide.integers() | large)
 
 
+def test_training_goes_on_from_an_exact_model():
+    exact, again = model().quantize(), model(seed=1)
+    again.load_state_dict(exact.state_dict())
+    x = planes()
+    known = cases(asked(), x)
+    with torch.no_grad():
+        assert torch.equal(again.quantize()(x, known), exact(x, known))
+
+
 def test_weights_hold_the_model(tmp_path):
     network = RecurrentCodec(NetworkConfig(bits=BITS, encoder_channels=(8,) * 4, decoder_channels=(8,) * 5))
     exact, path = model().quantize(), tmp_path / "w.safetensors"
@@ -342,6 +353,11 @@ def test_weights_hold_the_model(tmp_path):
     path.write_bytes(data)
     with pytest.raises(WeightsError, match="damaged"):
         load_weights(path)
+
+
+def test_the_room_knows_nothing_of_networks():
+    code = "import sys, rnncodec.entropy; sys.exit(any(name.startswith('rnncodec.network') for name in sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 def test_what_does_not_fit_is_refused():

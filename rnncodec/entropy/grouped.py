@@ -88,26 +88,31 @@ class Maps(Layer):
     def __init__(self, shape: tuple[int, ...], gain: float) -> None:
         super().__init__()
         self.map = nn.Parameter(torch.randn(shape) * gain / math.sqrt(shape[-2]))
-        self.exponent = [0] * shape[0]  # of the grid of an iteration's weights, which are then 2^-exponent times them
+        self.exponent = [0] * shape[0]  # of the grid of an iteration's weights, once they are quantized
+
+    def whole(self, t: int) -> Tensor:
+        """The quantized weights of an iteration as whole numbers, 2^exponent times what they are."""
+        return self.map[t] * 2.0 ** self.exponent[t]
 
     def at(self, t: int, total: Tensor) -> Tensor:
-        """Sums of an iteration's products in units of 1 / 256, whole numbers; changes the argument."""
+        """Sums of products with `whole` weights in units of the inputs, rounded; changes the argument."""
         return total.mul_(2.0 ** -self.exponent[t]).round_()
 
     @torch.no_grad()
     def quantize(self) -> None:
-        """Makes the weights whole numbers, in the finest units in which no sum leaves the 24 bits of a float32."""
+        """Moves the weights to the finest grid on which no sum leaves the 24 bits of a float32."""
         for t, weights in enumerate(self.map):
             size = weights.shape[-2]
             total = weights.abs().sum(-2).max().item() / (2.0**MANTISSA * STEP - size / 2)
             largest = weights.abs().max().item() / FACTOR
             self.exponent[t] = min(16, math.floor(-math.log2(max(total, largest, 2.0**-16))))
-            weights.mul_(2.0 ** self.exponent[t]).round_()
+            weights.copy_(snap(weights, 2.0 ** -self.exponent[t]))
         self._check()
 
     @torch.no_grad()
     def integers(self) -> dict[str, Tensor]:
-        return {"map": self.map.to(torch.int8), "exponent": torch.tensor(self.exponent, dtype=torch.int8)}
+        whole = torch.stack([self.whole(t) for t in range(len(self.map))])
+        return {"map": whole.to(torch.int8), "exponent": torch.tensor(self.exponent, dtype=torch.int8)}
 
     @torch.no_grad()
     def load_integers(self, integers: Mapping[str, Tensor]) -> None:
@@ -116,15 +121,17 @@ class Maps(Layer):
         Raises:
             ValueError: sums would not be exact.
         """
-        self.map.copy_(integers["map"])
         self.exponent = integers["exponent"].tolist()
+        for weights, whole, exponent in zip(self.map, integers["map"], self.exponent, strict=True):
+            weights.copy_(whole * 2.0**-exponent)
         self._check()
 
     def _check(self) -> None:
         """Raises ValueError if sums would not be exact."""
-        fits = self.map.abs().max() <= FACTOR and self.map.abs().sum(-2).max() <= 2.0**MANTISSA * STEP
-        if not (fits and all(0 <= exponent <= 16 for exponent in self.exponent)):
-            raise ValueError("sums of a layer would need more bits than a float32 has")
+        for t, exponent in enumerate(self.exponent):
+            whole = self.whole(t).abs()
+            if not (0 <= exponent <= 16 and whole.max() <= FACTOR and whole.sum(-2).max() <= 2.0**MANTISSA * STEP):
+                raise ValueError("sums of a layer would need more bits than a float32 has")
 
 
 class Grouped(Layer):
@@ -167,18 +174,18 @@ class Grouped(Layer):
     def quantize(self) -> None:
         for name in self.SHIFTS:
             shift = getattr(self, name)
-            shift.copy_(snap(shift, STEP).clamp(-SPAN, SPAN) / STEP)
+            shift.copy_(snap(shift, STEP).clamp(-SPAN, SPAN))
 
     @torch.no_grad()
     def integers(self) -> dict[str, Tensor]:
-        return {name: getattr(self, name).short() for name in self.SHIFTS}
+        return {name: (getattr(self, name) / STEP).short() for name in self.SHIFTS}
 
     @torch.no_grad()
     def load_integers(self, integers: Mapping[str, Tensor]) -> None:
         for name in self.SHIFTS:
             if integers[name].int().abs().max() > SPAN / STEP:
                 raise ValueError("a bias is too large")
-            getattr(self, name).copy_(integers[name])
+            getattr(self, name).copy_(integers[name] * STEP)
 
     def forward(self, planes: Tensor, cases: Tensor) -> Tensor:
         """Logits of P(+1) for every bit of all iterations, each given the bits before it.
@@ -268,10 +275,11 @@ class Pass:
     def __init__(self, model: Grouped, iteration: int, memory: Tensor | None, shape: tuple[int, int, int]) -> None:
         self.model, self.t, self.memory = model, model.own(iteration), memory
         self.grid = grid(*shape, model.odds.device)
-        count, width = math.prod(shape), model.turn.shape[-1]
-        self.odds = model.odds[self.t].flatten()
+        count, width, t = math.prod(shape), model.turn.shape[-1], self.t
+        self.odds, self.turn, self.shift = (bias[t] * UNIT for bias in (model.odds.flatten(1), model.turn, model.shift))
         self.expected = SIGMOID.to(self.odds)[(self.odds + SPAN * UNIT).long()] * UNIT
-        self.known = model.known.map[self.t].view(model.groups, SIDE * SIDE, model.size, width)
+        self.known = model.known.whole(t).view(model.groups, SIDE * SIDE, model.size, width)
+        self.middle, self.output = model.middle.whole(t), model.output.whole(t)
         self.other = _other_color(self.known)
         self.sums = [self.known.new_zeros(len(squares), width) for squares in self.grid.squares]
         # The last row of both is that of no location. Recent ones are of the last group known on each square.
@@ -280,8 +288,8 @@ class Pass:
         self.logits = self.known.new_zeros(count, model.groups, model.size)
         self.prior = None
         if memory is not None:
-            remembered = (memory + model.level[self.t]).clamp_(-UNIT, UNIT)
-            prior = model.prior.at(self.t, remembered @ model.prior.map[self.t])
+            remembered = (memory + model.level[t] * UNIT).clamp_(-UNIT, UNIT)
+            prior = model.prior.at(t, remembered @ model.prior.whole(t))
             self.prior = [prior[squares] for squares in self.grid.squares]
 
     def group(self, group: int, case: Tensor, tell: Tell) -> None:
@@ -298,10 +306,10 @@ class Pass:
                 for first in range(0, len(here), SQUARES):
                     band = slice(first, first + SQUARES)
                     sums[band].addmm_(self.recent[around[band]].flatten(1), weights)
-            x = model.known.at(t, sums.clone()).add_(model.turn[t, 2 * group + color])
+            x = model.known.at(t, sums.clone()).add_(self.turn[2 * group + color])
             x = (x if self.prior is None else x.add_(self.prior[color])).clamp_(-UNIT, UNIT)
-            x = model.middle.at(t, x @ model.middle.map[t, group]).add_(model.shift[t, group]).clamp_(-UNIT, UNIT)
-            logits = model.output.at(t, x @ model.output.map[t, group]).add_(odds[here])
+            x = model.middle.at(t, x @ self.middle[group]).add_(self.shift[group]).clamp_(-UNIT, UNIT)
+            logits = model.output.at(t, x @ self.output[group]).add_(odds[here])
             bits = tell(color, here, logits).to(logits.dtype)
             self.recent[here] = ((bits + 1) * (UNIT // 2) - expected[here]) * bits.abs()
             self.logits[here, group] = logits
@@ -310,9 +318,9 @@ class Pass:
     def remember(self) -> Tensor:
         """What the next pass needs, [locations, channels]."""
         model, surprises = self.model, self.surprises.flatten(1)
-        memory = self.recent.new_zeros(len(self.logits), model.level.shape[1])
+        memory, weights = self.recent.new_zeros(len(self.logits), model.level.shape[1]), model.remember.whole(self.t)
         for squares, around in zip(*self.grid, strict=True):
             for here, beside in zip(squares.split(SQUARES), around.split(SQUARES), strict=True):
-                memory[here] = surprises[beside].flatten(1) @ model.remember.map[self.t]
+                memory[here] = surprises[beside].flatten(1) @ weights
         memory = model.remember.at(self.t, memory)
         return memory if self.memory is None else memory.add_(self.memory).clamp_(-(2**16), 2**16)
