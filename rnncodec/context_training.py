@@ -36,7 +36,7 @@ def _check_unroll(module: Training, iterations: int, configs: Sequence[ContextCo
         ValueError: there are too few.
     """
     own = [config.iterations for config in configs if config.kind != "grouped"]  # there, one tensor has all
-    needed = max(3, *own)  # the LSTM uses its own past from the third on
+    needed = max([3, *own])  # the LSTM uses its own past from the third on
     if module.trainer.world_size > 1 and iterations < needed:
         raise ValueError(f"several processes need at least {needed} iterations to train these context models")
 

@@ -12,7 +12,7 @@ from reference import chance as documented_chance
 
 from rnncodec.entropy import ContextConfig, ContextModel, ContextSession, code_length, code_nats, grouped, probability
 from rnncodec.format import CONTEXT, RAW, FormatError, pack_bits
-from rnncodec.network import NetworkConfig, RecurrentCodec, questions
+from rnncodec.network import LatentConfig, RecurrentCodec, questions
 from rnncodec.network.questions import Questions
 from rnncodec.weights import WeightsError, load_weights, save_weights
 
@@ -340,7 +340,8 @@ def test_training_goes_on_from_an_exact_model():
 
 
 def test_weights_hold_the_model(tmp_path):
-    network = RecurrentCodec(NetworkConfig(bits=BITS, encoder_channels=(8,) * 4, decoder_channels=(8,) * 5))
+    shape = LatentConfig(iterations=PASSES, bits=BITS, groups=GROUPS, latents=CHANNELS)
+    network = RecurrentCodec(shape)
     exact, path = model().quantize(), tmp_path / "w.safetensors"
     save_weights(path, network, "w", {}, exact)
     loaded = load_weights(path).context
@@ -364,7 +365,7 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="equal groups"):
         ContextConfig("grouped", 8, 8, 3, 3)
     with pytest.raises(ValueError, match="number of iterations"):
-        ContextConfig("grouped", 8, 8, 0, 2)
+        ContextModel(ContextConfig("grouped", 8, 8, 0, 2))
     parallel = ContextModel(ContextConfig("parallel", BITS, 4, 0, GROUPS))
     with pytest.raises(ValueError, match="cases are for"):
         model()(planes())

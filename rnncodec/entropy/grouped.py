@@ -219,7 +219,7 @@ class Grouped(Layer):
         kernel = kernel.permute(0, 1, 5, 4, 2, 3).flatten(0, 2)  # [groups * 2 * channels, S, SIDE, SIDE]
         found = F.conv2d(surprise, kernel, padding=SIDE // 2, groups=groups).view(batch, groups, 2, -1, height, width)
         total = found.sum(2)
-        white = ((torch.arange(height)[:, None] + torch.arange(width)) % 2).to(found)
+        white = ((torch.arange(height)[:, None] + torch.arange(width)) % 2).to(self.turn)
         turn = self.turn[t].view(groups, 2, -1, 1, 1)
         x = total.cumsum(1) - total + white * found[:, :, 0] + torch.lerp(turn[:, 0], turn[:, 1], white)
         if memory is not None:
