@@ -158,7 +158,7 @@ class ContextSession(Session):
     """The range coder with the probabilities of an exact context model (T17 sec. 4).
 
     Large planes are coded in bands of rows that know nothing of each other, which bounds the working memory. There
-    remain the states, 16 bytes for each channel and location.
+    remain the states, up to 16 bytes for each channel and location.
 
     Args:
         model: from `ContextModel.quantize`, on the device that is to compute.
