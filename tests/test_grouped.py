@@ -207,12 +207,13 @@ def test_bits_that_were_not_sent_say_and_cost_nothing():
 
 @pytest.mark.parametrize("shape", [(7, 9), (1, 1), (1, 20), (20, 1), (17, 33)])
 def test_payloads_decode_to_the_bits(shape):
-    exact = model().quantize()
+    exact, threads = model().quantize(), torch.get_num_threads()
     encoder, decoder = session(exact, (BITS, *shape)), session(exact, (BITS, *shape))
     for plane in planes(PASSES + 1, height=shape[0], width=shape[1])[:, 0].numpy() > 0:
         found = decoder.decode(*encoder.encode(plane))
         assert found.dtype == bool
         np.testing.assert_array_equal(found, plane)
+    assert torch.get_num_threads() == threads
 
 
 def test_payloads_are_the_documented_ones(monkeypatch):

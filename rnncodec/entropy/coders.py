@@ -1,7 +1,8 @@
 """The session of a context model, and all coders by their names."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import numpy as np
@@ -81,6 +82,17 @@ class PlainBand(Band):
         return torch.from_numpy(plane).to(self.model.history.prior.weight)[None] * 2 - 1
 
 
+@contextmanager
+def _threads_for(locations: int) -> Iterator[None]:
+    """Computes small planes in one thread: several would wait for each other, for seconds on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1 if locations < GroupedBand.SMALL else threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 class GroupedBand(Band):
     """A band for the grouped kind.
 
@@ -89,6 +101,8 @@ class GroupedBand(Band):
         bits, rows, cols: shape of the bits of an iteration.
         questions: that the bits answer.
     """
+
+    SMALL = 2**12  # locations, a megapixel
 
     def __init__(self, model: ContextModel, bits: int, rows: int, cols: int, questions: Questions) -> None:
         super().__init__(model, bits, rows, cols)
@@ -100,22 +114,24 @@ class GroupedBand(Band):
 
     def order(self) -> np.ndarray:
         bits, rows, cols = self.shape
-        size = bits // self.model.config.groups
-        index = torch.arange(rows * cols * bits).view(rows * cols, -1, size)
-        squares = grid(1, rows, cols, self.device).squares
-        return torch.cat([index[here.cpu(), g].flatten() for g in range(index.shape[1]) for here in squares]).numpy()
+        index = np.arange(rows * cols * bits).reshape(rows * cols, self.model.config.groups, -1)
+        squares = [here.cpu().numpy() for here in grid(1, rows, cols, self.device).squares]
+        return np.concatenate([index[here, group].ravel() for group in range(index.shape[1]) for here in squares])
 
     def chances(self, plane: np.ndarray) -> np.ndarray:
-        (bits, rows, cols), sent = self.shape, self._rows(plane)
-        walked, _ = self._walk(lambda group, here, _: sent[here, group])
-        return probability(walked.logits * STEP).view(rows, cols, bits).permute(2, 0, 1).cpu().numpy()
+        bits, rows, cols = self.shape
+        with _threads_for(rows * cols):
+            sent = self._rows(plane)
+            walked, _ = self._walk(lambda group, here, _: sent[here, group])
+            return probability(walked.logits * STEP).view(rows, cols, bits).permute(2, 0, 1).cpu().numpy()
 
     def decode(self, read: Read) -> np.ndarray:
         def answer(group: int, here: Tensor, logits: Tensor) -> Tensor:
             found = read(probability(logits.flatten() * STEP).cpu().numpy())
             return torch.from_numpy(found).to(logits).view_as(logits) * 2 - 1
 
-        return self._walk(answer)[1]
+        with _threads_for(self.shape[1] * self.shape[2]):
+            return self._walk(answer)[1]
 
     def advance(self, plane: np.ndarray) -> None:
         if self.after is None or not np.array_equal(self.after[0], plane):
@@ -158,7 +174,7 @@ class ContextSession(Session):
     """The range coder with the probabilities of an exact context model (T17 sec. 4).
 
     Large planes are coded in bands of rows that know nothing of each other, which bounds the working memory. There
-    remain the states, 16 bytes for each channel and location.
+    remain the states, up to 16 bytes for each channel and location.
 
     Args:
         model: from `ContextModel.quantize`, on the device that is to compute.
