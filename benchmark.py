@@ -41,7 +41,7 @@ from rnncodec.context_training import JointTraining
 from rnncodec.data import PatchDataModule
 from rnncodec.format import RAW, read_header
 from rnncodec.images import atomic_write, load_image, save_image
-from rnncodec.network import NetworkConfig, RecurrentCodec
+from rnncodec.network import LatentConfig, NetworkConfig, RecurrentCodec
 from rnncodec.optim import bfloat16_pays
 from rnncodec.training import CodecTraining
 from rnncodec.weights import load_weights, save_weights
@@ -177,7 +177,7 @@ def make_training(training: Training, iterations: int, mode: Mode, compile: bool
     return training(iterations=iterations, growth={}, compile=compile and mode == "fastest")
 
 
-def make_codec(network: NetworkConfig, folder: Path, mode: Mode, compile: bool) -> Codec:
+def make_codec(network: NetworkConfig | LatentConfig, folder: Path, mode: Mode, compile: bool) -> Codec:
     """A codec of random weights, which take as long as any."""
     path = folder / "weights.safetensors"
     save_weights(path, RecurrentCodec(network), "benchmark", {})

@@ -121,6 +121,7 @@ def test_one_fails_the_others_go_on_and_nothing_is_done_twice(crops, tmp_path, q
         check_numbers(row, output)
         network = load_weights(output / row["variant"] / "weights.safetensors").network
         assert int(row["parameters"]) == sum(parameter.numel() for parameter in network.parameters())
+        assert isinstance(network.config, NetworkConfig)
         assert network.config.binarizer == row["binarizer"]
     assert bad["variant"] == "lstm-additive-noise"
     assert "rror" in bad["failed"]

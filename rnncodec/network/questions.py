@@ -241,33 +241,33 @@ class _Statistics:
 
 
 class _Split(NamedTuple):
-    """Residuals divided by a threshold: of each case [k, CASES] how many are above, and their sum."""
+    """Residuals divided by a threshold: of each case [k, CASES] how many are above, and their total."""
 
     all: _Statistics
     threshold: Tensor
-    count: Tensor
-    sum: Tensor
+    above: Tensor
+    total: Tensor
 
     def score(self, weight: Tensor, price: float) -> Tensor:
         """Squared error saved for each bit, [k]."""
-        below, total = self.all.count - self.count, self.all.sum - self.sum
-        saved = self.sum.square() / (self.count + REST) + total.square() / (below + REST)
+        below, rest = self.all.count - self.above, self.all.sum - self.total
+        saved = self.total.square() / (self.above + REST) + rest.square() / (below + REST)
         entropy = (
             torch.xlogy(self.all.count, self.all.count)
-            - torch.xlogy(self.count, self.count)
+            - torch.xlogy(self.above, self.above)
             - torch.xlogy(below, below)
         ) / math.log(2)
         return (saved.sum(1) / self.all.blocks * weight / (entropy.sum(1) / self.all.blocks + price)).float()
 
     def table(self) -> Tensor:
         """Threshold, mean and half difference of the two values, [k, CASES, 3]."""
-        high = self.sum / (self.count + REST)
-        low = (self.all.sum - self.sum) / (self.all.count - self.count + REST)
+        high = self.total / (self.above + REST)
+        low = (self.all.sum - self.total) / (self.all.count - self.above + REST)
         return torch.stack([self.threshold.double(), (high + low) / 2, (high - low) / 2], -1).float()
 
     def cost(self) -> Tensor:
         """What a no and a yes cost in 1/256 bit, [k, CASES, 2]; counts begin at a half."""
-        counts = torch.stack([self.all.count - self.count, self.count], -1) + 0.5
+        counts = torch.stack([self.all.count - self.above, self.above], -1) + 0.5
         return (-UNIT * (counts / counts.sum(-1, keepdim=True)).log2()).round().long()
 
 

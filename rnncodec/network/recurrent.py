@@ -208,6 +208,12 @@ class GainNetwork(nn.Module):
 class RecurrentCodec(nn.Module):
     """The progressive codec: each step codes what the earlier steps left over (T16 sec. 3; T17 eq. 1-2)."""
 
+    # Of the papers' kind or of the latent one; what one part hands to the next is for that one alone.
+    transforms: Any
+    encoder: Any
+    binarizer: Any
+    decoder: Any
+
     def __init__(self, config: NetworkConfig | LatentConfig | None = None) -> None:
         super().__init__()
         self.config = config = config or NetworkConfig()
@@ -264,7 +270,7 @@ class RecurrentCodec(nn.Module):
             if gain is not None:
                 residual = residual * gain
             features, encoder_state = self.encoder(residual, state.encoder if state else None)
-            bits = self.binarizer(features, residual, known, limit)
+            bits = cast(Tensor, self.binarizer(features, residual, known, limit))
         values, known = self.binarizer.values(bits, known)
         output, decoder_state = self.decoder(values, state.decoder if state else None)
         y_hat = output.float()  # the sum over iterations stays exact under mixed precision
