@@ -373,8 +373,9 @@ def _check_values(tensors: Mapping[str, torch.Tensor], source: str, network: Rec
                 raise WeightsError(f"{source}: {key} holds values that are not finite in float16")
         elif prefix in questions:
             assert isinstance(network.config, LatentConfig)
-            limit = network.config.latents if name == "channel" else 2**20  # sums of costs stay exact
-            if tensor.min() < 0 or tensor.max() >= limit:
+            # Costs are small enough for exact sums, edges are compared with sums of them.
+            limit = {"channel": network.config.latents, "cost": 2**20}.get(name, 2**31)
+            if int(tensor.min()) < 0 or int(tensor.max()) >= limit:
                 raise WeightsError(f"{source}: {key} holds numbers beyond 0..{limit - 1}")
         elif not np.array_equal(tensor.sort(-1).values, np.broadcast_to(np.arange(tensor.shape[-1]), tensor.shape)):
             raise WeightsError(f"{source}: {key} does not hold permutations")

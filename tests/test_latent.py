@@ -298,6 +298,15 @@ def test_questions_that_cannot_be_asked_are_refused(network, name, value, tmp_pa
         tensor.view(-1)[0] = before
 
 
+def test_edges_may_be_as_large_as_sums_of_costs(network, tmp_path):
+    edges = network.binarizer.questions.edges
+    before = edges.clone()
+    edges.fill_(2**30)
+    save_weights(tmp_path / "busy.safetensors", network, "busy")
+    edges.copy_(before)
+    assert (load_weights(tmp_path / "busy.safetensors").network.binarizer.questions.edges == 2**30).all()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
