@@ -1,6 +1,7 @@
 """The loop in the latent space: its step in NumPy, its start from images, missing bits, windows, files."""
 
 import io
+import os
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -11,9 +12,11 @@ from PIL import Image
 from rnncodec import format
 from rnncodec.codec import Codec
 from rnncodec.context_training import start_context
+from rnncodec.data import PatchDataModule
 from rnncodec.entropy import ContextConfig, ContextModel
 from rnncodec.images import load_image
 from rnncodec.network import LatentConfig, NetworkConfig, RecurrentCodec, network_config, to_uint8
+from rnncodec.training import START_BLOCKS
 from rnncodec.weights import WeightsError, load_weights, save_weights
 
 TINY = LatentConfig(
@@ -362,3 +365,33 @@ def test_a_grouped_context_model_needs_the_groups_of_its_network(network, tmp_pa
     save_weights(path, network, "bad", context=context)
     with pytest.raises(WeightsError, match="needs a latent network of as many groups"):
         load_weights(path)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.environ.get("RNNCODEC_PHOTOS"), reason="needs RNNCODEC_PHOTOS, a folder to train on")
+def test_an_untrained_network_is_a_decent_codec(tmp_path, capsys):
+    """On held-out photographs, with the default shape and nothing but components and tables: 28.8 dB at 0.75 bpp."""
+    data = PatchDataModule(os.environ["RNNCODEC_PHOTOS"], cache_dir=tmp_path, tile_size=192, patch_size=128)
+    data.prepare_data()
+    data.setup()
+    network = RecurrentCodec(LatentConfig()).eval()
+    network.start(data.sample(START_BLOCKS * 256))
+    odds = network.binarizer.questions.odds()
+    rates, psnrs = [], []
+    for image in data.val_dataloader():
+        x = image.float() / 127.5 - 1
+        with torch.no_grad():
+            steps = list(network.unroll(network.analyse(x), 16))
+            planes = torch.stack([step.bits for step in steps])
+            cases = network.cases(planes)
+            assert cases is not None
+            rows = cases.flatten(3).permute(0, 2, 1, 3).flatten(2)  # [T, bits, blocks]
+            logits = odds[:16].gather(2, rows).reshape(planes.permute(0, 2, 1, 3, 4).shape).permute(0, 2, 1, 3, 4)
+            bits = torch.nn.functional.softplus(-logits * planes).sum((1, 2, 3, 4)) / np.log(2)
+            rates.append((bits.cumsum(0) / (x.shape[2] * x.shape[3])).numpy())
+            pictures = [to_uint8(network.picture(step.state)) for step in steps]
+        psnrs.append([10 * np.log10(255**2 / (p.double() - image).square().mean().item()) for p in pictures])
+    rate, quality = np.mean(rates, 0), np.mean(psnrs, 0)
+    with capsys.disabled():
+        print("".join(f"\n{k:2} {rate[k - 1]:.4f} bpp {quality[k - 1]:.2f} dB" for k in (1, 2, 4, 8, 16)))
+    assert np.interp(np.log(0.75), np.log(rate), quality) > 28.8
