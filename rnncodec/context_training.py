@@ -232,6 +232,7 @@ class JointTraining(CodecTraining):
     def validate_rate(self, bits: list[Tensor], distortion: Tensor) -> None:
         rates = self.rates(torch.stack(bits))
         losses = {"val/bpp": rates[-1], "val/loss": self.weighed(distortion, rates)}
+        losses |= {f"val/bpp_{k}": rates[k - 1] for k in RATES if k <= len(rates)}
         self.log_dict(losses, batch_size=1, sync_dist=True)
 
     def weighed(self, distortion: Tensor, rates: Tensor) -> Tensor:
@@ -246,12 +247,10 @@ class JointTraining(CodecTraining):
         start_context(self.context, self.network)
 
     def own_rates(self) -> list[tuple[list[nn.Parameter], float]]:
-        own = (
-            []
-            if self.context_learning_rate is None
-            else [(list(self.context.parameters()), self.context_learning_rate)]
-        )
-        return [*super().own_rates(), *own]
+        groups = super().own_rates()
+        if self.context_learning_rate is not None:
+            groups.append((list(self.context.parameters()), self.context_learning_rate))
+        return groups
 
     def rates(self, planes: Tensor) -> Tensor:
         """Estimated bits per pixel up to each iteration [T], for bits [T, B, bits, rows, columns]."""

@@ -374,7 +374,8 @@ def _check_values(tensors: Mapping[str, torch.Tensor], source: str, network: Rec
         elif prefix in questions:
             assert isinstance(network.config, LatentConfig)
             # Costs are small enough for exact sums, edges are compared with sums of them.
-            limit = {"channel": network.config.latents, "cost": 2**20}.get(name, 2**31)
+            limits = {"channel": network.config.latents, "cost": 2**20, "edges": 2**31}
+            limit = limits[name]
             if int(tensor.min()) < 0 or int(tensor.max()) >= limit:
                 raise WeightsError(f"{source}: {key} holds numbers beyond 0..{limit - 1}")
         elif not np.array_equal(tensor.sort(-1).values, np.broadcast_to(np.arange(tensor.shape[-1]), tensor.shape)):

@@ -267,6 +267,9 @@ def test_joint_training_lowers_the_rate_and_exports_both_parts(tmp_path):
         trainer = fit(module, 40, tmp_path, val_size=192)
         rates[weight] = trainer.callback_metrics["val/bpp"].item()
     assert rates[3.0] < 0.9 * rates[0.0]
+    up_to = [trainer.callback_metrics[f"val/bpp_{k}"].item() for k in (1, 2, 4, 8, 16)]
+    assert up_to == sorted(up_to)
+    assert up_to[-1] == rates[3.0]
     loss = trainer.callback_metrics["val/loss"].item()
     assert loss > 3 * rates[3.0]
     assert not math.isnan(loss)
