@@ -194,8 +194,9 @@ class Codec:
         header, planes = self._read(data, iterations, max_pixels)
         arrays: dict[int, np.ndarray] = {}  # of one iteration after the other, unless the loop runs in tiles
         for t, (y, x), x_hat in self._synthesise(planes, header.height, header.width, None, every=True):
-            array = arrays.setdefault(t, np.empty((header.height, header.width, 3), np.uint8))
-            array[y, x] = to_uint8(x_hat)[0].permute(1, 2, 0).cpu().numpy()
+            if t not in arrays:
+                arrays[t] = np.empty((header.height, header.width, 3), np.uint8)
+            arrays[t][y, x] = to_uint8(x_hat)[0].permute(1, 2, 0).cpu().numpy()
             if (y.stop, x.stop) == (header.height, header.width):  # the last tile
                 yield arrays.pop(t)
 
