@@ -10,7 +10,7 @@ import wandb
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric, MetricCollection
 
-from rnncodec.entropy import ContextConfig, ContextModel, code_length, code_nats
+from rnncodec.entropy import ContextConfig, ContextModel, code_nats
 from rnncodec.metrics import RATES
 from rnncodec.network import LatentBinarizer, LatentConfig, NetworkConfig, RecurrentCodec, Step, pad_to_blocks
 from rnncodec.training import CodecTraining, Training
@@ -39,6 +39,13 @@ def _check_unroll(module: Training, iterations: int, configs: Sequence[ContextCo
     needed = max([3, *own])  # the LSTM uses its own past from the third on
     if module.trainer.world_size > 1 and iterations < needed:
         raise ValueError(f"several processes need at least {needed} iterations to train these context models")
+
+
+def code_nats_of(context: ContextModel, bits: Sequence[Tensor], cases: Sequence[Tensor | None]) -> Tensor:
+    """Code length in nats of every bit, [T, B, bits, H, W], of what the steps of an unrolled loop have given."""
+    planes = torch.stack(list(bits))
+    known = torch.stack([case for case in cases if case is not None]) if context.config.kind == "grouped" else None
+    return code_nats(context(planes, known), planes)
 
 
 def start_context(context: ContextModel, network: RecurrentCodec) -> None:
@@ -128,30 +135,27 @@ class ContextTraining(Training):
         return self.scheduled(optimizer)
 
     @torch.no_grad()
-    def codes(self, x: Tensor) -> Tensor:
-        """The bits of images, [T, B, bits, H / stride, W / stride] of -1 and +1."""
+    def codes(self, x: Tensor) -> tuple[list[Tensor], list[Tensor | None]]:
+        """The bits of images, [B, bits, H / stride, W / stride] of -1 and +1 for each iteration, and their cases."""
         codec = self._codec[0].to(x.device)
         y = codec.analyse(pad_to_blocks(x, self.stride))
-        return torch.stack([step.bits.float() for step in codec.unroll(y, self.iterations)])
-
-    def logits(self, context: nn.Module, planes: Tensor) -> Tensor:
-        """What a context model says of the bits."""
-        assert isinstance(context, ContextModel)
-        return context(planes, self._codec[0].cases(planes) if context.config.kind == "grouped" else None)
+        steps = [(step.bits.float(), step.cases) for step in codec.unroll(y, self.iterations)]
+        return [bits for bits, _ in steps], [cases for _, cases in steps]
 
     def training_step(self, x: Tensor, batch_idx: int) -> Tensor:
-        planes = self.codes(x)
-        lengths = {name: code_length(self.logits(context, planes), planes) for name, context in self.contexts.items()}
+        codes = self.codes(x)
+        models = zip(self.contexts, self._models(), strict=True)
+        lengths = {name: code_nats_of(context, *codes).mean() / math.log(2) for name, context in models}
         self.log_dict({f"train/{name}": length for name, length in lengths.items()}, prog_bar=True)
         return torch.stack(list(lengths.values())).sum()
 
     def validation_step(self, x: Tensor, batch_idx: int) -> None:
         with torch.autocast(x.device.type, enabled=False):
-            planes = self.codes(x)
-        for name, context in self.contexts.items():
-            logits = self.logits(context, planes)
+            codes = self.codes(x)
+        for name, context in zip(self.contexts, self._models(), strict=True):
+            each = code_nats_of(context, *codes).mean((1, 2, 3, 4)) / math.log(2)
             for k in self.counts:  # bits per pixel of the first k iterations
-                self.val_metrics[f"{name}_{k}"].update(code_length(logits[:k], planes[:k]) * k * self.bpp)
+                self.val_metrics[f"{name}_{k}"].update(each[:k].sum() * self.bpp)
 
     def on_validation_epoch_end(self) -> None:
         values = self.val_metrics.compute()
@@ -225,12 +229,12 @@ class JointTraining(CodecTraining):
         _check_unroll(self, self.fewest_iterations(), [self.context.config])
 
     def loss(self, x: Tensor, steps: list[Step]) -> Tensor:
-        rates = self.rates(torch.stack([step.bits for step in steps]))
+        rates = self.rates([step.bits for step in steps], [step.cases for step in steps])
         self.log("train/bpp", rates[-1], prog_bar=True)
         return self.weighed(super().loss(x, steps), rates)
 
-    def validate_rate(self, bits: list[Tensor], distortion: Tensor) -> None:
-        rates = self.rates(torch.stack(bits))
+    def validate_rate(self, bits: list[Tensor], cases: list[Tensor | None], distortion: Tensor) -> None:
+        rates = self.rates(bits, cases)
         losses = {"val/bpp": rates[-1], "val/loss": self.weighed(distortion, rates)}
         losses |= {f"val/bpp_{k}": rates[k - 1] for k in RATES if k <= len(rates)}
         self.log_dict(losses, batch_size=1, sync_dist=True)
@@ -252,9 +256,8 @@ class JointTraining(CodecTraining):
             groups.append((list(self.context.parameters()), self.context_learning_rate))
         return groups
 
-    def rates(self, planes: Tensor) -> Tensor:
-        """Estimated bits per pixel up to each iteration [T], for bits [T, B, bits, rows, columns]."""
+    def rates(self, bits: list[Tensor], cases: list[Tensor | None]) -> Tensor:
+        """Estimated bits per pixel up to each iteration [T]."""
         config = self.network.config
-        cases = self.network.cases(planes) if self.context.config.kind == "grouped" else None
-        nats = code_nats(self.context(planes, cases), planes).mean((1, 2, 3, 4))
+        nats = code_nats_of(self.context, bits, cases).mean((1, 2, 3, 4))
         return nats.cumsum(0) / math.log(2) * config.bits / config.stride**2

@@ -302,10 +302,11 @@ class CodecTraining(Training):
     def validation_step(self, x: Tensor, batch_idx: int) -> None:
         height, width = x.shape[-2:]
         padded = pad_to_blocks(x, self.network.config.stride)
-        original, pictures, bits, losses, errors = to_uint8(x), [], [], [], []
+        original, pictures, bits, cases, losses, errors = to_uint8(x), [], [], [], [], []
         with torch.compiler.set_stance("force_eager"):  # every size of image would be compiled anew
             for k, step in enumerate(self.network.unroll(self.network.analyse(padded), max(RATES)), start=1):
                 bits.append(step.bits)
+                cases.append(step.cases)
                 picture = self.network.picture(step.state)
                 residual = padded - picture
                 losses.append(residual.abs().mean())
@@ -322,14 +323,14 @@ class CodecTraining(Training):
                         self.val_points.append(Point(self.image_name(batch_idx), "", k, size, bpp, **means))
                     pictures.append(x_hat)
         self.log("val/l1", torch.stack(losses).mean(), batch_size=1, sync_dist=True)
-        self.validate_rate(bits, self.mean_distortion(errors))
+        self.validate_rate(bits, cases, self.mean_distortion(errors))
         if batch_idx == 0:
             strip = torch.cat([original, *pictures], dim=-1)[0].permute(1, 2, 0).cpu().numpy()
             for logger in self.wandb_loggers():
                 logger.log_image("val/reconstructions", [strip], caption=[f"original, then {RATES} iterations"])
 
-    def validate_rate(self, bits: list[Tensor], distortion: Tensor) -> None:
-        """What a training that counts bits adds to the validation of an image, given its bits and its distortion."""
+    def validate_rate(self, bits: list[Tensor], cases: list[Tensor | None], distortion: Tensor) -> None:
+        """What a training that counts bits adds to the validation of an image, given its bits and their cases."""
 
     def on_validation_epoch_end(self) -> None:
         values = self.val_metrics.compute()

@@ -105,7 +105,9 @@ def test_the_frozen_codec_does_not_change_and_is_not_saved(trained, codec_file):
     with torch.inference_mode():
         expected = torch.stack([step.bits for step in network.unroll(x, 4)])
     module.train()
-    assert torch.equal(module.codes(x), expected)
+    bits, cases = module.codes(x)
+    assert torch.equal(torch.stack(bits), expected)
+    assert cases == [None] * 4
 
 
 def test_a_checkpoint_of_another_codec_is_not_resumed(trained, tmp_path):
@@ -253,8 +255,8 @@ def test_joint_training_starts_from_given_weights_and_their_context_model(with_b
 
 def test_the_rate_has_a_gradient_to_the_encoder():
     module = joint(rate_weight=1.0)
-    bits = torch.stack([step.bits for step in module.network.unroll(Patches(1)[0], 3)])
-    module.rates(bits)[-1].backward()
+    steps = list(module.network.unroll(Patches(1)[0], 3))
+    module.rates([step.bits for step in steps], [step.cases for step in steps])[-1].backward()
     gradient = module.network.encoder.stem.weight.grad
     assert gradient is not None
     assert gradient.abs().sum() > 0

@@ -197,38 +197,30 @@ class Grouped(Layer):
         if self.exact:
             with torch.autocast(planes.device.type, enabled=False):
                 return self._exact_forward(planes, cases)
-        memory, logits = None, []
-        for iteration, (bits, case) in enumerate(zip(planes, cases, strict=True)):
-            t = self.own(iteration)
-            odds = F.embedding(self._places(case, 1), self.odds[t].view(-1, 1)).squeeze(-1)
-            surprise = torch.where(bits == 0, 0, (bits + 1) / 2 - torch.sigmoid(odds))
-            logits.append(odds + self._correction(t, surprise, memory))
-            if iteration + 1 < len(planes):
-                kernel = self.remember.map[t].view(SIDE, SIDE, bits.shape[1], -1).permute(3, 2, 0, 1)
-                found = F.conv2d(surprise, kernel, padding=SIDE // 2)
-                memory = found if memory is None else memory + found
-        return torch.stack(logits)
+        count, batch, bits, height, width = planes.shape
+        groups, own = self.groups, torch.tensor([self.own(t) for t in range(count)], device=planes.device)
+        places = self._places(cases, 2) + bits * CASES * own.view(-1, 1, 1, 1, 1)
+        odds = F.embedding(places, self.odds.view(-1, 1)).squeeze(-1)
+        surprise = torch.where(planes == 0, 0, (planes + 1) / 2 - torch.sigmoid(odds))
 
-    def _correction(self, t: int, surprise: Tensor, memory: Tensor | None) -> Tensor:
-        """What the network adds to the odds, [B, bits, H, W]."""
-        (batch, _, height, width), groups = surprise.shape, self.groups
-        # Of each group what the other color says, to be seen in its second turn, and what its own color says.
-        known = self.known.map[t].view(groups, SIDE * SIDE, self.size, -1)
-        other = _other_color(known)
-        kernel = torch.stack([known * other, known * ~other], 1).view(groups, 2, SIDE, SIDE, self.size, -1)
-        kernel = kernel.permute(0, 1, 5, 4, 2, 3).flatten(0, 2)  # [groups * 2 * channels, S, SIDE, SIDE]
-        found = F.conv2d(surprise, kernel, padding=SIDE // 2, groups=groups).view(batch, groups, 2, -1, height, width)
-        total = found.sum(2)
+        # All iterations and locations at once, [T, groups, N, channels]: training knows all bits from the start.
+        columns = _columns(surprise.permute(0, 1, 3, 4, 2))  # [T, N, taps, bits]
+        by_group = columns.unflatten(-1, (groups, -1)).permute(0, 3, 1, 2, 4)
+        kernel = self.known.map[own].view(count, groups, SIDE * SIDE, self.size, -1)
+        # What a group's own color says of it, and what the other color says, to be seen in its second turn.
+        same, other = (by_group[..., i::2, :].flatten(-2) @ kernel[:, :, i::2].flatten(2, 3) for i in range(2))
+        total = same + other
         white = ((torch.arange(height)[:, None] + torch.arange(width)) % 2).to(self.turn)
-        turn = self.turn[t].view(groups, 2, -1, 1, 1)
-        x = total.cumsum(1) - total + white * found[:, :, 0] + torch.lerp(turn[:, 0], turn[:, 1], white)
-        if memory is not None:
-            remembered = (memory + self.level[t][:, None, None]).clamp(-1, 1)
-            x = x + F.conv2d(remembered, self.prior.map[t].T[..., None, None])[:, None]
-        x = x.clamp(-1, 1).flatten(1, 2)
-        middle = self.middle.map[t].transpose(1, 2).flatten(0, 1)[..., None, None]
-        x = F.conv2d(x, middle, self.shift[t].flatten(), groups=groups).clamp(-1, 1)
-        return F.conv2d(x, self.output.map[t].transpose(1, 2).flatten(0, 1)[..., None, None], groups=groups)
+        white = white.expand(batch, -1, -1).reshape(-1, 1)
+        turn = self.turn[own].view(count, groups, 2, 1, -1)
+        x = total.cumsum(1) - total + white * other + torch.lerp(turn[:, :, 0], turn[:, :, 1], white)
+        if count > 1:
+            found = columns[:-1].flatten(2) @ self.remember.map[own[:-1]]
+            remembered = (found.float().cumsum(0) + self.level[own[1:], None]).clamp(-1, 1)
+            x = x + F.pad((remembered @ self.prior.map[own[1:]])[:, None], (0, 0) * 3 + (1, 0))
+        x = (x.clamp(-1, 1) @ self.middle.map[own] + self.shift[own, :, None]).clamp(-1, 1)
+        correction = (x @ self.output.map[own]).unflatten(2, (batch, height, width))  # [T, groups, B, H, W, S]
+        return odds + correction.permute(0, 2, 1, 5, 3, 4).flatten(2, 3)
 
     def _places(self, case: Tensor, dim: int) -> Tensor:
         """Where a case's odds are among those of an iteration, if bits go along a dimension of the cases."""
@@ -255,6 +247,14 @@ class Grouped(Layer):
 def _rows(planes: Tensor) -> Tensor:
     """Planes [B, C, H, W] as [B * H * W, C]."""
     return planes.permute(0, 2, 3, 1).flatten(0, 2)
+
+
+def _columns(maps: Tensor) -> Tensor:
+    """What is around each location of maps [T, B, H, W, C], with zeros beyond the border: [T, B * H * W, taps, C]."""
+    height, width = maps.shape[2:4]
+    padded = F.pad(maps, (0, 0) + (SIDE // 2,) * 4)
+    taps = [padded[:, :, y : y + height, x : x + width] for y in range(SIDE) for x in range(SIDE)]
+    return torch.stack(taps, -2).flatten(1, 3)
 
 
 def _other_color(like: Tensor) -> Tensor:

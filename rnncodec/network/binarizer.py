@@ -1,6 +1,6 @@
 """From features to bits: the three answers to the missing derivative of quantization, one and the same at inference."""
 
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,18 @@ def binarize(y: Tensor, training: bool, method: BinarizerName = "stochastic") ->
     return bits + (y - y.detach())  # the difference is exactly zero and carries the gradient
 
 
+class Coded(NamedTuple):
+    """Bits [B, bits, H, W], what they say to the decoder, and what is known after them.
+
+    Of latent networks also the case of each bit, long [B, bits, H, W]: what both sides knew before it.
+    """
+
+    bits: Tensor
+    values: Any
+    state: Any = None
+    case: Tensor | None = None
+
+
 class Binarizer(nn.Module):
     """A 1x1 convolution, tanh and `binarize`: [B, in, H, W] to [B, bits, H, W] of -1 and +1 (T17 sec. 3)."""
 
@@ -37,9 +49,9 @@ class Binarizer(nn.Module):
         self.method: BinarizerName = method
         self.features = conv(in_channels, bits, 1)
 
-    def forward(self, x: Tensor, *_: Any) -> Tensor:
-        return binarize(torch.tanh(self.features(x)), self.training, self.method)
+    def forward(self, x: Tensor, *_: Any) -> Coded:
+        return self.values(binarize(torch.tanh(self.features(x)), self.training, self.method))
 
-    def values(self, bits: Tensor, state: None = None) -> tuple[Tensor, None]:
+    def values(self, bits: Tensor, state: None = None) -> Coded:
         """What the bits say to the decoder: themselves."""
-        return bits, None
+        return Coded(bits, bits)

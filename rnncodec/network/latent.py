@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rnncodec.network.binarizer import Coded
 from rnncodec.network.cells import CellState, ConvLSTM, GateConv
-from rnncodec.network.questions import Known, Questions, at
+from rnncodec.network.questions import Answered, Known, Questions, at
 from rnncodec.network.transforms import STRIDE, full_precision, silent
 
 
@@ -143,21 +144,25 @@ class LatentBinarizer(nn.Module):
         received = torch.zeros(batch, height, width, dtype=torch.long, device=device)
         return Asked(torch.zeros((), dtype=torch.long, device=device), known, received)
 
-    def forward(self, features: Tensor, residual: Tensor, state: Asked | None, limit: Tensor | None = None) -> Tensor:
+    def forward(self, features: Tensor, residual: Tensor, state: Asked | None, limit: Tensor | None = None) -> Coded:
         """The bits of a pass, [B, bits, H, W] of -1 and +1; 0 beyond the limit of groups of a location [B, H, W]."""
-        iteration, known, received = self._asked(state, len(residual), *residual.shape[2:])
+        asked = self._asked(state, len(residual), *residual.shape[2:])
         with full_precision(residual):
-            left = None if limit is None else limit - received
-            return self.questions.ask(iteration, known, residual.float(), features.float(), left)
+            left = None if limit is None else limit - asked.received
+            answered = self.questions.ask(asked.iteration, asked.known, residual.float(), features.float(), left)
+        return self._coded(asked, answered)
 
-    def values(self, bits: Tensor, state: Asked | None) -> tuple[Answers, Asked]:
+    def values(self, bits: Tensor, state: Asked | None) -> Coded:
         """What the bits of a pass say to the decoder."""
-        iteration, known, received = self._asked(state, len(bits), *bits.shape[2:])
+        asked = self._asked(state, len(bits), *bits.shape[2:])
         with full_precision(bits):
-            added, known = self.questions.values(iteration, known, bits.float())
-        groups = bits.detach().unflatten(1, (self.questions.groups, -1))
-        received = received + (groups != 0).any(2).sum(1)
-        return Answers(added, iteration, received), Asked(iteration + 1, known, received)
+            return self._coded(asked, self.questions.values(asked.iteration, asked.known, bits.float()))
+
+    def _coded(self, asked: Asked, answered: Answered) -> Coded:
+        groups = answered.bits.detach().unflatten(1, (self.questions.groups, -1))
+        received = asked.received + (groups != 0).any(2).sum(1)
+        answers = Answers(answered.added, asked.iteration, received)
+        return Coded(answered.bits, answers, Asked(asked.iteration + 1, answered.known, received), answered.case)
 
 
 class LatentDecoder(nn.Module):

@@ -41,6 +41,15 @@ class Known(NamedTuple):
     activity: Tensor
 
 
+class Answered(NamedTuple):
+    """What a pass has told: bits and their cases [B, K, H, W], what they add [B, C, H, W], what is known after it."""
+
+    bits: Tensor
+    case: Tensor
+    added: Tensor
+    known: Known
+
+
 class Questions(nn.Module):
     """The questions of every pass, in groups; each group's cases depend on the answers of all groups before it.
 
@@ -118,8 +127,8 @@ class Questions(nn.Module):
 
     def ask(
         self, iteration: Tensor, known: Known, residual: Tensor, offset: Tensor, left: Tensor | None = None
-    ) -> Tensor:
-        """The bits of a pass, [B, K, H, W] of -1 and +1.
+    ) -> Answered:
+        """Answers the questions of a pass by a residual.
 
         The gradient is that of the ramp between the two values: straight through near the threshold, none beyond.
 
@@ -130,12 +139,9 @@ class Questions(nn.Module):
             offset: added to the residual before it is compared, [B, K, H, W].
             left: how many groups of this pass and later ones are still sent, long [B, H, W]; bits beyond are 0.
         """
-        channel, tables = at(self.channel, iteration), at(self.table, iteration).chunk(self.groups)
-        offsets = offset.chunk(self.groups, 1)
-        added: list[Tensor] = []  # by the groups so far
+        channel, offsets = at(self.channel, iteration), offset.chunk(self.groups, 1)
 
-        def answer(group: int, case: Tensor) -> Tensor:
-            threshold, mean, half = self.look_up(tables[group], case)
+        def decide(group: int, threshold: Tensor, half: Tensor, added: list[Tensor]) -> Tensor:
             rest = residual[:, channel[group]]
             if added:  # the same channel may have been asked about before in this pass
                 same = (channel[group][:, None] == channel[:group].flatten()).to(rest.dtype)
@@ -143,28 +149,37 @@ class Questions(nn.Module):
             margin = rest - threshold + offsets[group]
             ramp = (margin / half.detach().abs().clamp(min=1e-3)).clamp(-1, 1)
             bits = torch.where(margin > 0, 1.0, -1.0).to(margin.dtype) + (ramp - ramp.detach())
-            if left is not None:
-                sent = (left > group)[:, None]
-                bits, mean = bits * sent, mean * sent
-            added.append(mean + half * bits)
-            return bits
+            return bits if left is None else bits * (left > group)[:, None]
 
-        return self.walk(iteration, known, answer)[0]
+        return self._answered(iteration, known, decide)
 
-    def values(self, iteration: Tensor, known: Known, bits: Tensor) -> tuple[Tensor, Known]:
-        """What the bits [B, K, H, W] of a pass add to the latents, [B, C, H, W], and what is known after it.
+    def values(self, iteration: Tensor, known: Known, bits: Tensor) -> Answered:
+        """Answers the questions of a pass by bits [B, K, H, W] of -1 and +1, and 0 where nothing was sent.
 
         Args:
             iteration: number of the pass, from 0, a long scalar.
             known: before it.
-            bits: -1 and +1, and 0 where nothing was sent, which adds nothing.
+            bits: of all groups.
         """
         groups = bits.chunk(self.groups, 1)
-        _, case, known = self.walk(iteration, known, lambda group, _: groups[group])
-        _, mean, half = self.look_up(at(self.table, iteration), case)
-        added = mean * bits.detach().abs() + half * bits
-        latents = added.new_zeros(len(bits), self.channels, *bits.shape[2:])
-        return latents.index_add(1, at(self.channel, iteration).flatten(), added), known
+        return self._answered(iteration, known, lambda group, *_: groups[group])
+
+    def _answered(
+        self, iteration: Tensor, known: Known, decide: Callable[[int, Tensor, Tensor, list[Tensor]], Tensor]
+    ) -> Answered:
+        """Asks a pass; `decide` gives the bits of a group, threshold, half difference, and what has been added."""
+        tables, added = at(self.table, iteration).chunk(self.groups), list[Tensor]()
+
+        def answer(group: int, case: Tensor) -> Tensor:
+            threshold, mean, half = self.look_up(tables[group], case)
+            bits = decide(group, threshold, half, added)
+            added.append(mean * bits.detach().abs() + half * bits)
+            return bits
+
+        bits, case, known = self.walk(iteration, known, answer)
+        latents = added[0].new_zeros(len(bits), self.channels, *bits.shape[2:])
+        latents = latents.index_add(1, at(self.channel, iteration).flatten(), torch.cat(added, 1))
+        return Answered(bits, case, latents, known)
 
     def odds(self) -> Tensor:
         """Log odds of a yes by the costs alone, [iterations, K, CASES]: where a context model starts."""

@@ -120,10 +120,14 @@ class State(NamedTuple):
 
 
 class Step(NamedTuple):
-    """What one iteration yields: bits [B, bits, H / stride, W / stride] and the state, of which a picture is made."""
+    """What one iteration yields: bits [B, bits, H / stride, W / stride] and the state, of which a picture is made.
+
+    Of latent networks also the case of each bit, long [B, bits, H / stride, W / stride], see `Questions`.
+    """
 
     bits: Tensor
     state: State
+    cases: Tensor | None = None
 
 
 class Encoder(nn.Module):
@@ -270,15 +274,16 @@ class RecurrentCodec(nn.Module):
             if gain is not None:
                 residual = residual * gain
             features, encoder_state = self.encoder(residual, state.encoder if state else None)
-            bits = cast(Tensor, self.binarizer(features, residual, known, limit))
-        values, known = self.binarizer.values(bits, known)
-        output, decoder_state = self.decoder(values, state.decoder if state else None)
+            coded = self.binarizer(features, residual, known, limit)
+        else:
+            coded = self.binarizer.values(bits, known)
+        output, decoder_state = self.decoder(coded.values, state.decoder if state else None)
         y_hat = output.float()  # the sum over iterations stays exact under mixed precision
         if gain is not None:
             y_hat = y_hat / gain
         if state is not None and self.sums:
             y_hat = y_hat + state.y_hat
-        return Step(bits, State(encoder_state, known, decoder_state, y_hat))
+        return Step(coded.bits, State(encoder_state, coded.state, decoder_state, y_hat), coded.case)
 
     def analyse(self, x: Tensor) -> Tensor:
         """Images [B, 3, H, W] in [-1, 1], H and W multiples of the stride, to what the loop runs on."""
@@ -295,20 +300,6 @@ class RecurrentCodec(nn.Module):
     def picture(self, state: State, window: Window = WHOLE) -> Tensor:
         """The images that a decoder shows in a state, [B, 3, H, W], roughly in [-1, 1]; or a window of their blocks."""
         return self.transforms.synthesise(state.y_hat, state.decoder, window)
-
-    @torch.no_grad()
-    def cases(self, planes: Tensor) -> Tensor | None:
-        """What encoder and decoder know of each bit [T, B, bits, H, W] before it, see `Questions`; None on pixels."""
-        if not isinstance(self.binarizer, LatentBinarizer):
-            return None
-        questions, known, cases = self.binarizer.questions, None, []
-        for t, plane in enumerate(planes):
-            groups = plane.detach().chunk(questions.groups, 1)
-            iteration = torch.tensor(t, device=plane.device)
-            known = questions.start(plane) if known is None else known
-            _, case, known = questions.walk(iteration, known, lambda group, _, groups=groups: groups[group])
-            cases.append(case)
-        return torch.stack(cases)
 
     @torch.no_grad()
     def start(self, x: Tensor) -> None:
