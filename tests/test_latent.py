@@ -15,7 +15,7 @@ from rnncodec.context_training import start_context
 from rnncodec.data import PatchDataModule
 from rnncodec.entropy import ContextConfig, ContextModel
 from rnncodec.images import load_image
-from rnncodec.network import LatentConfig, NetworkConfig, RecurrentCodec, network_config, to_uint8
+from rnncodec.network import LatentConfig, NetworkConfig, RecurrentCodec, latent, network_config, to_uint8
 from rnncodec.training import START_BLOCKS
 from rnncodec.weights import WeightsError, load_weights, save_weights
 
@@ -129,6 +129,22 @@ def test_step_is_that_of_the_equations(network, photos):
         hidden, decoded = lstm(look(np.concatenate([scaled, y_hat]), decoder.look, bias), decoder.cell, decoded)
         y_hat = y_hat + convolve(hidden, decoder.output)
         np.testing.assert_allclose(step.state.y_hat[0].detach().numpy(), y_hat, atol=1e-4)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_bands_of_rows_leave_no_trace(network, photos, monkeypatch, rows):
+    """Large maps go through the LSTMs in bands of rows: bits and latents are those of the whole map."""
+    x = images(photos)[:2, :, :112, :80]
+    with torch.no_grad():
+        y = network.analyse(x)
+        whole = list(network.unroll(y, 4))
+        monkeypatch.setattr(latent, "BAND", 5 * rows + 4)
+        state = None
+        for expected, step in zip(whole, network.unroll(y, 4), strict=True):
+            assert torch.equal(step.bits, expected.bits)
+            torch.testing.assert_close(step.state, expected.state, rtol=1e-4, atol=1e-5)
+            state = network(state, bits=step.bits).state
+            assert torch.equal(state.y_hat, step.state.y_hat)
 
 
 def test_decoder_follows_the_encoder(network, photos):

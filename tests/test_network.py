@@ -130,7 +130,7 @@ def test_residual_loop(cell, reconstruction):
         features, encoder_state = network.encoder(torch.from_numpy(gain * residual), encoder_state)
         y = np.tanh(network.binarizer.features(features).numpy())
         bits = np.where(y >= 0, 1, -1).astype(np.float32)
-        output, decoder_state = network.decoder(torch.from_numpy(bits), decoder_state)
+        output, decoder_state = network.decoder(torch.from_numpy(bits), decoder_state, None)
         previous, x_hat = x_hat, output.numpy() / gain + gamma * x_hat
         residual = x.numpy() - x_hat
         if reconstruction == "residual_scaling":
@@ -193,7 +193,7 @@ def test_mixed_precision_sums_reconstructions_in_float32():
     x = images()
     with torch.autocast("cpu", torch.bfloat16):
         first, second = network.unroll(x, 2)
-        output, _ = network.decoder(second.bits, first.state.decoder)
+        output, _ = network.decoder(second.bits, first.state.decoder, first.state.y_hat)
         decoded = network(network(bits=first.bits).state, bits=second.bits)
     assert output.dtype == torch.bfloat16
     assert second.state.y_hat.dtype == torch.float32

@@ -4,6 +4,7 @@ Encoder and decoder are ConvLSTMs that correct what the questions' tables know a
 decisions, the decoder moves the latents. Both corrections start at zero.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import NamedTuple
 
@@ -15,6 +16,8 @@ from rnncodec.network.binarizer import Coded
 from rnncodec.network.cells import CellState, ConvLSTM, GateConv
 from rnncodec.network.questions import Answered, Known, Questions, at
 from rnncodec.network.transforms import STRIDE, full_precision, silent
+
+BAND = 2**12  # locations that the LSTMs work on at once
 
 
 @dataclass(frozen=True)
@@ -90,9 +93,8 @@ class Answers(NamedTuple):
 
 
 class DecoderState(NamedTuple):
-    """Latents so far [B, C, H, W], groups received [B, H, W] and the state of the cell."""
+    """Groups received, long [B, H, W], and the state of the cell."""
 
-    y_hat: Tensor
     received: Tensor
     cell: CellState
 
@@ -124,9 +126,14 @@ class LatentEncoder(nn.Module):
 
     def forward(self, residual: Tensor, state: EncoderState | None) -> tuple[Tensor, EncoderState]:
         iteration, cell = state or EncoderState(torch.zeros((), dtype=torch.long, device=residual.device), None)
-        scaled = residual / _columns(at(self.scale, iteration))
-        hidden, cell = self.cell(self.look(scaled, _columns(at(self.bias, iteration))), cell)
-        return self.output(hidden), EncoderState(iteration + 1, cell)
+        scale, bias = _columns(at(self.scale, iteration)), _columns(at(self.bias, iteration))
+
+        def band(residual: Tensor, *cell: Tensor) -> tuple[Tensor, ...]:
+            hidden, new_cell = self.cell(self.look(residual / scale, bias), cell or None)
+            return self.output(hidden), *new_cell
+
+        offset, *new_cell = by_rows(band, residual, *(cell or ()))
+        return offset, EncoderState(iteration + 1, tuple(new_cell))
 
 
 class LatentBinarizer(nn.Module):
@@ -177,15 +184,42 @@ class LatentDecoder(nn.Module):
         self.output = silent(config.decoder_channels, config.latents, 1)
         nn.init.zeros_(self.received.weight)
 
-    def forward(self, answers: Answers, state: DecoderState | None) -> tuple[Tensor, DecoderState]:
-        """What a pass adds to the latents, [B, C, H, W]."""
+    def forward(
+        self, answers: Answers, state: DecoderState | None, y_hat: Tensor | None
+    ) -> tuple[Tensor, DecoderState]:
+        """What a pass adds to the latents, [B, C, H, W], given their sum so far."""
         added, iteration, received = answers
-        y_hat = added if state is None else state.y_hat + added
-        seen = torch.cat([added / _columns(at(self.scale, iteration)), y_hat], 1)
-        look = self.look(seen, self.received(received).permute(0, 3, 1, 2))
-        hidden, cell = self.cell(look, state.cell if state else None)
-        correction = self.output(hidden).float()
-        return added + correction, DecoderState(y_hat + correction, received, cell)
+        scale = _columns(at(self.scale, iteration))
+
+        def band(added: Tensor, y_hat: Tensor, received: Tensor, *cell: Tensor) -> tuple[Tensor, ...]:
+            bias = self.received(received[:, 0]).permute(0, 3, 1, 2)
+            look = self.look(torch.cat([added / scale, y_hat + added], 1), bias)
+            hidden, new_cell = self.cell(look, cell or None)
+            return added + self.output(hidden).float(), *new_cell
+
+        y_hat = torch.zeros_like(added) if y_hat is None else y_hat
+        values, *cell = by_rows(band, added, y_hat, received[:, None], *(state.cell if state else ()))
+        return values, DecoderState(received, tuple(cell))
+
+
+def by_rows(part: Callable[..., tuple[Tensor, ...]], *maps: Tensor) -> tuple[Tensor, ...]:
+    """What a part that sees one location to each side makes of maps [B, C, H, W], of large ones in bands of rows.
+
+    What lies between the part's layers, several times as large as what it takes and gives, is then small.
+    """
+    height, width = maps[0].shape[2:]
+    rows = max(1, BAND // width)
+    if height <= rows:
+        return part(*maps)
+    whole: list[Tensor] = []
+    for top in range(0, height, rows):
+        above, core = min(top, 1), slice(top, min(top + rows, height))
+        found = part(*(x[:, :, top - above : core.stop + 1] for x in maps))
+        if not whole:  # channels last
+            whole = [x.new_empty(len(x), height, width, x.shape[1]).permute(0, 3, 1, 2) for x in found]
+        for x, band in zip(whole, found, strict=True):
+            x[:, :, core] = band[:, :, above : above + core.stop - core.start]
+    return tuple(whole)
 
 
 def _columns(values: Tensor) -> Tensor:

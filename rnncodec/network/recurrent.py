@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rnncodec.network.binarizer import Binarizer, BinarizerName
+from rnncodec.network.binarizer import Binarizer, BinarizerName, Coded
 from rnncodec.network.cells import CELLS, CellName, CellState, GateConv, conv
 from rnncodec.network.latent import LatentBinarizer, LatentConfig, LatentDecoder, LatentEncoder
 from rnncodec.network.transforms import WHOLE, LatentTransforms, Pixels, Window
@@ -181,7 +181,9 @@ class Decoder(nn.Module):
         assert self.output.bias is not None
         nn.init.zeros_(self.output.bias)
 
-    def forward(self, bits: Tensor, states: list[CellState] | None) -> tuple[Tensor, list[CellState]]:
+    def forward(
+        self, bits: Tensor, states: list[CellState] | None, x_hat: Tensor | None
+    ) -> tuple[Tensor, list[CellState]]:
         x = self.stem(bits)
         if self.tanh_stem:
             x = torch.tanh(x)
@@ -266,24 +268,32 @@ class RecurrentCodec(nn.Module):
             limit: groups of bits that each location may have, long [B, H / stride, W / stride]; None for no limit.
         """
         gain = self.gain(state.y_hat) if self.gain is not None and state is not None else None
-        encoder_state, known = None, state.binarizer if state else None
-        if bits is None:
-            if y is None:
-                raise ValueError("a step needs an image to encode or bits to decode")
-            residual = y if state is None else y - state.y_hat
-            if gain is not None:
-                residual = residual * gain
-            features, encoder_state = self.encoder(residual, state.encoder if state else None)
-            coded = self.binarizer(features, residual, known, limit)
-        else:
-            coded = self.binarizer.values(bits, known)
-        output, decoder_state = self.decoder(coded.values, state.decoder if state else None)
+        coded, encoder_state = self._code(state, y, gain, limit) if bits is None else self._read(state, bits)
+        decoder_state, y_hat = (state.decoder, state.y_hat) if state else (None, None)
+        output, decoder_state = self.decoder(coded.values, decoder_state, y_hat)
+        coded = coded._replace(values=None)  # of a large image, the sum needs the room
         y_hat = output.float()  # the sum over iterations stays exact under mixed precision
         if gain is not None:
             y_hat = y_hat / gain
         if state is not None and self.sums:
             y_hat = y_hat + state.y_hat
         return Step(coded.bits, State(encoder_state, coded.state, decoder_state, y_hat), coded.case)
+
+    def _code(
+        self, state: State | None, y: Tensor | None, gain: Tensor | None, limit: Tensor | None
+    ) -> tuple[Coded, Any]:
+        """Bits for the residual, and the state of the encoder."""
+        if y is None:
+            raise ValueError("a step needs an image to encode or bits to decode")
+        residual = y if state is None else y - state.y_hat
+        if gain is not None:
+            residual = residual * gain
+        features, encoder_state = self.encoder(residual, state.encoder if state else None)
+        return self.binarizer(features, residual, state.binarizer if state else None, limit), encoder_state
+
+    def _read(self, state: State | None, bits: Tensor) -> tuple[Coded, None]:
+        """Bits as given; a decoder has no encoder."""
+        return self.binarizer.values(bits, state.binarizer if state else None), None
 
     def analyse(self, x: Tensor) -> Tensor:
         """Images [B, 3, H, W] in [-1, 1], H and W multiples of the stride, to what the loop runs on."""
