@@ -296,7 +296,9 @@ class Pass:
         """Goes through the two turns of a group of bits, whose cases are [locations, S]."""
         model, t = self.model, self.t
         places = model._places(case, 1) + CASES * model.size * group
-        odds, expected = self.odds[places], self.expected[places]
+        odds, expected = (
+            table.index_select(0, places.flatten()).view_as(places) for table in (self.odds, self.expected)
+        )
         for color, (here, around) in enumerate(zip(self.grid.squares, self.grid.around, strict=True)):
             before = self.known[max(group - 1, 0)]
             # In the second turn, the squares of the other color have this group's surprises already.
@@ -305,7 +307,8 @@ class Pass:
             if group or color:
                 for first in range(0, len(here), SQUARES):
                     band = slice(first, first + SQUARES)
-                    sums[band].addmm_(self.recent[around[band]].flatten(1), weights)
+                    beside = self.recent.index_select(0, around[band].flatten())
+                    sums[band].addmm_(beside.view(-1, len(weights)), weights)
             x = model.known.at(t, sums.clone()).add_(self.turn[2 * group + color])
             x = (x if self.prior is None else x.add_(self.prior[color])).clamp_(-UNIT, UNIT)
             x = model.middle.at(t, x @ self.middle[group]).add_(self.shift[group]).clamp_(-UNIT, UNIT)
@@ -321,6 +324,7 @@ class Pass:
         memory, weights = self.recent.new_zeros(len(self.logits), model.level.shape[1]), model.remember.whole(self.t)
         for squares, around in zip(*self.grid, strict=True):
             for here, beside in zip(squares.split(SQUARES), around.split(SQUARES), strict=True):
-                memory[here] = surprises[beside].flatten(1) @ weights
+                columns = surprises.index_select(0, beside.flatten()).view(len(here), len(weights))
+                memory[here] = columns @ weights
         memory = model.remember.at(self.t, memory)
         return memory if self.memory is None else memory.add_(self.memory).clamp_(-(2**16), 2**16)

@@ -11,6 +11,7 @@ floats: they decide what is sent and what a picture looks like, never how a file
 
 import math
 from collections.abc import Callable
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -85,18 +86,15 @@ class Questions(nn.Module):
     def case(self, iteration: Tensor, group: int, known: Known) -> Tensor:
         """The cases of a group of questions, long [B, K / groups, H, W]."""
         activity = (_around(known.activity)[None] > at(self.edges, iteration)[group].view(-1, 1, 1, 1, 1)).sum(0)
-        return known.history[:, at(self.channel, iteration)[group]].long() * ACTIVITIES + activity
+        return known.history.index_select(1, at(self.channel, iteration)[group]).long() * ACTIVITIES + activity
 
     def told(self, iteration: Tensor, group: int, known: Known, case: Tensor, bits: Tensor) -> Known:
         """What is known after a group has been answered; a bit of 0 was never sent and tells nothing."""
         channel = at(self.channel, iteration)[group]
-        yes, sent = bits > 0, bits != 0
-        history = case // ACTIVITIES
-        after = torch.where(history < 7, 2 * history + 1 + yes, 7 + (2 * (history - 7) + yes) % 8)
-        spent = at(self.cost, iteration)[group][2 * _places(case) + yes]
-        counted = sent & (channel >= QUIET).view(-1, 1, 1)
+        spent = _rows(at(self.cost, iteration)[group], 2 * _places(case) + (bits > 0))
+        counted = (bits != 0) & (channel >= QUIET).view(-1, 1, 1)
         return Known(
-            known.history.index_copy(1, channel, torch.where(sent, after, history).to(torch.uint8)),
+            known.history.index_copy(1, channel, _rows(_after(case.device), 3 * case + bits.long() + 1)),
             known.activity + (spent * counted).sum(1, keepdim=True),
         )
 
@@ -284,6 +282,20 @@ class _Split(NamedTuple):
         """What a no and a yes cost in 1/256 bit, [k, CASES, 2]; counts begin at a half."""
         counts = torch.stack([self.all.count - self.above, self.above], -1) + 0.5
         return (-UNIT * (counts / counts.sum(-1, keepdim=True)).log2()).round().long()
+
+
+@lru_cache(maxsize=8)
+def _after(device: torch.device) -> Tensor:
+    """The history after each case and an answer to it: no, not sent, or yes, uint8 [CASES * 3]."""
+    before = torch.arange(CASES)[:, None] // ACTIVITIES
+    yes = torch.arange(2)
+    answered = torch.where(before < 7, 2 * before + 1 + yes, 7 + (2 * (before - 7) + yes) % 8)
+    return torch.stack([answered[:, 0], before[:, 0], answered[:, 1]], 1).flatten().to(device, torch.uint8)
+
+
+def _rows(table: Tensor, index: Tensor) -> Tensor:
+    """Entries of a table [n] by numbers of any shape: faster than indexing."""
+    return table.index_select(0, index.flatten()).view(index.shape)
 
 
 def _places(case: Tensor) -> Tensor:
