@@ -25,6 +25,7 @@ MEMORY = (
 )  # bytes of activations above which an image is cut into tiles; the same everywhere, as tiles leave traces
 MIN_CORE = 256  # pixels; smaller tiles would spend nearly all their time on halos
 
+MAP = 2**18  # blocks that the loop of a latent network holds at once, 67 megapixels; more are coded in bands of rows
 WINDOW = 1024  # pixels, side of what the transforms of a latent network work on at once, without its halo
 
 Progress = Callable[[int, int], None]
@@ -405,8 +406,9 @@ class Codec:
 
     def _input(self, images: Tensor, area: Box) -> Tensor:
         """What the loop runs on, of an area of images whose last pixels are repeated up to whole blocks."""
-        windows = _windows(*area, self.network.transforms.halos[0], self._window())
-        if len(windows) == 1:
+        halo, grid = self.network.transforms.halos[0], self._grid(*images.shape[-2:])
+        windows = _windows(*area, halo, self._window(), grid)
+        if windows[0][0] == area:
             return self.network.analyse(self._pixels(images, area))
         parts = []
         for window, core in windows:
@@ -448,9 +450,10 @@ class Codec:
     def _tiles(self, height: int, width: int) -> list[Tile]:
         """The tiles of an image: they depend on its size and the network alone, so that every prefix decodes alike."""
         rows, columns = self._grid(height, width)
-        if isinstance(self.config, LatentConfig):  # whose states are small: only its transforms are cut
-            whole = slice(0, rows), slice(0, columns)
-            return [Tile(whole, whole)]
+        if isinstance(self.config, LatentConfig):  # whose states are small: its transforms are cut, see `_windows`
+            height = max(1, MAP // columns)
+            bands = [slice(top, min(top + height, rows)) for top in range(0, rows, height)]
+            return [Tile((band, slice(0, columns)), (band, slice(0, columns))) for band in bands]
         halo, block = receptive_field(self.config)
         side = self.tile
         if side is None:
@@ -556,15 +559,21 @@ def _as_array(image: Image.Image | np.ndarray | Tensor) -> np.ndarray:
     return np.require(image, requirements=["C", "W"])
 
 
-def _windows(rows: slice, columns: slice, halo: int, side: int) -> list[tuple[Box, Box]]:
-    """Squares of blocks that cover an area: each with a halo, as far as the area reaches, and without."""
+def _windows(
+    rows: slice, columns: slice, halo: int, side: int, grid: tuple[int, int] | None = None
+) -> list[tuple[Box, Box]]:
+    """Squares of blocks that cover an area: each with a halo, and without.
 
-    def cuts(whole: slice) -> list[tuple[slice, slice]]:
+    Halos reach as far as the area, or as the grid that it is part of.
+    """
+
+    def cuts(whole: slice, first: int, last: int) -> list[tuple[slice, slice]]:
         starts = range(whole.start, whole.stop, side)
         cores = [slice(start, min(start + side, whole.stop)) for start in starts]
-        return [(slice(max(c.start - halo, whole.start), min(c.stop + halo, whole.stop)), c) for c in cores]
+        return [(slice(max(c.start - halo, first), min(c.stop + halo, last)), c) for c in cores]
 
-    return [((y[0], x[0]), (y[1], x[1])) for y in cuts(rows) for x in cuts(columns)]
+    ends = [(0, size) for size in grid] if grid else [(cut.start, cut.stop) for cut in (rows, columns)]
+    return [((y[0], x[0]), (y[1], x[1])) for y in cuts(rows, *ends[0]) for x in cuts(columns, *ends[1])]
 
 
 def _inside(tile: Tile) -> Box:

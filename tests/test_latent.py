@@ -15,7 +15,15 @@ from rnncodec.context_training import start_context
 from rnncodec.data import PatchDataModule
 from rnncodec.entropy import ContextConfig, ContextModel
 from rnncodec.images import load_image
-from rnncodec.network import LatentConfig, NetworkConfig, RecurrentCodec, latent, network_config, to_uint8
+from rnncodec.network import (
+    LatentConfig,
+    NetworkConfig,
+    RecurrentCodec,
+    latent,
+    network_config,
+    pad_to_blocks,
+    to_uint8,
+)
 from rnncodec.training import START_BLOCKS
 from rnncodec.weights import WeightsError, load_weights, save_weights
 
@@ -255,6 +263,29 @@ def test_windows_leave_no_trace(codec, tile, photos):
     a, b = np.asarray(codec.decode(whole)).astype(int), np.asarray(windowed.decode(whole)).astype(int)
     assert np.abs(a - b).max() <= 1
     assert (a != b).mean() < 1e-3
+
+
+def test_very_large_maps_are_coded_in_bands_of_rows(codec, photos, monkeypatch):
+    """Each band by itself, but for the analysis, which sees beyond: as if latents were cut, not pixels."""
+    image = load_image(photos / "coffee.png")[:330, :400]
+    rows, columns = 21, 25
+    x = 2 * torch.from_numpy(image).permute(2, 0, 1)[None].float() / 255 - 1
+    with torch.no_grad():
+        y = codec.network.analyse(pad_to_blocks(x, 16))
+        cuts = [y[:, :, top : top + 6] for top in range(0, rows, 6)]
+        bands = [[(step.bits > 0)[0] for step in codec.network.unroll(cut, 3)] for cut in cuts]
+    monkeypatch.setattr("rnncodec.codec.MAP", 6 * columns + 3)
+    data = codec.encode(image, 3)
+    found = codec.read_bits(data)
+    assert found.shape[2:] == (rows, columns)
+    expected = np.stack([torch.cat([band[t] for band in bands], 1).numpy() for t in range(3)])
+    assert (found != expected).mean() < 1e-3  # only where rounding decides
+    for k, shown in enumerate(codec.decode_progressive(data), 1):
+        np.testing.assert_array_equal(np.asarray(codec.decode(data, k)), shown)
+    error = np.square(np.asarray(codec.decode(data)).astype(float) - image).mean((1, 2))
+    assert error.reshape(-1, 6)[15:17].mean() < 2 * error.mean()  # around the first cut
+    best = 10 * np.log10(255**2 / error.mean())
+    assert len(format.read_header(codec.encode(image, psnr=best - 0.01)).iterations) == 3
 
 
 def load_weights_of(codec):
