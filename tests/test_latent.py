@@ -253,6 +253,21 @@ def test_files(codec, size, photos):
         np.testing.assert_array_equal(np.asarray(codec.decode(format.truncate(data, iterations=k))), pictures[k - 1])
 
 
+@pytest.mark.parametrize("size", [(1, 65535), (65535, 2)])
+def test_the_longest_sides(codec, size, photos):
+    """Their windows and bands are many; the prefix of a file is still what its first part codes to."""
+    strip = load_image(photos / "coffee.png")[:2].reshape(-1, 3)
+    image = np.resize(strip, (*size, 3))
+    data = codec.encode(image, 2)
+    shown = list(codec.decode_progressive(data))
+    assert np.asarray(codec.decode(data)).shape == image.shape
+    np.testing.assert_array_equal(np.asarray(codec.decode(data, 1)), shown[0])
+    np.testing.assert_array_equal(np.asarray(codec.decode(data)), shown[1])
+    assert codec.encode(image, 1) == format.truncate(data, iterations=1)
+    errors = [np.square(x.astype(float) - image).mean() for x in shown]
+    assert errors[1] < errors[0] < image.astype(float).var()
+
+
 @pytest.mark.parametrize("tile", [16, 64, 200])
 def test_windows_leave_no_trace(codec, tile, photos):
     image = load_image(photos / "coffee.png")[:333, :401]
