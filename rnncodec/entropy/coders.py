@@ -123,7 +123,7 @@ class GroupedBand(Band):
         with _threads_for(rows * cols):
             sent = self._rows(plane)
             walked, _ = self._walk(lambda group, here, _: sent[here, group])
-            return probability(walked.logits * STEP).view(rows, cols, bits).permute(2, 0, 1).cpu().numpy()
+            return probability(walked.all_logits() * STEP).view(rows, cols, bits).permute(2, 0, 1).cpu().numpy()
 
     def decode(self, read: Read) -> np.ndarray:
         def answer(group: int, here: Tensor, logits: Tensor) -> Tensor:
@@ -149,23 +149,23 @@ class GroupedBand(Band):
     def _walk(self, answer: Callable[[int, Tensor, Tensor], Tensor]) -> tuple[Pass, np.ndarray]:
         """Goes through the next iteration with bits from `answer` (group, squares, logits), and gives these, too."""
         (bits, rows, cols), groups = self.shape, self.model.config.groups
-        signs = torch.zeros(rows * cols, groups, bits // groups, device=self.device)
+        found = torch.zeros(groups, rows * cols, bits // groups, device=self.device)
 
         def of_group(group: int, case: Tensor) -> Tensor:
             def tell(color: int, here: Tensor, logits: Tensor) -> Tensor:
-                found = answer(group, here, logits)
-                signs[here, group] = found
-                return found
+                signs = answer(group, here, logits)
+                found[group].index_copy_(0, here, signs)
+                return signs
 
             current.group(group, case[0].flatten(1).T, tell)
-            return signs[:, group].T.unflatten(1, (rows, cols))[None]
+            return found[group].T.contiguous().unflatten(1, (rows, cols))[None]
 
         with torch.autocast(self.device.type, enabled=False):
             current = Pass(self.model.grouped, self.iteration, self.memory, (1, rows, cols))
             number = torch.tensor(self.model.grouped.own(self.iteration), device=self.device)
-            _, _, known = self.questions.walk(number, self.known, of_group)
+            signs, _, known = self.questions.walk(number, self.known, of_group)
             memory = current.remember()
-        plane = (signs.view(rows, cols, bits) > 0).permute(2, 0, 1).cpu().numpy()
+        plane = (signs[0] > 0).cpu().numpy()
         self.after = plane, known, memory
         return current, plane
 

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rnncodec.entropy.exact import MANTISSA, SIGMOID, SPAN, STEP, Layer, snap
+from rnncodec.entropy.exact import MANTISSA, SIGMOID, SPAN, STEP, Layer, halves, product, snap
 
 CASES = 75  # of a question
 UNIT = int(1 / STEP)
@@ -58,8 +58,9 @@ class Grid(NamedTuple):
 
     Attributes:
         squares: of the black and of the white ones the numbers [n], row by row.
-        around: of the locations around each of them, and itself in the middle, the numbers [n, SIDE * SIDE], row by
-            row; the number of all locations where there is none.
+        around: of the locations around each of them, and itself in the middle, the numbers [2, n, SIDE * SIDE], row by
+            row; the number of all locations where there is none. Then the same of the second half of a table that has
+            one row more than there are locations in each half.
     """
 
     squares: list[Tensor]
@@ -74,7 +75,8 @@ def grid(batch: int, height: int, width: int, device: torch.device) -> Grid:
     around = padded.unfold(1, SIDE, 1).unfold(2, SIDE, 1).reshape(-1, SIDE * SIDE)
     white = ((torch.arange(height)[:, None] + torch.arange(width)) % 2).expand_as(number).flatten()
     squares = [(white == color).nonzero().flatten() for color in range(2)]
-    return Grid([here.to(device) for here in squares], [around[here].to(device) for here in squares])
+    around = torch.stack([around, around + len(around) + 1])
+    return Grid([here.to(device) for here in squares], [around[:, here].to(device) for here in squares])
 
 
 class Maps(Layer):
@@ -95,8 +97,8 @@ class Maps(Layer):
         return self.map[t] * 2.0 ** self.exponent[t]
 
     def at(self, t: int, total: Tensor) -> Tensor:
-        """Sums of products with `whole` weights in units of the inputs, rounded; changes the argument."""
-        return total.mul_(2.0 ** -self.exponent[t]).round_()
+        """Sums of products with `whole` weights in units of the inputs, rounded."""
+        return (total * 2.0 ** -self.exponent[t]).round_()
 
     @torch.no_grad()
     def quantize(self) -> None:
@@ -239,7 +241,7 @@ class Grouped(Layer):
             groups = zip(_rows(bits).chunk(self.groups, 1), _rows(case).chunk(self.groups, 1), strict=True)
             for group, (answers, of_group) in enumerate(groups):
                 current.group(group, of_group, lambda color, here, _, answers=answers: answers[here])
-            logits.append(current.logits.view(batch, height, width, -1).permute(0, 3, 1, 2))
+            logits.append(current.all_logits().view(batch, height, width, -1).permute(0, 3, 1, 2))
             memory = current.remember()
         return (torch.stack(logits) * STEP).to(planes.dtype)
 
@@ -278,14 +280,16 @@ class Pass:
         count, width, t = math.prod(shape), model.turn.shape[-1], self.t
         self.odds, self.turn, self.shift = (bias[t] * UNIT for bias in (model.odds.flatten(1), model.turn, model.shift))
         self.expected = SIGMOID.to(self.odds)[(self.odds + SPAN * UNIT).long()] * UNIT
-        self.known = model.known.whole(t).view(model.groups, SIDE * SIDE, model.size, width)
+        known = model.known.whole(t).to(torch.int8)
+        self.known = known.view(model.groups, SIDE * SIDE, model.size, width)
         self.middle, self.output = model.middle.whole(t), model.output.whole(t)
         self.other = _other_color(self.known)
-        self.sums = [self.known.new_zeros(len(squares), width) for squares in self.grid.squares]
-        # The last row of both is that of no location. Recent ones are of the last group known on each square.
-        self.surprises = self.known.new_zeros(count + 1, model.groups, model.size)
-        self.recent = self.known.new_zeros(count + 1, model.size)
-        self.logits = self.known.new_zeros(count, model.groups, model.size)
+        self.sums = [self.odds.new_zeros(len(squares), width) for squares in self.grid.squares]
+        # `halves` of surprises. The last row of both is that of no location. Recent ones are of the last group known on
+        # each square.
+        self.surprises = known.new_zeros(2, count + 1, model.groups, model.size)
+        self.recent = known.new_zeros(2, count + 1, model.size)
+        self.logits: list[Tensor] = []  # of each group, black squares first
         self.prior = None
         if memory is not None:
             remembered = (memory + model.level[t] * UNIT).clamp_(-UNIT, UNIT)
@@ -299,6 +303,7 @@ class Pass:
         odds, expected = (
             table.index_select(0, places.flatten()).view_as(places) for table in (self.odds, self.expected)
         )
+        turns: list[Tensor] = []
         for color, (here, around) in enumerate(zip(self.grid.squares, self.grid.around, strict=True)):
             before = self.known[max(group - 1, 0)]
             # In the second turn, the squares of the other color have this group's surprises already.
@@ -307,24 +312,36 @@ class Pass:
             if group or color:
                 for first in range(0, len(here), SQUARES):
                     band = slice(first, first + SQUARES)
-                    beside = self.recent.index_select(0, around[band].flatten())
-                    sums[band].addmm_(beside.view(-1, len(weights)), weights)
-            x = model.known.at(t, sums.clone()).add_(self.turn[2 * group + color])
+                    sums[band] += self._around(self.recent, around[:, band], weights)
+            x = model.known.at(t, sums).add_(self.turn[2 * group + color])
             x = (x if self.prior is None else x.add_(self.prior[color])).clamp_(-UNIT, UNIT)
             x = model.middle.at(t, x @ self.middle[group]).add_(self.shift[group]).clamp_(-UNIT, UNIT)
-            logits = model.output.at(t, x @ self.output[group]).add_(odds[here])
+            logits = model.output.at(t, x @ self.output[group]).add_(odds.index_select(0, here))
             bits = tell(color, here, logits).to(logits.dtype)
-            self.recent[here] = ((bits + 1) * (UNIT // 2) - expected[here]) * bits.abs()
-            self.logits[here, group] = logits
-        self.surprises[:, group] = self.recent
+            surprise = ((bits + 1) * (UNIT // 2) - expected.index_select(0, here)) * bits.abs()
+            self.recent.index_copy_(1, here, halves(surprise))
+            turns.append(logits)
+        self.logits.append(torch.cat(turns))
+        self.surprises[:, :, group] = self.recent
+
+    def all_logits(self) -> Tensor:
+        """The logits of all groups, once they have had their turns, [locations, bits]."""
+        logits = torch.cat(self.logits, 1)
+        return torch.empty_like(logits).index_copy_(0, torch.cat(self.grid.squares), logits)
 
     def remember(self) -> Tensor:
         """What the next pass needs, [locations, channels]."""
-        model, surprises = self.model, self.surprises.flatten(1)
-        memory, weights = self.recent.new_zeros(len(self.logits), model.level.shape[1]), model.remember.whole(self.t)
+        model, surprises = self.model, self.surprises.flatten(2)
+        memory = self.odds.new_zeros(surprises.shape[1] - 1, model.level.shape[1])
+        weights = model.remember.whole(self.t).to(torch.int8)
         for squares, around in zip(*self.grid, strict=True):
-            for here, beside in zip(squares.split(SQUARES), around.split(SQUARES), strict=True):
-                columns = surprises.index_select(0, beside.flatten()).view(len(here), len(weights))
-                memory[here] = columns @ weights
+            for first in range(0, len(squares), SQUARES):
+                band = slice(first, first + SQUARES)
+                memory[squares[band]] = self._around(surprises, around[:, band], weights).to(memory)
         memory = model.remember.at(self.t, memory)
         return memory if self.memory is None else memory.add_(self.memory).clamp_(-(2**16), 2**16)
+
+    def _around(self, surprises: Tensor, around: Tensor, weights: Tensor) -> Tensor:
+        """Sums of products with surprises, int8 [2, locations + 1, S], around squares [2, n, SIDE * SIDE]."""
+        columns = surprises.flatten(0, 1).index_select(0, around.flatten())
+        return product(columns.view(-1, len(weights)), weights)
