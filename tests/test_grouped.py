@@ -11,6 +11,7 @@ from reference import GroupedReference, range_decode
 from reference import chance as documented_chance
 
 from rnncodec.entropy import ContextConfig, ContextModel, ContextSession, code_length, code_nats, grouped, probability
+from rnncodec.entropy import exact as arithmetic
 from rnncodec.format import CONTEXT, RAW, FormatError, pack_bits
 from rnncodec.network import LatentConfig, RecurrentCodec, questions
 from rnncodec.network.questions import Questions
@@ -123,6 +124,8 @@ def test_exact_model_gives_the_same_everywhere(monkeypatch):
                 each = [exact(x[:, i : i + 1], known[:, i : i + 1]) for i in range(3)]
                 assert torch.equal(torch.cat(each, 1), expected)
                 monkeypatch.setattr(grouped, "SQUARES", 37)
+            monkeypatch.setattr(arithmetic, "_int8_is_exact", lambda device: False)
+            assert torch.equal(exact(x, known), expected)
     finally:
         torch.set_num_threads(threads)
         torch.set_float32_matmul_precision(precision)
@@ -381,3 +384,17 @@ def test_what_does_not_fit_is_refused():
         broken.grouped.turn[0, 0, 0] = torch.nan
     with pytest.raises(ValueError, match="not finite"):
         broken.quantize()
+
+
+@pytest.mark.parametrize("int8", [True, False])
+def test_products_are_those_of_whole_numbers(int8, monkeypatch):
+    """In int8 where a processor can, in floats elsewhere: always what NumPy says, up to the ends of the range."""
+    if not int8:
+        monkeypatch.setattr(arithmetic, "_int8_is_exact", lambda device: False)
+    rng = np.random.default_rng(3)
+    for rows, inputs, outputs in ((1, 144, 64), (37, 576, 16), (512, 64, 8)):
+        whole = rng.choice([-256, -255, -4, -3, -1, 0, 1, 3, 255, 256], (rows, inputs))
+        weights = rng.choice([-127, -126, -1, 0, 1, 127], (inputs, outputs))
+        factors = arithmetic.halves(torch.from_numpy(whole).float()).flatten(0, 1)
+        found = arithmetic.product(factors, torch.from_numpy(weights).char())
+        np.testing.assert_array_equal(found.long().numpy(), whole @ weights)

@@ -9,9 +9,9 @@ coded on the black squares of a checkerboard, then on the white ones, and every 
     surprises of this pass so far ──► running sum of convolutions ───┘
 
 Each pass has weights of its own, because its questions are others. An exact model computes the same in whole numbers,
-in units of 1/256, that a float32 holds; each turn adds no more than what has become known since the one before, and
-only on its own squares. Factors have at most 8 bits and a sign: what bfloat16 and TF32 hold exactly, should a library
-multiply in these.
+in units of 1/256; each turn adds no more than what has become known since the one before, and only on its own squares.
+Weights have 7 bits and a sign, surprises two more: in two parts they are int8, which processors multiply several times
+as fast as floats, and no sum leaves the 24 bits of a float32.
 """
 
 import math
