@@ -18,12 +18,15 @@ __version__ = "0.1.0"
 __all__ = ["Codec", "__version__", "load"]
 
 
-def load(name_or_path: "str | os.PathLike[str]" = "small", device: "str | torch.device" = "cpu") -> "Codec":
+def load(
+    name_or_path: "str | os.PathLike[str]" = "small", device: "str | torch.device" = "cpu", *, bfloat16: bool = False
+) -> "Codec":
     """Loads trained weights into a codec.
 
     Args:
         name_or_path: the name of weights that come with the package, or the path of a `.safetensors` file.
         device: where to compute, `cpu` or `cuda`.
+        bfloat16: whether to compute in bfloat16 what encoder and decoder need not agree on.
 
     Raises:
         ValueError: there are no such weights, they are damaged, or the device is not available.
@@ -31,7 +34,7 @@ def load(name_or_path: "str | os.PathLike[str]" = "small", device: "str | torch.
     from rnncodec.codec import Codec
     from rnncodec.weights import load_weights
 
-    return Codec(load_weights(name_or_path), device)
+    return Codec(load_weights(name_or_path), device, bfloat16=bfloat16)
 
 
 def __getattr__(name: str) -> Any:

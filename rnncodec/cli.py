@@ -259,6 +259,11 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--weights", metavar="W", help="name of shipped weights, or path of a .safetensors file")
         sub.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
         sub.add_argument(
+            "--bfloat16",
+            action="store_true",
+            help="compute less precisely where encoder and decoder need not agree: faster on some machines",
+        )
+        sub.add_argument(
             "--max-pixels",
             metavar="N",
             type=_positive_int,
@@ -436,7 +441,7 @@ def _codec(weights: str, args: argparse.Namespace) -> "Codec":
     device = args.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    return rnncodec.load(weights, device)
+    return rnncodec.load(weights, device, bfloat16=args.bfloat16)
 
 
 def _codec_for(header: Header, args: argparse.Namespace) -> "Codec":

@@ -57,12 +57,17 @@ class Codec:
         tile: side in pixels, rounded up to whole blocks, of the tiles that images are cut into; None cuts only images
             whose activations would take more than 2 GiB. Files do not depend on it beyond the choice of bits along
             borders, and decoded images only in the last bits of floating-point sums.
+        bfloat16: compute in bfloat16 what encoder and decoder need not agree on: the encoder's decisions, and of latent
+            networks the transforms. Files decode everywhere all the same. Faster on GPUs and on processors with
+            instructions for it, at a loss of a thousandth of a dB.
 
     Raises:
         ValueError: the device is not available.
     """
 
-    def __init__(self, weights: Weights, device: str | torch.device = "cpu", tile: int | None = None) -> None:
+    def __init__(
+        self, weights: Weights, device: str | torch.device = "cpu", tile: int | None = None, bfloat16: bool = False
+    ) -> None:
         self.device = torch.device(device)
         if self.device.type == "cuda" and not torch.cuda.is_available():
             raise ValueError("no CUDA device is available")
@@ -71,6 +76,7 @@ class Codec:
         self.context = weights.context and weights.context.to(self.device)
         self.context_fingerprint = weights.context_fingerprint
         self.network = weights.network.eval().to(self.device).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        self.network.in_bfloat16 = bfloat16
         self.config = weights.network.config
         self.name, self.fingerprint, self.provenance = weights.name, weights.fingerprint, weights.provenance
         self.tile = tile

@@ -1,5 +1,6 @@
 """The loop in the latent space: its step in NumPy, its start from images, missing bits, windows, files."""
 
+import copy
 import io
 import os
 from dataclasses import asdict, replace
@@ -301,6 +302,39 @@ def test_very_large_maps_are_coded_in_bands_of_rows(codec, photos, monkeypatch):
     assert error.reshape(-1, 6)[15:17].mean() < 2 * error.mean()  # around the first cut
     best = 10 * np.log10(255**2 / error.mean())
     assert len(format.read_header(codec.encode(image, psnr=best - 0.01)).iterations) == 3
+
+
+def test_bfloat16_changes_decisions_and_pictures_but_never_the_loop(network, photos):
+    """Its files decode everywhere: the decoder's states are those of float32, to the bit."""
+    x = images(photos)[:1, :, :96, :96]
+    fast = copy.deepcopy(network)
+    fast.in_bfloat16 = True
+    with torch.no_grad():
+        y, other = network.analyse(x), fast.analyse(x)
+        assert y.dtype == other.dtype == torch.float32
+        assert not torch.equal(y, other)
+        torch.testing.assert_close(y, other, rtol=0.02, atol=0.02)
+        state = None
+        for step in fast.unroll(other, 4):
+            state = network(state, bits=step.bits).state
+            assert torch.equal(step.state.y_hat, state.y_hat)
+            for ours, theirs in zip(step.state.decoder.cell, state.decoder.cell, strict=True):
+                assert torch.equal(ours, theirs)
+        shown, exact = fast.picture(state), network.picture(state)
+        assert not torch.equal(shown, exact)
+        torch.testing.assert_close(shown, exact, rtol=0, atol=0.02)
+
+
+def test_files_made_in_bfloat16(codec, photos):
+    image = load_image(photos / "coffee.png")[:128, :128]
+    fast = Codec(load_weights_of(codec), bfloat16=True)
+    fast.network, codec.network.in_bfloat16 = copy.deepcopy(fast.network), False
+    data = fast.encode(image)
+    error = [
+        np.square(np.asarray(c.decode(d)).astype(float) - image).mean()
+        for c, d in ((codec, codec.encode(image)), (codec, data), (fast, data))
+    ]
+    assert error == pytest.approx([error[0]] * 3, rel=0.05)
 
 
 def load_weights_of(codec):

@@ -9,6 +9,7 @@ run it on pixels, where y is x; a `LatentConfig` makes a network whose loop runs
 """
 
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple, cast, get_args
@@ -212,7 +213,12 @@ class GainNetwork(nn.Module):
 
 
 class RecurrentCodec(nn.Module):
-    """The progressive codec: each step codes what the earlier steps left over (T16 sec. 3; T17 eq. 1-2)."""
+    """The progressive codec: each step codes what the earlier steps left over (T16 sec. 3; T17 eq. 1-2).
+
+    Attributes:
+        in_bfloat16: whether transforms and encoder use products in bfloat16: what only one side computes, the encoder
+            for its decisions and whoever decodes for a picture. What both must agree on, the loop, stays as it is.
+    """
 
     # Of the papers' kind or of the latent one; what one part hands to the next is for that one alone.
     transforms: Any
@@ -223,6 +229,7 @@ class RecurrentCodec(nn.Module):
     def __init__(self, config: NetworkConfig | LatentConfig | None = None) -> None:
         super().__init__()
         self.config = config = config or NetworkConfig()
+        self.in_bfloat16 = False
         self.gain = None
         if isinstance(config, LatentConfig):
             self.transforms = LatentTransforms(
@@ -288,7 +295,8 @@ class RecurrentCodec(nn.Module):
         residual = y if state is None else y - state.y_hat
         if gain is not None:
             residual = residual * gain
-        features, encoder_state = self.encoder(residual, state.encoder if state else None)
+        with self._own():
+            features, encoder_state = self.encoder(residual, state.encoder if state else None)
         return self.binarizer(features, residual, state.binarizer if state else None, limit), encoder_state
 
     def _read(self, state: State | None, bits: Tensor) -> tuple[Coded, None]:
@@ -297,7 +305,14 @@ class RecurrentCodec(nn.Module):
 
     def analyse(self, x: Tensor) -> Tensor:
         """Images [B, 3, H, W] in [-1, 1], H and W multiples of the stride, to what the loop runs on."""
-        return self.transforms.analyse(x)
+        with self._own():
+            return self.transforms.analyse(x)
+
+    def _own(self) -> AbstractContextManager[Any]:
+        """The arithmetic of what one side computes for itself."""
+        if self.in_bfloat16:
+            return torch.autocast(next(self.parameters()).device.type, torch.bfloat16)
+        return nullcontext()
 
     def unroll(self, y: Tensor, iterations: int, limit: Tensor | None = None) -> Iterator[Step]:
         """The steps that encode what `analyse` gave; limit as above."""
@@ -309,7 +324,8 @@ class RecurrentCodec(nn.Module):
 
     def picture(self, state: State, window: Window = WHOLE) -> Tensor:
         """The images that a decoder shows in a state, [B, 3, H, W], roughly in [-1, 1]; or a window of their blocks."""
-        return self.transforms.synthesise(state.y_hat, state.decoder, window)
+        with self._own():
+            return self.transforms.synthesise(state.y_hat, state.decoder, window)
 
     @torch.no_grad()
     def start(self, x: Tensor) -> None:
