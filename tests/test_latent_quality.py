@@ -18,7 +18,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(
         not (WEIGHTS and PHOTOS),
-        reason="needs RNNCODEC_LATENT, weights of a latent network, and RNNCODEC_PHOTOS, the photographs of its training",
+        reason="needs RNNCODEC_LATENT, weights of a latent network, and RNNCODEC_PHOTOS, what they were trained on",
     ),
 ]
 LENGTH, HEIGHT = 128, 16  # pixels of the strips in which a lattice is looked for
