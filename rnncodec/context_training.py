@@ -70,7 +70,8 @@ class ContextTraining(Training):
         learning_rate: of AdamW.
         weight_decay: decoupled.
         warmup_steps: of the linear rise of the rate.
-        decay_steps: of the linear fall of the rate to zero that ends with `trainer.max_steps`; 0 for none.
+        decay_steps: of the linear fall of the rate to zero that ends with `trainer.max_steps`; a number below 1 is a
+            share of them, 0 is for none.
         max_bad_steps: how many steps in a row with gradients that are not finite are skipped before training stops.
     """
 
@@ -85,7 +86,7 @@ class ContextTraining(Training):
         learning_rate: float = 5e-4,
         weight_decay: float = 0.0,
         warmup_steps: int = 100,
-        decay_steps: int = 0,
+        decay_steps: float = 0,
         max_bad_steps: int = 20,
     ) -> None:
         super().__init__(learning_rate, weight_decay, warmup_steps, decay_steps, max_bad_steps)

@@ -49,14 +49,15 @@ class Training(L.LightningModule):
         learning_rate: of Adam or AdamW.
         weight_decay: decoupled, of every optimizer.
         warmup_steps: of the linear rise of all rates.
-        decay_steps: of the linear fall of all rates to zero that ends with `trainer.max_steps`; 0 for none.
+        decay_steps: of the linear fall of all rates to zero that ends with `trainer.max_steps`; a number below 1 is a
+            share of them, 0 is for none.
         max_bad_steps: how many steps in a row with gradients that are not finite are skipped before training stops.
     """
 
     monitor: ClassVar[tuple[str, str]]
 
     def __init__(
-        self, learning_rate: float, weight_decay: float, warmup_steps: int, decay_steps: int, max_bad_steps: int
+        self, learning_rate: float, weight_decay: float, warmup_steps: int, decay_steps: float, max_bad_steps: int
     ) -> None:
         super().__init__()
         self.learning_rate, self.weight_decay = learning_rate, weight_decay
@@ -85,7 +86,8 @@ class Training(L.LightningModule):
         """Factor of the learning rates: a linear rise, a plateau, a linear fall that ends at `max_steps`."""
         factor = min(1.0, (step + 1) / max(1, self.warmup_steps))
         if self.decay_steps and self.trainer.max_steps > 0:
-            factor = min(factor, max(0.0, (self.trainer.max_steps - step) / self.decay_steps))
+            decay = self.decay_steps * (self.trainer.max_steps if self.decay_steps < 1 else 1)
+            factor = min(factor, max(0.0, (self.trainer.max_steps - step) / decay))
         return factor
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
@@ -149,7 +151,8 @@ class CodecTraining(Training):
         start_learning_rate: with `muon`, of what a latent network starts with: linear transforms and tables.
         weight_decay: decoupled, of every optimizer.
         warmup_steps: of the linear rise of both rates.
-        decay_steps: of the linear fall of both rates to zero that ends with `trainer.max_steps`; 0 for none.
+        decay_steps: of the linear fall of both rates to zero that ends with `trainer.max_steps`; a number below 1 is a
+            share of them, 0 is for none.
         compile: whether to compile the step with `torch.compile` (validation stays eager).
         max_bad_steps: how many steps in a row with gradients that are not finite are skipped before training stops.
     """
@@ -171,7 +174,7 @@ class CodecTraining(Training):
         start_learning_rate: float = 1e-4,
         weight_decay: float = 0.0,
         warmup_steps: int = 100,
-        decay_steps: int = 0,
+        decay_steps: float = 0,
         compile: bool = False,
         max_bad_steps: int = 20,
     ) -> None:

@@ -64,6 +64,8 @@ def test_learning_rate_rises_stays_and_falls_to_zero():
     module._trainer = SimpleNamespace(max_steps=100)  # pyright: ignore[reportAttributeAccessIssue]
     factors = [module.learning_rate_factor(step) for step in (0, 1, 3, 50, 90, 95, 99, 100)]
     assert factors == pytest.approx([0.25, 0.5, 1, 1, 1, 0.5, 0.1, 0])
+    module.decay_steps = 0.1  # of all
+    assert [module.learning_rate_factor(step) for step in (0, 1, 3, 50, 90, 95, 99, 100)] == pytest.approx(factors)
 
 
 def test_to_uint8_rounds_and_clamps():
