@@ -173,7 +173,7 @@ def test_untrained_models_code_with_the_odds():
     with torch.no_grad():
         found = made(x, known)
     for t, k, r, c in ((0, 0, 0, 0), (1, 5, 2, 6), (2, 7, 4, 3)):
-        assert found[t, 0, k, r, c] == odds[t, k, known[t, 0, k, r, c]]
+        assert found[t, 0, k, r, c] == odds[t, k, int(known[t, 0, k, r, c])]
 
 
 def test_a_bit_depends_on_earlier_bits_only():

@@ -486,7 +486,7 @@ def test_an_untrained_network_is_a_decent_codec(tmp_path, capsys):
             steps = list(network.unroll(network.analyse(x), 16))
             planes = torch.stack([step.bits for step in steps])
             cases = torch.stack([step.cases for step in steps if step.cases is not None])
-            rows = cases.flatten(3).permute(0, 2, 1, 3).flatten(2)  # [T, bits, blocks]
+            rows = cases.long().flatten(3).permute(0, 2, 1, 3).flatten(2)  # [T, bits, blocks]
             logits = odds[:16].gather(2, rows).reshape(planes.permute(0, 2, 1, 3, 4).shape).permute(0, 2, 1, 3, 4)
             bits = torch.nn.functional.softplus(-logits * planes).sum((1, 2, 3, 4)) / np.log(2)
             rates.append((bits.cumsum(0) / (x.shape[2] * x.shape[3])).numpy())

@@ -259,7 +259,7 @@ class ContextModel(nn.Module):
 
         Args:
             planes: bits [T, B, bits, H, W] of -1 and +1; for the grouped kind, 0 where none was sent.
-            cases: of the bits, long of the same shape, for the grouped kind.
+            cases: of the bits, uint8 of the same shape, for the grouped kind.
 
         Raises:
             ValueError: the grouped kind has no cases, or another has some.

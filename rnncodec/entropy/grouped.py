@@ -48,7 +48,7 @@ class Questions(Protocol):
         """Asks the groups of a pass in order; `answer` takes a group's number and cases and gives its bits.
 
         Returns:
-            Bits [B, K, H, W], their cases, long of the same shape, and what is known after the pass.
+            Bits [B, K, H, W], their cases, uint8 of the same shape, and what is known after the pass.
         """
         ...
 
@@ -194,7 +194,7 @@ class Grouped(Layer):
 
         Args:
             planes: bits [T, B, bits, H, W] of -1 and +1, and 0 where none was sent.
-            cases: of each bit, long of the same shape.
+            cases: of each bit, uint8 of the same shape.
         """
         if self.exact:
             with torch.autocast(planes.device.type, enabled=False):

@@ -32,7 +32,7 @@ def binarize(y: Tensor, training: bool, method: BinarizerName = "stochastic") ->
 class Coded(NamedTuple):
     """Bits [B, bits, H, W], what they say to the decoder, and what is known after them.
 
-    Of latent networks also the case of each bit, long [B, bits, H, W]: what both sides knew before it.
+    Of latent networks also the case of each bit, uint8 [B, bits, H, W]: what both sides knew before it.
     """
 
     bits: Tensor

@@ -107,7 +107,7 @@ class Questions(nn.Module):
             answer: gives bits of -1 and +1, and 0 where nothing was sent.
 
         Returns:
-            Bits [B, K, H, W], their cases, long of the same shape, and what is known after the pass.
+            Bits [B, K, H, W], their cases, uint8 of the same shape, and what is known after the pass.
         """
         bits, cases = [], []
         for group in range(self.groups):
@@ -115,7 +115,7 @@ class Questions(nn.Module):
             found = answer(group, case)
             known = self.told(iteration, group, known, case, found.detach())
             bits.append(found)
-            cases.append(case)
+            cases.append(case.to(torch.uint8))  # an eighth of the memory
         return torch.cat(bits, 1), torch.cat(cases, 1), known
 
     def look_up(self, table: Tensor, case: Tensor) -> tuple[Tensor, Tensor, Tensor]:

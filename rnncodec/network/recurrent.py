@@ -123,7 +123,7 @@ class State(NamedTuple):
 class Step(NamedTuple):
     """What one iteration yields: bits [B, bits, H / stride, W / stride] and the state, of which a picture is made.
 
-    Of latent networks also the case of each bit, long [B, bits, H / stride, W / stride], see `Questions`.
+    Of latent networks also the case of each bit, uint8 [B, bits, H / stride, W / stride], see `Questions`.
     """
 
     bits: Tensor
