@@ -59,7 +59,7 @@ class Codec:
             borders, and decoded images only in the last bits of floating-point sums.
         bfloat16: compute in bfloat16 what encoder and decoder need not agree on: the encoder's decisions, and of latent
             networks the transforms. Files decode everywhere all the same. Faster on GPUs and on processors with
-            instructions for it, at a loss of a thousandth of a dB.
+            instructions for it; pictures change by about a thousandth of a dB.
 
     Raises:
         ValueError: the device is not available.
