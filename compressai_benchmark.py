@@ -23,9 +23,8 @@ from typing import Any
 
 THEIRS = {"bmshj2018-hyperprior": "bmshj2018_hyperprior", "mbt2018-mean": "mbt2018_mean"}
 QUALITY = 8
-REQUIREMENTS = (
-    "numpy<2",
-    "compressai==1.2.8",
+NUMPY, COMPRESSAI = "numpy<2", "compressai==1.2.8"
+NEEDED = (  # by CompressAI, but torchvision
     "einops",
     "matplotlib",
     "pandas",
@@ -171,9 +170,9 @@ def environment(folder: Path) -> Path:
     install = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     try:
         subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
-        subprocess.run([*install, f"torch=={torch.__version__.split('+')[0]}", *REQUIREMENTS[:1]], check=True)
-        subprocess.run([*install, "--no-deps", REQUIREMENTS[1]], check=True)
-        subprocess.run([*install, REQUIREMENTS[0], *REQUIREMENTS[2:]], check=True)
+        subprocess.run([*install, f"torch=={torch.__version__.split('+')[0]}", NUMPY], check=True)
+        subprocess.run([*install, "--no-deps", COMPRESSAI], check=True)
+        subprocess.run([*install, NUMPY, *NEEDED], check=True)
     except (OSError, subprocess.CalledProcessError) as error:
         raise RuntimeError(f"no environment for CompressAI: {error}") from error
     # CompressAI lists the transforms of torchvision, gigabytes of which we use nothing: an empty package will do.

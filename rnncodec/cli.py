@@ -88,8 +88,7 @@ def encode(args: argparse.Namespace) -> int:
     """Compresses images."""
     jobs = _jobs(args, ".rnc", {".rnc"}, lambda folder: images.find_images([folder]))
     codec = _codec(args.weights or "small", args)
-    if (args.iterations or 1) > codec.max_iterations:
-        raise UsageError(f"--iterations must be in 1..{codec.max_iterations}, not {args.iterations}")
+    _check_iterations(args, codec.max_iterations)
 
     def work(source: str, target: str, report: Report) -> str:
         image = images.load_image(_stdin() if source == "-" else source, args.max_pixels)
@@ -109,8 +108,7 @@ def decode(args: argparse.Namespace) -> int:
     if suffix not in suffixes:
         raise UsageError(f"unknown --format {args.format!r}")
     jobs = _jobs(args, suffix, suffixes, _find_files)
-    if (args.iterations or 1) > format.MAX_ITERATIONS:
-        raise UsageError(f"--iterations must be in 1..{format.MAX_ITERATIONS}, not {args.iterations}")
+    _check_iterations(args, format.MAX_ITERATIONS)
     codecs: dict[bytes, Codec] = {}
     if args.weights:
         given = _codec(args.weights, args)
@@ -457,6 +455,11 @@ def _codec_for(header: Header, args: argparse.Namespace) -> "Codec":
         f"the file needs the weights {header.weights} ({header.fingerprint.hex()}); known are: {names}"
         + (f"; {args.weights} are others" if args.weights else "; --weights gives others")
     )
+
+
+def _check_iterations(args: argparse.Namespace, most: int) -> None:
+    if (args.iterations or 1) > most:
+        raise UsageError(f"--iterations must be in 1..{most}, not {args.iterations}")
 
 
 def _read(source: str) -> tuple[Header, bytes]:

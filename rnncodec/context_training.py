@@ -10,7 +10,7 @@ import wandb
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric, MetricCollection
 
-from rnncodec.entropy import ContextConfig, ContextModel, code_nats
+from rnncodec.entropy import ContextConfig, ContextModel, code_length, code_nats
 from rnncodec.metrics import RATES
 from rnncodec.network import LatentBinarizer, LatentConfig, NetworkConfig, RecurrentCodec, Step, pad_to_blocks
 from rnncodec.training import CodecTraining, Training
@@ -41,11 +41,11 @@ def _check_unroll(module: Training, iterations: int, configs: Sequence[ContextCo
         raise ValueError(f"several processes need at least {needed} iterations to train these context models")
 
 
-def code_nats_of(context: ContextModel, bits: Sequence[Tensor], cases: Sequence[Tensor | None]) -> Tensor:
-    """Code length in nats of every bit, [T, B, bits, H, W], of what the steps of an unrolled loop have given."""
+def predicted(context: ContextModel, bits: Sequence[Tensor], cases: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
+    """Logits of the bits that the steps of an unrolled loop gave, and these bits, both [T, B, bits, H, W]."""
     planes = torch.stack(list(bits))
     known = torch.stack([case for case in cases if case is not None]) if context.config.kind == "grouped" else None
-    return code_nats(context(planes, known), planes)
+    return context(planes, known), planes
 
 
 def start_context(context: ContextModel, network: RecurrentCodec) -> None:
@@ -146,7 +146,7 @@ class ContextTraining(Training):
     def training_step(self, x: Tensor, batch_idx: int) -> Tensor:
         codes = self.codes(x)
         models = zip(self.contexts, self._models(), strict=True)
-        lengths = {name: code_nats_of(context, *codes).mean() / math.log(2) for name, context in models}
+        lengths = {name: code_length(*predicted(context, *codes)) for name, context in models}
         self.log_dict({f"train/{name}": length for name, length in lengths.items()}, prog_bar=True)
         return torch.stack(list(lengths.values())).sum()
 
@@ -154,7 +154,7 @@ class ContextTraining(Training):
         with torch.autocast(x.device.type, enabled=False):
             codes = self.codes(x)
         for name, context in zip(self.contexts, self._models(), strict=True):
-            each = code_nats_of(context, *codes).mean((1, 2, 3, 4)) / math.log(2)
+            each = code_nats(*predicted(context, *codes)).mean((1, 2, 3, 4)) / math.log(2)
             for k in self.counts:  # bits per pixel of the first k iterations
                 self.val_metrics[f"{name}_{k}"].update(each[:k].sum() * self.bpp)
 
@@ -260,5 +260,5 @@ class JointTraining(CodecTraining):
     def rates(self, bits: list[Tensor], cases: list[Tensor | None]) -> Tensor:
         """Estimated bits per pixel up to each iteration [T]."""
         config = self.network.config
-        nats = code_nats_of(self.context, bits, cases).mean((1, 2, 3, 4))
+        nats = code_nats(*predicted(self.context, bits, cases)).mean((1, 2, 3, 4))
         return nats.cumsum(0) / math.log(2) * config.bits / config.stride**2

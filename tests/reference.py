@@ -1,4 +1,4 @@
-"""FORMAT.md in slow whole numbers: the context models, one location at a time, the order of bits, the range decoder."""
+"""FORMAT.md in slow whole numbers: context models, the order of bits, the range decoder; and damaged payloads."""
 
 import math
 from fractions import Fraction
@@ -236,3 +236,15 @@ def range_decode(payload, chances):
             size, lower = size << 32, (lower << 32) % 2**64
             point, place = (point << 32) % 2**64 + words[place], place + 1
     return bits
+
+
+def damaged(payload, trials=40):
+    """A payload cut short, or with a flipped bit, in turns."""
+    rng = np.random.default_rng(1)
+    for trial in range(trials):
+        if trial % 2:
+            changed = bytearray(payload)
+            changed[rng.integers(len(changed))] ^= 1 << rng.integers(8)
+            yield bytes(changed)
+        else:
+            yield payload[: rng.integers(len(payload))]

@@ -275,7 +275,10 @@ class RecurrentCodec(nn.Module):
             limit: groups of bits that each location may have, long [B, H / stride, W / stride]; None for no limit.
         """
         gain = self.gain(state.y_hat) if self.gain is not None and state is not None else None
-        coded, encoder_state = self._code(state, y, gain, limit) if bits is None else self._read(state, bits)
+        if bits is None:
+            coded, encoder_state = self._code(state, y, gain, limit)
+        else:
+            coded, encoder_state = self.binarizer.values(bits, state.binarizer if state else None), None
         decoder_state, y_hat = (state.decoder, state.y_hat) if state else (None, None)
         output, decoder_state = self.decoder(coded.values, decoder_state, y_hat)
         coded = coded._replace(values=None)  # of a large image, the sum needs the room
@@ -298,10 +301,6 @@ class RecurrentCodec(nn.Module):
         with self._own():
             features, encoder_state = self.encoder(residual, state.encoder if state else None)
         return self.binarizer(features, residual, state.binarizer if state else None, limit), encoder_state
-
-    def _read(self, state: State | None, bits: Tensor) -> tuple[Coded, None]:
-        """Bits as given; a decoder has no encoder."""
-        return self.binarizer.values(bits, state.binarizer if state else None), None
 
     def analyse(self, x: Tensor) -> Tensor:
         """Images [B, 3, H, W] in [-1, 1], H and W multiples of the stride, to what the loop runs on."""
