@@ -1,5 +1,6 @@
 """Images to compressed files and back with one trained network: any size, any device, in tiles if memory is short."""
 
+import copy
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -75,7 +76,8 @@ class Codec:
             raise ValueError(f"tile must be at least 1, not {tile}")
         self.context = weights.context and weights.context.to(self.device)
         self.context_fingerprint = weights.context_fingerprint
-        self.network = weights.network.eval().to(self.device).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        network = weights.network.eval().to(self.device).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        self.network = copy.copy(network)  # the same parameters, but arithmetic of this codec's own
         self.network.in_bfloat16 = bfloat16
         self.config = weights.network.config
         self.name, self.fingerprint, self.provenance = weights.name, weights.fingerprint, weights.provenance
@@ -179,9 +181,9 @@ class Codec:
             FormatError: the data is corrupt, too large, no such file or without a complete iteration.
             ValueError: the file has fewer complete iterations than asked for.
         """
-        header, planes = self._read(data, iterations, max_pixels)
+        header, count, planes = self._read(data, iterations, max_pixels)
         array = np.empty((header.height, header.width, 3), np.uint8)
-        for _, (y, x), x_hat in self._synthesise(planes, header.height, header.width, progress):
+        for _, (y, x), x_hat in self._synthesise(planes, count, header.height, header.width, progress):
             array[y, x] = to_uint8(x_hat)[0].permute(1, 2, 0).cpu().numpy()
         return Image.fromarray(array)
 
@@ -196,11 +198,11 @@ class Codec:
         """Decompresses a file once and yields the image of every iteration, uint8 [H, W, 3]; arguments as in `decode`.
 
         Raises:
-            ValueError: as `decode`, before the first image.
+            ValueError: as `decode`, before the first image; a FormatError may come with the iteration that is corrupt.
         """
-        header, planes = self._read(data, iterations, max_pixels)
+        header, count, planes = self._read(data, iterations, max_pixels)
         arrays: dict[int, np.ndarray] = {}  # of one iteration after the other, unless the loop runs in tiles
-        for t, (y, x), x_hat in self._synthesise(planes, header.height, header.width, None, every=True):
+        for t, (y, x), x_hat in self._synthesise(planes, count, header.height, header.width, None, every=True):
             if t not in arrays:
                 arrays[t] = np.empty((header.height, header.width, 3), np.uint8)
             arrays[t][y, x] = to_uint8(x_hat)[0].permute(1, 2, 0).cpu().numpy()
@@ -255,7 +257,7 @@ class Codec:
             ]
         )
         x = torch.empty(len(strings), 3, height, width, device=self.device)
-        for _, (rows_px, columns_px), x_hat in self._synthesise(planes, height, width, None):
+        for _, (rows_px, columns_px), x_hat in self._synthesise(planes, iterations, height, width, None):
             x[..., rows_px, columns_px] = (x_hat.clamp(-1, 1) + 1) / 2
         return x
 
@@ -264,10 +266,10 @@ class Codec:
 
         Arguments and errors as in `decode`.
         """
-        return self._read(data, iterations, max_pixels)[1][:, 0]
+        return np.concatenate(list(self._read(data, iterations, max_pixels)[2]))
 
-    def _read(self, data: bytes, iterations: int | None, max_pixels: int) -> tuple[Header, np.ndarray]:
-        """The header of a file and its bits [iterations, 1, bits, rows, columns], as far as asked for and there."""
+    def _read(self, data: bytes, iterations: int | None, max_pixels: int) -> tuple[Header, int, Iterator[np.ndarray]]:
+        """The header of a file, how many iterations to decode, and the bits of each [1, bits, rows, columns]."""
         if iterations is not None:
             self._check_iterations(iterations)
         header = format.read_header(data)
@@ -288,8 +290,8 @@ class Codec:
                 f"the file needs the weights {header.weights!r} with the context model {header.context.hex()}; {loaded}"
             )
         session = self.session(NAMES[max(codings)], header.rows, header.cols)  # raw is 0, of the others there is one
-        planes = [session.decode(coding, payload) for coding, payload in zip(codings, payloads, strict=True)]
-        return header, np.stack(planes)[:, None]
+        planes = (session.decode(*coded)[None] for coded in zip(codings, payloads, strict=True))
+        return header, len(payloads), planes
 
     def session(self, entropy: EntropyName | None, rows: int, columns: int) -> Session:
         """A new session of an entropy coder; None as in `encode`."""
@@ -359,7 +361,7 @@ class Codec:
             planes = np.stack(list(self._analyse(image, most, first)))
             errors = [0] * most
             later = progress and (lambda done, _: progress(steps + done, 2 * steps))
-            for t, box, x_hat in self._synthesise(planes, height, width, later, every=True):
+            for t, box, x_hat in self._synthesise(planes, most, height, width, later, every=True):
                 errors[t] += squared_error(x_hat, box)
             for t, error in enumerate(errors):
                 if decibel(error) >= target:
@@ -369,13 +371,21 @@ class Codec:
         return planes
 
     def _synthesise(
-        self, planes: np.ndarray, height: int, width: int, progress: Progress | None, every: bool = False
+        self,
+        planes: Iterable[np.ndarray],
+        count: int,
+        height: int,
+        width: int,
+        progress: Progress | None,
+        every: bool = False,
     ) -> Iterator[tuple[int, Box, Tensor]]:
-        """Decodes bits [iterations, B, bits, rows, columns]; gives the iteration, a box in pixels and its x_hat.
+        """Decodes `count` iterations [B, bits, rows, columns]; gives the iteration, a box in pixels and its x_hat.
 
         Only of the last iteration, or of `every` one.
         """
         tiles = self._tiles(height, width)
+        if len(tiles) > 1:
+            planes = list(planes)
         for i, tile in enumerate(tiles):
             state = None
             for t, plane in enumerate(planes):
@@ -384,8 +394,8 @@ class Codec:
                     step = self.network(state, bits=bits.contiguous(memory_format=torch.channels_last))
                 state = step.state
                 if progress:
-                    progress(i * len(planes) + t + 1, len(tiles) * len(planes))
-                if every or t == len(planes) - 1:
+                    progress(i * count + t + 1, len(tiles) * count)
+                if every or t == count - 1:
                     for box, x_hat in self._pictures(state, tile, height, width):
                         yield t, box, x_hat
 

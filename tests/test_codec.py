@@ -208,7 +208,7 @@ def test_halo_is_the_receptive_field(codecs, name):
     inner = slice(side // 2 // core * core, side // 2 // core * core + core)
 
     def pixels(planes):
-        *_, (_, _, x_hat) = codec._synthesise(planes, core * stride, side * stride, None)
+        *_, (_, _, x_hat) = codec._synthesise(planes, len(planes), core * stride, side * stride, None)
         return x_hat[..., inner.start * stride : inner.stop * stride]
 
     expected = pixels(planes)

@@ -217,5 +217,5 @@ class Conv(Layer):
 
 def probability(logits: Tensor) -> Tensor:
     """P(+1) * SCALE of logits on the grid, int32, never 0 and never SCALE."""
-    index = (logits.clamp(-SPAN, SPAN) / STEP).long() + int(SPAN / STEP)
-    return PROBABILITY.to(logits.device)[index]
+    index = (logits / STEP).add_(SPAN / STEP).clamp_(0, 2 * SPAN / STEP).int()
+    return PROBABILITY.to(logits.device).index_select(0, index.flatten()).view(logits.shape)
