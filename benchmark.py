@@ -37,13 +37,13 @@ from rich.progress import Progress
 from rich.table import Table
 
 from rnncodec.codec import Codec
-from rnncodec.context_training import JointTraining
 from rnncodec.data import PatchDataModule
-from rnncodec.format import RAW, read_header
-from rnncodec.images import atomic_write, load_image, save_image
+from rnncodec.files.format import RAW, read_header
+from rnncodec.files.images import atomic_write, load_image, save_image
 from rnncodec.network import LatentConfig, NetworkConfig, RecurrentCodec
-from rnncodec.optim import bfloat16_pays
-from rnncodec.training import CodecTraining
+from rnncodec.training.context import JointTraining
+from rnncodec.training.module import CodecTraining
+from rnncodec.training.optim import bfloat16_pays
 from rnncodec.weights import load_weights, save_weights
 
 REQUIRED = 100  # patches the stream must deliver for each one that training consumes

@@ -50,8 +50,8 @@ from rich.table import Table
 
 import evaluate
 from evaluate import WINDOW, figure, number, rendered
-from rnncodec.curves import NAN, Point, area, from_csv
-from rnncodec.images import atomic_write, find_images, load_image, one_line
+from rnncodec.files.images import atomic_write, find_images, load_image, one_line
+from rnncodec.metrics.curves import NAN, Point, area, from_csv
 from rnncodec.network import ReconstructionName
 from rnncodec.network.binarizer import BinarizerName
 from rnncodec.weights import load_checkpoint, load_weights, save_weights

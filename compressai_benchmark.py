@@ -71,7 +71,7 @@ def compressai_tasks(name: str, image: Path) -> dict[str, Callable[[], object]]:
 def our_tasks(weights: str, image: Path) -> dict[str, Callable[[], object]]:
     """What one of our codecs does with a photograph."""
     import rnncodec
-    from rnncodec.images import load_image
+    from rnncodec.files.images import load_image
 
     codec, x = rnncodec.load(weights), load_image(image)
     coded, raw = codec.encode(x), codec.encode(x, entropy="none")
@@ -251,7 +251,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from rnncodec.images import atomic_write
+    from rnncodec.files.images import atomic_write
 
     results = {}
     try:

@@ -40,9 +40,13 @@ from rich.table import Table
 from rich.text import Text
 
 import rnncodec
-from rnncodec.baselines import BASELINES, Baseline
 from rnncodec.codec import MAX_ITERATIONS, Codec
-from rnncodec.curves import (
+from rnncodec.entropy import CLASSICAL, ContextSession, EntropyName
+from rnncodec.evaluation.baselines import BASELINES, Baseline
+from rnncodec.evaluation.report import TYPES, write_report
+from rnncodec.files.format import read_header, truncate
+from rnncodec.files.images import atomic_write, find_images, load_image, one_line, save_image
+from rnncodec.metrics.curves import (
     NAN,
     Point,
     area,
@@ -56,15 +60,11 @@ from rnncodec.curves import (
     to_csv,
     to_json,
 )
-from rnncodec.entropy import CLASSICAL, ContextSession, EntropyName
-from rnncodec.format import read_header, truncate
-from rnncodec.images import atomic_write, find_images, load_image, one_line, save_image
-from rnncodec.metrics import MS_SSIM_MIN_SIDE, RATES, l1, ms_ssim, psnr, psnr_hvs
-from rnncodec.report import TYPES, write_report
-from rnncodec.tracking import log_evaluation
+from rnncodec.metrics.distortion import MS_SSIM_MIN_SIDE, RATES, l1, ms_ssim, psnr, psnr_hvs
+from rnncodec.training.tracking import log_evaluation
 
 PANEL = (224, 224)  # pixels of a picture in a comparison, six beside each other
-PUBLISHED = Path(rnncodec.__file__).parent / "published"
+PUBLISHED = Path(rnncodec.__file__).parent / "evaluation" / "published"
 WINDOW = (0.25, 1.875)  # bits per pixel between which the area under a curve favours nobody
 COMMON = 0.75  # share of a curve's range of quality below which a BD-rate over it says little
 SPANS = {"to 2": (None, 2.0), f"{WINDOW[0]} to\n{WINDOW[1]}": WINDOW}  # bits per pixel; the first as in T17

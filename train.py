@@ -47,13 +47,13 @@ from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
 
-from rnncodec import (
-    context_training,  # noqa: F401 - its classes may be named in a config
+from rnncodec.data import PatchDataModule
+from rnncodec.training import (
+    context,  # noqa: F401 - its classes may be named in a config
     tracking,
 )
-from rnncodec.data import PatchDataModule
-from rnncodec.optim import bfloat16_pays
-from rnncodec.training import Training
+from rnncodec.training.module import Training
+from rnncodec.training.optim import bfloat16_pays
 
 
 def default_precision() -> str:
@@ -125,7 +125,7 @@ class CodecCLI(LightningCLI):
         # The only buffers are constants.
         parser.set_defaults({"ema.decay": 0.999, "ema.use_buffers": False, "seed_everything": 0})
         # What a config names by class_path, if it is another training.
-        parser.set_defaults({"model": {"class_path": "rnncodec.training.CodecTraining"}})
+        parser.set_defaults({"model": {"class_path": "rnncodec.training.module.CodecTraining"}})
 
     def _parse_ckpt_path(self) -> None:
         """Lets config and command line decide in a resumed run too, where Lightning takes the checkpoint's values."""

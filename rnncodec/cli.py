@@ -19,9 +19,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from rnncodec import __version__, format, images
-from rnncodec.format import FormatError, Header
-from rnncodec.images import one_line
+from rnncodec import __version__
+from rnncodec.files import format, images
+from rnncodec.files.format import FormatError, Header
+from rnncodec.files.images import one_line
 
 if TYPE_CHECKING:
     from rnncodec.codec import Codec  # imported only by what needs a network, as torch takes seconds

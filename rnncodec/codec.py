@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from rnncodec import format
 from rnncodec.entropy import CLASSICAL, NAMES, ContextSession, EntropyName, Session
-from rnncodec.format import CONTEXT, Container, FormatError, Header, Iteration
-from rnncodec.images import MAX_PIXELS, to_rgb
+from rnncodec.files import format
+from rnncodec.files.format import CONTEXT, Container, FormatError, Header, Iteration
+from rnncodec.files.images import MAX_PIXELS, to_rgb
 from rnncodec.network import LatentConfig, NetworkConfig, State, Window, pad_to_blocks, to_uint8
 from rnncodec.weights import Weights, WeightsError
 

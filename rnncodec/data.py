@@ -33,7 +33,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
 
-from rnncodec.images import FORMATS, MAX_PIXELS, find_images, load_image
+from rnncodec.files.images import FORMATS, MAX_PIXELS, find_images, load_image
 
 CACHE_VERSION = 1
 SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}  # by name of folder

@@ -28,8 +28,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from rnncodec.curves import Point, picture_path, read_points
-from rnncodec.images import load_image, one_line
+from rnncodec.files.images import load_image, one_line
+from rnncodec.metrics.curves import Point, picture_path, read_points
 
 FAR = 0.25  # share of a target rate by which rnncodec may miss it
 TOLERANCE = 0.05  # the bytes of what is compared differ by no larger share from those of rnncodec

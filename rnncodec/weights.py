@@ -16,8 +16,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from rnncodec.entropy import ContextConfig, ContextModel
-from rnncodec.format import NAME_PATTERN
-from rnncodec.images import atomic_write, one_line
+from rnncodec.files.format import NAME_PATTERN
+from rnncodec.files.images import atomic_write, one_line
 from rnncodec.network import LatentConfig, NetworkConfig, Questions, RecurrentCodec
 
 PRETRAINED = Path(__file__).parent / "pretrained"

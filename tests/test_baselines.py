@@ -8,8 +8,8 @@ from PIL import Image, JpegImagePlugin
 from skimage import data
 from skimage.metrics import peak_signal_noise_ratio
 
-from rnncodec.baselines import BASELINES
-from rnncodec.curves import Point, from_csv, to_csv
+from rnncodec.evaluation.baselines import BASELINES
+from rnncodec.metrics.curves import Point, from_csv, to_csv
 
 X = data.astronaut()[60:204, 100:260]
 

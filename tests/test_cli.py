@@ -15,9 +15,10 @@ import torch
 from PIL import Image
 
 import rnncodec
-from rnncodec import cli, format, weights
+from rnncodec import cli, weights
 from rnncodec.cli import main
 from rnncodec.codec import Codec
+from rnncodec.files import format
 from rnncodec.network import NetworkConfig, RecurrentCodec
 from rnncodec.weights import load_weights, save_weights
 

@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 
 from rnncodec import codec as codec_module
-from rnncodec import format
 from rnncodec.codec import Codec, activation_bytes, receptive_field
-from rnncodec.format import Container, FormatError, Iteration
+from rnncodec.files import format
+from rnncodec.files.format import Container, FormatError, Iteration
 from rnncodec.network import NetworkConfig, RecurrentCodec
 from rnncodec.weights import Weights, WeightsError, load_weights, save_weights
 

@@ -15,7 +15,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from rnncodec.images import load_image, save_image
+from rnncodec.files.images import load_image, save_image
 from rnncodec.network import NetworkConfig
 from rnncodec.weights import load_weights
 

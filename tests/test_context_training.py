@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from rnncodec import format
 from rnncodec.cli import main
 from rnncodec.codec import Codec
-from rnncodec.context_training import ContextTraining, JointTraining
 from rnncodec.entropy import ContextConfig
+from rnncodec.files import format
 from rnncodec.network import NetworkConfig, RecurrentCodec
+from rnncodec.training.context import ContextTraining, JointTraining
 from rnncodec.weights import WeightsError, add_context, load_weights, save_weights
 
 TINY = NetworkConfig(bits=8, encoder_channels=(8, 8, 8, 8), decoder_channels=(8, 8, 8, 8, 8))

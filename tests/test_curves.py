@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import rnncodec
-from rnncodec.curves import (
+from rnncodec.metrics.curves import (
     Point,
     area,
     bd_rate,
@@ -252,7 +252,7 @@ def test_ms_ssim_in_decibels():
 
 
 def test_does_without_torch_and_pyplot():
-    code = "import sys, rnncodec.curves; sys.exit(bool({'torch', 'scipy', 'matplotlib'} & {*sys.modules}))"
+    code = "import sys, rnncodec.metrics.curves; sys.exit(bool({'torch', 'scipy', 'matplotlib'} & {*sys.modules}))"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
 
 
@@ -265,7 +265,7 @@ def test_does_without_torch_and_pyplot():
     ],
 )
 def test_published_curves(name, expected):
-    path = Path(rnncodec.__file__).parent / "published" / f"{name}.json"
+    path = Path(rnncodec.__file__).parent / "evaluation" / "published" / f"{name}.json"
     _, points = from_json(path)
     for metric in ("bpp", "psnr", "ms_ssim"):
         values = [getattr(point, metric) for point in points]

@@ -11,7 +11,6 @@ import torch
 from reference import Reference, chance, damaged, order, range_decode
 from skimage import data
 
-from rnncodec import format
 from rnncodec.codec import Codec
 from rnncodec.entropy import (
     CLASSICAL,
@@ -25,7 +24,8 @@ from rnncodec.entropy import (
     StaticSession,
     huffman_lengths,
 )
-from rnncodec.format import ADAPTIVE, CONTEXT, HUFFMAN, RAW, STATIC, FormatError
+from rnncodec.files import format
+from rnncodec.files.format import ADAPTIVE, CONTEXT, HUFFMAN, RAW, STATIC, FormatError
 from rnncodec.network import NetworkConfig, RecurrentCodec
 from rnncodec.weights import WeightsError, load_weights, save_weights
 

@@ -22,11 +22,11 @@ from reference import Reference
 
 import evaluate
 from evaluate import Coded
-from rnncodec.baselines import BASELINES
 from rnncodec.codec import Codec
-from rnncodec.curves import Point, from_csv
 from rnncodec.entropy import ContextConfig, ContextModel
-from rnncodec.format import truncate
+from rnncodec.evaluation.baselines import BASELINES
+from rnncodec.files.format import truncate
+from rnncodec.metrics.curves import Point, from_csv
 from rnncodec.network import NetworkConfig, RecurrentCodec
 from rnncodec.weights import load_weights, save_weights
 

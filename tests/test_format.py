@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rnncodec.format import (
+from rnncodec.files.format import (
     Container,
     FormatError,
     Header,

@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, features
 
-from rnncodec.images import FORMATS, ImageError, atomic_write, find_images, load_image, save_image, to_rgb
+from rnncodec.files.images import FORMATS, ImageError, atomic_write, find_images, load_image, save_image, to_rgb
 
 Image.init()  # fills Image.SAVE
 
@@ -335,7 +335,7 @@ class TestStreams:
     def test_pipes(self, tmp_path, suffix):
         save_image(photo(), path := tmp_path / f"a.{suffix}")
         code = (
-            "import sys; from rnncodec.images import load_image, save_image\n"
+            "import sys; from rnncodec.files.images import load_image, save_image\n"
             "save_image(load_image(sys.stdin.buffer), sys.stdout.buffer)"
         )
         done = subprocess.run([sys.executable, "-c", code], input=path.read_bytes(), capture_output=True, check=True)
@@ -487,7 +487,7 @@ class TestAtomicWrite:
             received = pool.submit(pipe.read_bytes)
             atomic_write(pipe, b"new")
             assert received.result(10) == b"new"
-        code = "from rnncodec.images import atomic_write; atomic_write('/dev/stdout', b'new')"
+        code = "from rnncodec.files.images import atomic_write; atomic_write('/dev/stdout', b'new')"
         assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout == b"new"
         with open(tmp_path / "out", "wb") as file:
             subprocess.run([sys.executable, "-c", code], stdout=file, check=True)

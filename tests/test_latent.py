@@ -10,12 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
-from rnncodec import format
 from rnncodec.codec import Codec
-from rnncodec.context_training import start_context
 from rnncodec.data import PatchDataModule
 from rnncodec.entropy import ContextConfig, ContextModel
-from rnncodec.images import load_image
+from rnncodec.files import format
+from rnncodec.files.images import load_image
 from rnncodec.network import (
     LatentConfig,
     NetworkConfig,
@@ -25,7 +24,8 @@ from rnncodec.network import (
     pad_to_blocks,
     to_uint8,
 )
-from rnncodec.training import START_BLOCKS
+from rnncodec.training.context import start_context
+from rnncodec.training.module import START_BLOCKS
 from rnncodec.weights import WeightsError, load_weights, save_weights
 
 TINY = LatentConfig(

@@ -9,7 +9,7 @@ from scipy.ndimage import correlate1d
 from skimage import data
 from skimage.metrics import peak_signal_noise_ratio
 
-from rnncodec.metrics import LUMA, PeakSignalNoiseRatioHVS, l1, ms_ssim, psnr, psnr_hvs
+from rnncodec.metrics.distortion import LUMA, PeakSignalNoiseRatioHVS, l1, ms_ssim, psnr, psnr_hvs
 
 
 def to_tensor(*images):

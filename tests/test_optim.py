@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rnncodec.network import NetworkConfig, RecurrentCodec
-from rnncodec.optim import MuonAdamW, bfloat16_pays, orthogonalize, parameter_groups
+from rnncodec.training.optim import MuonAdamW, bfloat16_pays, orthogonalize, parameter_groups
 
 
 @pytest.fixture(params=[("AVX2", torch.float32), ("AVX512", torch.bfloat16)], ids=["AVX2", "AVX512"])

@@ -26,7 +26,7 @@ from scipy.optimize import minimize
 
 from rnncodec import rating
 from rnncodec.cli import main
-from rnncodec.curves import Point, read_points
+from rnncodec.metrics.curves import Point, read_points
 from rnncodec.rating import Server, Study, Vote, Votes, bootstrap, bradley_terry, match, summarize
 
 RATES = (0.25, 0.5, 1.0)

@@ -22,8 +22,8 @@ from selenium.webdriver.common.actions.wheel_input import ScrollOrigin
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import Select, WebDriverWait
 
-from rnncodec.curves import Point, mean_curve, read_points, to_csv
-from rnncodec.report import match, write_report
+from rnncodec.evaluation.report import match, write_report
+from rnncodec.metrics.curves import Point, mean_curve, read_points, to_csv
 
 COLUMNS = ["image", "codec", "setting", "bytes", "bpp", "ideal_bpp", "l1", "psnr", "ms_ssim", "psnr_hvs", "psnr_hvs_m"]
 COLUMNS += ["encode_seconds", "decode_seconds", "picture"]
@@ -309,7 +309,7 @@ def test_written_whole_or_not_at_all(results, monkeypatch):
 
 
 def test_does_without_torch():
-    code = "import sys, rnncodec.report; sys.exit('torch' in sys.modules)"
+    code = "import sys, rnncodec.evaluation.report; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
 
 

@@ -19,9 +19,9 @@ from PIL import Image
 from skimage import data
 from wandb.proto.wandb_internal_pb2 import Record  # pyright: ignore[reportAttributeAccessIssue] - made at run time
 
-from rnncodec import tracking
-from rnncodec.curves import Point
+from rnncodec.metrics.curves import Point
 from rnncodec.network import NetworkConfig, RecurrentCodec
+from rnncodec.training import tracking
 from rnncodec.weights import save_weights
 
 ROOT = Path(__file__).parent.parent

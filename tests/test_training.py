@@ -23,14 +23,14 @@ import torch._dynamo.utils
 import yaml
 from skimage.metrics import peak_signal_noise_ratio
 
-from rnncodec import context_training
 from rnncodec.codec import Codec
 from rnncodec.data import PatchDataModule
 from rnncodec.entropy import ContextConfig
-from rnncodec.images import load_image, save_image
-from rnncodec.metrics import ms_ssim
+from rnncodec.files.images import load_image, save_image
+from rnncodec.metrics.distortion import ms_ssim
 from rnncodec.network import LatentConfig, NetworkConfig, RecurrentCodec, network_config, to_uint8
-from rnncodec.training import CodecTraining
+from rnncodec.training import context as context_training
+from rnncodec.training.module import CodecTraining
 from rnncodec.weights import WeightsError, add_context, load_checkpoint, load_weights, save_weights
 
 ROOT = Path(__file__).parent.parent
@@ -357,7 +357,7 @@ def test_two_processes_start_from_the_same_principal_components(crops, tmp_path)
 
 def test_codec_and_grouped_context_model_train_resume_and_are_exported(crops, tmp_path):
     arguments = [
-        "--model", "rnncodec.context_training.JointTraining", *LATENT, "--model.distortion", "rmse",
+        "--model", "rnncodec.training.context.JointTraining", *LATENT, "--model.distortion", "rmse",
         "--model.context_learning_rate", "0.01", "--model.context", '{"kind": "grouped", "channels": 8}',
     ]  # fmt: skip
     for name in ("whole", "resumed"):

@@ -7,7 +7,7 @@ import numpy as np
 
 from rnncodec.entropy.exact import SCALE
 from rnncodec.entropy.ranges import RangeDecoder, RangeEncoder, Session
-from rnncodec.format import ADAPTIVE, HUFFMAN, RAW, STATIC, FormatError, pack_bits, unpack_bits
+from rnncodec.files.format import ADAPTIVE, HUFFMAN, RAW, STATIC, FormatError, pack_bits, unpack_bits
 
 Code = Callable[[np.ndarray, tuple[int, int]], np.ndarray]
 """Codes the bits at a location (y, x), given P(1) * SCALE of each: int [bits] to bool [bits]."""

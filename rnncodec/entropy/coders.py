@@ -14,7 +14,7 @@ from rnncodec.entropy.context import ContextModel, Memory, Read
 from rnncodec.entropy.exact import SCALE, STEP, probability
 from rnncodec.entropy.grouped import Pass, Questions, grid
 from rnncodec.entropy.ranges import RangeDecoder, RangeEncoder, Session
-from rnncodec.format import CONTEXT
+from rnncodec.files.format import CONTEXT
 
 EntropyName = Literal["none", "context", "huffman", "static", "adaptive"]
 

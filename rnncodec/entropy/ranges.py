@@ -11,7 +11,7 @@ import numpy as np
 from constriction import stream  # pyright: ignore[reportAttributeAccessIssue]
 
 from rnncodec.entropy.exact import SCALE
-from rnncodec.format import RAW, FormatError, length_size, pack_bits, unpack_bits
+from rnncodec.files.format import RAW, FormatError, length_size, pack_bits, unpack_bits
 
 BERNOULLI = stream.model.Bernoulli(perfect=False)
 

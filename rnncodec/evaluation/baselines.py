@@ -13,7 +13,7 @@ import numpy as np
 import PIL
 from PIL import Image, features
 
-from rnncodec.images import one_line
+from rnncodec.files.images import one_line
 
 QUALITIES = (5, 10, 15, 20, 30, 40, 50, 60, 70, 80, 85, 90, 95)
 

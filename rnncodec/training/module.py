@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torchmetrics import MeanMetric, Metric, MetricCollection
 
-from rnncodec.curves import NAN, Point
 from rnncodec.data import PatchDataModule
-from rnncodec.metrics import RATES, ms_ssim, psnr
+from rnncodec.metrics.curves import NAN, Point
+from rnncodec.metrics.distortion import RATES, ms_ssim, psnr
 from rnncodec.network import (
     LatentConfig,
     NetworkConfig,
@@ -27,8 +27,8 @@ from rnncodec.network import (
     to_uint8,
     widened,
 )
-from rnncodec.optim import MuonAdamW, parameter_groups
-from rnncodec.tracking import curve_charts, log_rates, points_table
+from rnncodec.training.optim import MuonAdamW, parameter_groups
+from rnncodec.training.tracking import curve_charts, log_rates, points_table
 from rnncodec.weights import load_weights
 
 START_BLOCKS = 2**16  # 16x16 blocks from which a latent network starts

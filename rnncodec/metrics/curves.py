@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from rnncodec.images import one_line
+from rnncodec.files.images import one_line
 
 NAN = float("nan")
 

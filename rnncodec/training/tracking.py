@@ -13,7 +13,7 @@ from urllib.parse import urlparse
 import wandb
 from wandb.sdk.wandb_run import Run
 
-from rnncodec.curves import Point
+from rnncodec.metrics.curves import Point
 
 SERVERS = ("https://api.wandb.ai", "https://api.forge.coreweave.com")  # W&B's own: before wandb 0.31, and since
 METRICS = {"psnr": "PSNR (dB)", "ms_ssim": "MS-SSIM", "psnr_hvs_m": "PSNR-HVS-M (dB)"}  # of the curves

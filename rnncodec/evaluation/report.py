@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
-from rnncodec.curves import Point, largest_within, picture_path, read_points
-from rnncodec.images import atomic_write
+from rnncodec.files.images import atomic_write
+from rnncodec.metrics.curves import Point, largest_within, picture_path, read_points
 
 TEMPLATE = Path(__file__).with_name("report.html")
 # The pictures that browsers show, by suffix.

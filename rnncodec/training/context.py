@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric, MetricCollection
 
 from rnncodec.entropy import ContextConfig, ContextModel, code_length, code_nats
-from rnncodec.metrics import RATES
+from rnncodec.metrics.distortion import RATES
 from rnncodec.network import LatentBinarizer, LatentConfig, NetworkConfig, RecurrentCodec, Step, pad_to_blocks
-from rnncodec.training import CodecTraining, Training
+from rnncodec.training.module import CodecTraining, Training
 from rnncodec.weights import load_weights
 
 

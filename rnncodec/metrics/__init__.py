@@ -1,0 +1,1 @@
+"""How good a picture is (`distortion`), and how good a codec over its rates (`curves`); only the first needs torch."""
