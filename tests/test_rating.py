@@ -24,10 +24,10 @@ import pytest
 from PIL import Image
 from scipy.optimize import minimize
 
-from rnncodec import rating
 from rnncodec.cli import main
 from rnncodec.metrics.curves import Point, read_points
 from rnncodec.rating import Server, Study, Vote, Votes, bootstrap, bradley_terry, match, summarize
+from rnncodec.rating.votes import SCHEMA
 
 RATES = (0.25, 0.5, 1.0)
 ADA, BOB = "a" * 32, "b" * 32
@@ -391,7 +391,7 @@ def simulate(rng, strengths, raters, votes):
 
 @pytest.mark.parametrize("raters", [1, 40])
 def test_intervals_cover_the_truth(raters, monkeypatch):
-    monkeypatch.setattr(rating, "RESAMPLES", 200)
+    monkeypatch.setattr("rnncodec.rating.scores.RESAMPLES", 200)
     rng = np.random.default_rng(raters)
     truth = np.array([-0.5, 0.0, 0.5])
     covered, widths = [], []
@@ -521,7 +521,7 @@ def test_other_databases_are_refused_and_left_alone(results, not_serving, capsys
     for name, schema in (
         ("other tables", "CREATE TABLE songs (title TEXT)"),
         ("other columns", "CREATE TABLE votes (rater TEXT)"),
-        ("more tables", f"{rating.SCHEMA}; CREATE TABLE songs (title TEXT)"),
+        ("more tables", f"{SCHEMA}; CREATE TABLE songs (title TEXT)"),
     ):
         with closing(sqlite3.connect(results / "made")) as database:
             database.executescript(schema)
