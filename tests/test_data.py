@@ -18,8 +18,17 @@ from jsonargparse import ArgumentParser
 from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
 
-from rnncodec import data
-from rnncodec.data import DataError, ImageCache, PatchDataModule, PatchStream, cut_patches, download_clic
+from rnncodec.data import (
+    DataError,
+    ImageCache,
+    PatchDataModule,
+    PatchStream,
+    cache,
+    clic,
+    cut_patches,
+    datamodule,
+    download_clic,
+)
 
 SIZES = [(64, 64), (70, 93), (33, 100), (48, 17)]  # the cells of 16 pixels: 16, 20, 12, 3
 
@@ -79,7 +88,8 @@ def places(tiles):
 @pytest.fixture
 def messages(monkeypatch):
     said = []
-    monkeypatch.setattr(data, "rank_zero_info", said.append)
+    for place in clic, datamodule:
+        monkeypatch.setattr(place, "rank_zero_info", said.append)
     return said
 
 
@@ -313,8 +323,8 @@ def test_high_entropy_takes_what_png_compresses_worst(module, mixed, monkeypatch
     assert len(set(tiles)) == 14
 
     calls = []
-    choose = data.high_entropy_cells
-    monkeypatch.setattr(data, "high_entropy_cells", lambda *arguments: calls.append(1) or choose(*arguments))
+    choose = datamodule.high_entropy_cells
+    monkeypatch.setattr(datamodule, "high_entropy_cells", lambda *arguments: calls.append(1) or choose(*arguments))
     again = module(mixed, selection="high_entropy", patches_per_image=10)
     again.prepare_data()
     assert not calls
@@ -495,8 +505,8 @@ def test_validation_shows_whole_images_once(module):
 
 
 def decodes(monkeypatch):
-    calls, load = [], data.load_image
-    monkeypatch.setattr(data, "load_image", lambda *arguments: calls.append(arguments) or load(*arguments))
+    calls, load = [], cache.load_image
+    monkeypatch.setattr(cache, "load_image", lambda *arguments: calls.append(arguments) or load(*arguments))
     return calls
 
 
@@ -540,18 +550,18 @@ def test_a_damaged_cache_is_made_anew(module, damage):
 
 
 def test_an_interrupted_build_leaves_nothing(module, monkeypatch, tmp_path):
-    load = data.load_image
+    load = cache.load_image
 
     def interrupted(path, max_pixels):
         if path.name == "3.png":
             raise KeyboardInterrupt
         return load(path, max_pixels)
 
-    monkeypatch.setattr(data, "load_image", interrupted)
+    monkeypatch.setattr(cache, "load_image", interrupted)
     with pytest.raises(KeyboardInterrupt):
         module().prepare_data()
     assert not [path for path in (tmp_path / "cache").iterdir() if path.suffix != ".lock"]
-    monkeypatch.setattr(data, "load_image", load)
+    monkeypatch.setattr(cache, "load_image", load)
     folder = ready(module()).cache.folder
     # What a killed process leaves: a part of a build, under another name.
     folder.rename(folder.with_suffix(".tmp"))
@@ -577,10 +587,10 @@ def test_builds_at_the_same_time(module, monkeypatch, messages):
 
 def test_a_full_disk(module, monkeypatch, tmp_path):
     needed = sum(3 * height * width for height, width in SIZES)
-    monkeypatch.setattr(data.shutil, "disk_usage", lambda _: SimpleNamespace(free=needed - 1))
+    monkeypatch.setattr(cache.shutil, "disk_usage", lambda _: SimpleNamespace(free=needed - 1))
     with pytest.raises(DataError, match=r"the decoded images need 0.0 GB, but only"):
         module().prepare_data()
-    monkeypatch.setattr(data.shutil, "disk_usage", lambda _: SimpleNamespace(free=needed))
+    monkeypatch.setattr(cache.shutil, "disk_usage", lambda _: SimpleNamespace(free=needed))
     ready(module())
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match="choose another folder with cache_dir"):
@@ -641,10 +651,10 @@ def zip_of(members):
 @pytest.fixture
 def server(monkeypatch, photos):
     """A server of four small archives like CLIC's, without checksums."""
-    monkeypatch.setattr(data, "RETRY_SECONDS", 0.0)
-    monkeypatch.setattr(data, "CLIC_ARCHIVES", {name: (file, None) for name, (file, _) in data.CLIC_ARCHIVES.items()})
+    monkeypatch.setattr(clic, "RETRY_SECONDS", 0.0)
+    monkeypatch.setattr(clic, "CLIC_ARCHIVES", {name: (file, None) for name, (file, _) in clic.CLIC_ARCHIVES.items()})
     with Server() as server:
-        for name, (file, _) in data.CLIC_ARCHIVES.items():
+        for name, (file, _) in clic.CLIC_ARCHIVES.items():
             folder = name.split("/")[1]
             png = (photos / "1.png").read_bytes()
             members = {f"{folder}/": b"", f"{folder}/a.png": png, f"__MACOSX/{folder}/._a.png": b"", "read.me": b""}
@@ -684,7 +694,7 @@ def test_download(server, module, photos, tmp_path, messages):
 
 def test_a_dropped_connection_goes_on_where_it_was(server, tmp_path, monkeypatch):
     content = server.files[FIRST]
-    monkeypatch.setitem(data.CLIC_ARCHIVES, "professional/train", (FIRST, hashlib.md5(content).hexdigest()))
+    monkeypatch.setitem(clic.CLIC_ARCHIVES, "professional/train", (FIRST, hashlib.md5(content).hexdigest()))
     server.drops += [100, 0, 57]
     download_clic(tmp_path / "clic", server.url)
     assert [asked for path, asked in server.requests if path.endswith(FIRST)] == [
@@ -721,7 +731,7 @@ def test_any_partial_file(server, tmp_path, have, ranges):
 
 
 def test_a_wrong_checksum_is_refused(server, tmp_path, monkeypatch):
-    monkeypatch.setitem(data.CLIC_ARCHIVES, "professional/train", (FIRST, "0" * 32))
+    monkeypatch.setitem(clic.CLIC_ARCHIVES, "professional/train", (FIRST, "0" * 32))
     with pytest.raises(DataError, match=f"MD5 is {hashlib.md5(server.files[FIRST]).hexdigest()} where 0000"):
         download_clic(tmp_path / "clic", server.url)
     assert files_in(tmp_path / "clic") == []
@@ -740,8 +750,8 @@ def test_a_wrong_checksum_is_refused(server, tmp_path, monkeypatch):
     ],
 )
 def test_hostile_archives_are_refused(server, tmp_path, monkeypatch, members):
-    monkeypatch.setattr(data, "MAX_MEMBER", 1000)
-    monkeypatch.setattr(data, "MAX_UNPACKED", 2000)
+    monkeypatch.setattr(clic, "MAX_MEMBER", 1000)
+    monkeypatch.setattr(clic, "MAX_UNPACKED", 2000)
     server.files[FIRST] = zip_of(members)
     root = tmp_path / "a" / "clic"
     before = set(tmp_path.rglob("*"))
@@ -772,6 +782,6 @@ def test_a_server_without_the_file(server, tmp_path):
 
 
 def test_a_download_checks_the_disk(server, tmp_path, monkeypatch):
-    monkeypatch.setattr(data.shutil, "disk_usage", lambda _: SimpleNamespace(free=len(server.files[FIRST]) - 1))
+    monkeypatch.setattr(cache.shutil, "disk_usage", lambda _: SimpleNamespace(free=len(server.files[FIRST]) - 1))
     with pytest.raises(DataError, match=f"{FIRST}.part need"):
         download_clic(tmp_path / "clic", server.url)

@@ -1,0 +1,8 @@
+"""From photographs to patches: `clic` fetches, `cache` decodes once, `patches` draws, `datamodule` joins the three."""
+
+from rnncodec.data.cache import DataError, ImageCache
+from rnncodec.data.clic import download_clic
+from rnncodec.data.datamodule import PatchDataModule
+from rnncodec.data.patches import PatchStream, cut_patches
+
+__all__ = ["DataError", "ImageCache", "PatchDataModule", "PatchStream", "cut_patches", "download_clic"]

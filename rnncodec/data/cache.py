@@ -1,0 +1,214 @@
+"""Which images there are and what for, and the cache in which each lies decoded, memory-mapped by all that read it."""
+
+import hashlib
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+from PIL import Image
+from rich.progress import track
+
+from rnncodec.files.images import FORMATS, find_images, load_image
+
+CACHE_VERSION = 1
+SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}  # by name of folder
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class DataError(ValueError):
+    """Data that is missing, refused, or other than what was asked for; the message is one line."""
+
+
+# Which images there are, and what for
+
+
+def split_images(
+    root: Path, val_root: Path | None = None, manifest: Path | None = None, val_images: int = 16
+) -> tuple[dict[str, Path], dict[str, str]]:
+    """Finds the images of `PatchDataModule`'s arguments and gives each a split.
+
+    Returns:
+        The path of each image by its name (the path relative to its root), and its split, `train` or `val`.
+
+    Raises:
+        DataError: no image, none left to train on, or a bad manifest.
+        ImageError: a folder is missing or cannot be read.
+    """
+    listed = read_manifest(manifest or root / "manifest.json", required=manifest is not None)
+    if listed is not None:
+        splits = listed
+        files = {name: (manifest.parent if manifest else root) / name for name in splits}
+    else:
+        files = {path.relative_to(root).as_posix(): path for path in find_images([root])}
+        by_folder = {name: _split_of(name) for name in files}
+        rest = None if "train" in by_folder.values() else "train"
+        splits = {name: split or rest for name, split in by_folder.items()}
+    splits = {name: split for name, split in splits.items() if split in ("train", "val")}
+    if val_root is not None:
+        val_files = {f"val_root:{path.relative_to(val_root).as_posix()}": path for path in find_images([val_root])}
+        seen = {path.resolve() for path in val_files.values()}  # val_root may lie within root
+        splits = {name: "train" for name, s in splits.items() if s == "train" and files[name].resolve() not in seen}
+        splits |= dict.fromkeys(val_files, "val")
+        files |= val_files
+    elif "val" not in splits.values():
+        # By a hash of the name: the choice depends neither on the order nor on which other images there are.
+        names = sorted(splits, key=lambda name: hashlib.sha256(name.encode()).digest())
+        if names and val_images >= len(names):
+            raise DataError(f"{root}: to hold out {val_images} of {len(names)} images leaves none to train on")
+        splits |= dict.fromkeys(names[:val_images], "val")
+    if "train" not in splits.values():
+        raise DataError(f"{root}: no images to train on")
+    return {name: files[name] for name in splits}, {name: str(split) for name, split in splits.items()}
+
+
+def _split_of(name: str) -> str | None:
+    """The split that the innermost telling folder of a relative path names."""
+    folders = [part.lower() for part in PurePosixPath(name).parts[-2::-1]]
+    return next((SPLITS[folder] for folder in folders if folder in SPLITS), None)
+
+
+def read_manifest(path: Path, required: bool = True) -> dict[str, str | None] | None:
+    """Reads a JSON list of objects with `file` (relative to the manifest) and `split`: the split by file.
+
+    A manifest that is not required and says nothing of this kind is None.
+    """
+    if not required and not path.is_file():
+        return None
+    try:
+        rows = json.loads(path.read_bytes())
+        listed = [(str(row["file"]), SPLITS.get(str(row["split"]).lower())) for row in rows]
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        if not required:
+            return None
+        reason = error.strerror if isinstance(error, OSError) else "not a JSON list of objects with `file` and `split`"
+        raise DataError(f"{path}: {reason}") from error
+    splits = dict(listed)
+    if conflict := next((name for name, split in listed if splits[name] != split), None):
+        raise DataError(f"{path}: {conflict} is in two splits")
+    return splits
+
+
+# The cache of decoded images
+
+
+class Entry(NamedTuple):
+    """Where an image lies in the cache."""
+
+    name: str
+    height: int
+    width: int
+    offset: int
+
+
+class ImageCache:
+    """Decoded images in one raw file, uint8 [H, W, 3] each, memory-mapped by every process that reads it.
+
+    Args:
+        folder: written by `build_cache`.
+
+    Attributes:
+        entries: of the images, in the order of their names.
+        skipped: why an image is missing, by name.
+
+    Raises:
+        DataError: the folder does not hold a complete cache.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._pixels: np.ndarray | None = None
+        try:
+            index = json.loads((folder / "index.json").read_bytes())
+            self.entries = [Entry(*entry) for entry in index["entries"]]
+            self.skipped: dict[str, str] = dict(index["skipped"])
+            end = 0
+            for entry in self.entries:
+                complete = entry.offset == end and min(entry.height, entry.width) > 0
+                end += 3 * entry.height * entry.width
+                if not complete:
+                    raise ValueError("entries do not follow on one another")
+            if end != (folder / "pixels.raw").stat().st_size:
+                raise ValueError("size of the pixels")
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise DataError(f"{folder}: not a complete image cache") from error
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_pixels": None}  # pickled, a memory map becomes a copy of all pixels
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        """The pixels of one image, uint8 [H, W, 3], read from disk where they are used."""
+        if self._pixels is None:
+            self._pixels = np.memmap(self.folder / "pixels.raw", np.uint8, "r")
+        entry = self.entries[index]
+        end = entry.offset + 3 * entry.height * entry.width
+        return self._pixels[entry.offset : end].reshape(entry.height, entry.width, 3)
+
+
+def build_cache(folder: Path, files: dict[str, Path], max_pixels: int) -> None:
+    """Decodes images into a new cache; images that cannot be read are skipped. The folder appears when it is complete.
+
+    Raises:
+        DataError: the disk is full.
+    """
+    names = sorted(files)
+    temporary = folder.with_suffix(".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)  # left by a process that was killed
+    check_space(folder.parent, sum(_decoded_bytes(path, max_pixels) for path in files.values()), "the decoded images")
+
+    def load(name: str) -> np.ndarray | str:
+        try:
+            return load_image(files[name], max_pixels)
+        except ValueError as error:
+            return str(error).removeprefix(f"{files[name]}: ")
+
+    entries, skipped, offset = [], {}, 0
+    try:
+        temporary.mkdir()
+        with open(temporary / "pixels.raw", "wb") as pixels:
+            for name, image in zip(names, in_threads(load, names, "decoding images"), strict=True):
+                if isinstance(image, str):
+                    skipped[name] = image
+                else:
+                    height, width, _ = image.shape
+                    entries.append(Entry(name, height, width, offset))
+                    pixels.write(np.ascontiguousarray(image).data)
+                    offset += image.nbytes
+            pixels.flush()
+            os.fsync(pixels.fileno())
+        (temporary / "index.json").write_text(json.dumps({"entries": entries, "skipped": skipped}))
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _decoded_bytes(path: Path, max_pixels: int) -> int:
+    """Bytes of the pixels of an image, by its header; 0 if it will be skipped."""
+    try:
+        with warnings.catch_warnings(action="ignore"), Image.open(path, formats=FORMATS) as image:
+            pixels = image.width * image.height
+            return 3 * pixels if pixels <= max_pixels else 0
+    except Exception:  # whatever is wrong with the file, load_image will say so
+        return 0
+
+
+def check_space(folder: Path, needed: int, what: str) -> None:
+    """Refuses, with a DataError, to write more bytes than the disk of a folder has free."""
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise DataError(f"{folder}: {what} need {needed / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are free")
+
+
+def in_threads(function: Callable[[Item], Result], items: Sequence[Item], description: str) -> Iterator[Result]:
+    """Maps in threads, in order and with a progress bar; only a few results at a time wait to be taken."""
+    workers = min(os.cpu_count() or 1, 8)
+    with ThreadPoolExecutor(workers) as pool:
+        for start in track(range(0, len(items), workers), description, disable=not items):
+            yield from pool.map(function, items[start : start + workers])

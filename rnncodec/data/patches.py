@@ -1,0 +1,187 @@
+"""The stream of patches: the tiles there are, their order, crops and flips, and who is given which."""
+
+import io
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+from torch.utils.data.distributed import DistributedSampler
+
+from rnncodec.data.cache import ImageCache, in_threads
+
+
+def grid_cells(sizes: np.ndarray, tile_size: int) -> np.ndarray:
+    """The non-overlapping squares of images' grids: sizes int [N, 2] (H, W) to cells int [C, 3] (image, y, x)."""
+    rows, columns = (sizes // tile_size).T
+    image = np.repeat(np.arange(len(sizes)), rows * columns)
+    within = np.arange(len(image)) - np.repeat(np.cumsum(rows * columns) - rows * columns, rows * columns)
+    y, x = np.divmod(within, columns[image])
+    return np.stack([image, y * tile_size, x * tile_size], axis=1).astype(np.int32)
+
+
+def high_entropy_cells(cache: ImageCache, patch_size: int, count: int) -> np.ndarray:
+    """Each image's `count` grid patches that PNG compresses worst (T17 sec. 5), worst first: int [C, 3], as above."""
+
+    def choose(index: int) -> np.ndarray:
+        pixels = cache[index]
+        cells = grid_cells(np.array([pixels.shape[:2]]), patch_size)
+        sizes = [png_bytes(pixels[y : y + patch_size, x : x + patch_size]) for _, y, x in cells]
+        cells[:, 0] = index
+        return cells[np.argsort(-np.array(sizes, np.int64), kind="stable")[:count]]
+
+    chosen = list(in_threads(choose, range(len(cache.entries)), "choosing high-entropy patches"))
+    return np.concatenate([np.empty((0, 3), np.int32), *chosen])
+
+
+def png_bytes(pixels: np.ndarray) -> int:
+    """Length of the PNG file of uint8 [H, W, 3]."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "png")
+    return buffer.tell()
+
+
+class PatchStream(Dataset):
+    """An endless stream of batches of tiles; item b is batch b of this rank.
+
+    An epoch visits every cell once, in an order drawn from (seed, epoch). Sample n of the stream depends on (seed, n)
+    alone, and batch b of rank r of w holds the B samples from (b w + r) B on: the position in the data is one integer,
+    no two ranks or workers share a sample, and together they see what a single process would.
+
+    Args:
+        cache: of the images.
+        cells: int [C, 3] (image, y, x), places of the tiles.
+        margins: int [N, 2], how far down and right an image's cells may be shifted together; drawn in every epoch.
+        batch_size: B, for each rank.
+        tile_size: side of a tile.
+        patch_size: side of the patch that is cropped from it.
+        flips: whether half of the patches are mirrored left to right.
+        seed: of the order, the shifts, the crops and the flips.
+        rank: of this process.
+        world_size: number of ranks.
+    """
+
+    def __init__(
+        self,
+        cache: ImageCache,
+        cells: np.ndarray,
+        margins: np.ndarray,
+        *,
+        batch_size: int,
+        tile_size: int,
+        patch_size: int,
+        flips: bool,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.cache, self.cells, self.margins, self.seed, self.flips = cache, cells, margins, seed, flips
+        self.batch_size, self.tile_size, self.patch_size = batch_size, tile_size, patch_size
+        self.rank, self.world_size = rank, world_size
+        self._epochs: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+
+    def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The order of the cells [C] and the images' shifts [N, 2] in an epoch."""
+        if epoch not in self._epochs:
+            # Two epochs are kept because batches at their border, of several ranks or workers, need both.
+            self._epochs = {key: value for key, value in self._epochs.items() if key == epoch - 1}
+            rng = np.random.Generator(np.random.Philox(key=[self.seed, epoch + 1]))
+            self._epochs[epoch] = rng.permutation(len(self.cells)), rng.integers(0, self.margins + 1)
+        return self._epochs[epoch]
+
+    def __getitem__(self, batch: int) -> dict[str, Any]:
+        """Tiles uint8 [B, T, T, 3]; corners int64 [B, 2], (y, x) of the crops; flips bool [B]; next_sample, an int."""
+        size, tile = self.batch_size, self.tile_size
+        first = (batch * self.world_size + self.rank) * size
+        # A count of Philox's counter is four words, so that sample n has words of its own, whatever the batches.
+        words = np.random.Philox(key=[self.seed, 0], counter=first).random_raw(4 * size).reshape(size, 4)
+        fractions = words >> np.uint64(32)  # of 2^32
+        corners = (fractions[:, :2] * np.uint64(tile - self.patch_size + 1)) >> np.uint64(32)
+        flips = (fractions[:, 2] < 2**31) & self.flips
+        tiles = np.empty((size, tile, tile, 3), np.uint8)
+        for i in range(size):
+            epoch, place = divmod(first + i, len(self.cells))
+            order, shifts = self._epoch(epoch)
+            image, y, x = self.cells[order[place]]
+            down, right = shifts[image]
+            tiles[i] = self.cache[image][y + down : y + down + tile, x + right : x + right + tile]
+        return {
+            "tiles": torch.from_numpy(tiles),
+            "corners": torch.from_numpy(corners.astype(np.int64)),
+            "flips": torch.from_numpy(flips),
+            "next_sample": (batch + 1) * self.world_size * size,
+        }
+
+
+class WholeImages(Dataset):
+    """Whole images of the cache, uint8 [1, 3, H, W] each."""
+
+    def __init__(self, cache: ImageCache, images: Sequence[int]) -> None:
+        self.cache, self.images = cache, images
+
+    def __getitem__(self, index: int) -> Tensor:
+        return torch.from_numpy(np.array(self.cache[self.images[index]])).permute(2, 0, 1)[None]
+
+
+# Lightning replaces a sampler that is not a DistributedSampler by its own, which knows neither where the stream
+# stands nor how to share images without showing some of them twice.
+
+
+class StreamSampler(DistributedSampler):
+    """Counts batches without end, from where the data module stands when the counting starts."""
+
+    def __init__(self, first_batch: Callable[[], int]) -> None:
+        self.first_batch = first_batch
+
+    def __iter__(self) -> Iterator[int]:
+        batch = self.first_batch()
+        while True:
+            yield batch
+            batch += 1
+
+    def __len__(self) -> int:
+        raise TypeError("the stream of batches has no end")
+
+
+class ShareSampler(DistributedSampler):
+    """Every world_size-th index from the rank on; the shares differ by one if need be."""
+
+    def __init__(self, length: int, rank: int, world_size: int) -> None:
+        self.indices = range(rank, length, world_size)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.indices)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+
+# On the device
+
+
+def normalize(x: Tensor) -> Tensor:
+    """uint8 to float32 in [-1, 1]."""
+    return x.float().div_(127.5).sub_(1)
+
+
+def cut_patches(tiles: Tensor, corners: Tensor, flips: Tensor, patch_size: int) -> Tensor:
+    """Crops, flips and normalizes a batch by one gather.
+
+    Args:
+        tiles: uint8 [B, T, T, 3].
+        corners: int64 [B, 2], (y, x) of the patch in its tile.
+        flips: bool [B], which patches are mirrored left to right.
+        patch_size: P.
+
+    Returns:
+        float32 [B, 3, P, P] in [-1, 1], channels last in memory.
+    """
+    steps = torch.arange(patch_size, device=tiles.device)
+    batch = torch.arange(len(tiles), device=tiles.device)
+    rows = corners[:, :1] + steps  # [B, P]
+    columns = corners[:, 1:] + torch.where(flips[:, None], patch_size - 1 - steps, steps)
+    patches = tiles[batch[:, None, None], rows[:, :, None], columns[:, None, :]]  # [B, P, P, 3]
+    return normalize(patches.permute(0, 3, 1, 2))
