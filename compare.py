@@ -54,7 +54,8 @@ from rnncodec.files.images import atomic_write, find_images, load_image, one_lin
 from rnncodec.metrics.curves import NAN, Point, area, from_csv
 from rnncodec.network import ReconstructionName
 from rnncodec.network.binarizer import BinarizerName
-from rnncodec.weights import load_checkpoint, load_weights, save_weights
+from rnncodec.training.export import load_checkpoint
+from rnncodec.weights import load_weights, save_weights
 
 ROOT = Path(__file__).parent
 STUDIES = ("cells", "reconstructions", "binarizers", "grid")

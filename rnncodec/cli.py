@@ -178,7 +178,8 @@ def truncate(args: argparse.Namespace) -> int:
 
 def export(args: argparse.Namespace) -> int:
     """Makes weights of a checkpoint."""
-    from rnncodec.weights import add_context, load_checkpoint, load_weights, save_weights
+    from rnncodec.training.export import add_context, load_checkpoint
+    from rnncodec.weights import load_weights, save_weights
 
     def work(source: str, target: str, report: Report) -> str:
         if args.context is not None:

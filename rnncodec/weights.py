@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import pickle
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -80,20 +79,20 @@ def save_weights(
     """
     if not NAME_PATTERN.fullmatch(name):
         raise WeightsError(f"the name of weights is up to 32 letters, digits, '.', '_' and '-', not {name!r}")
-    tensors = _half(network)
+    tensors = stored(network)
     _check_values(tensors, name, network)
-    config = _canonical(asdict(network.config))
+    config = canonical(asdict(network.config))
     metadata = {
         "name": name,
         "config": config,
-        "provenance": _canonical(dict(provenance or {})),
+        "provenance": canonical(dict(provenance or {})),
         "fingerprint": fingerprint(config, tensors).hex(),
     }
     if context is not None:
         if context.config.bits != network.config.bits:
             raise WeightsError(f"{context.config.bits} bits of the context model, {network.config.bits} of the codec")
         integers = {key: tensor.cpu().contiguous() for key, tensor in context.integers().items()}
-        metadata["context"] = _canonical(asdict(context.config))
+        metadata["context"] = canonical(asdict(context.config))
         metadata["context_fingerprint"] = fingerprint(metadata["context"], integers).hex()
         tensors |= {f"context.{key}": tensor for key, tensor in integers.items()}
     atomic_write(path, safetensors.torch.save(tensors, metadata))
@@ -113,7 +112,7 @@ def load_weights(path_or_name: str | os.PathLike[str] = DEFAULT_NAME) -> Weights
         with safe_open(path, framework="pt") as file:
             metadata = _metadata(file.metadata(), path)
             try:
-                config = _network_config(json.loads(metadata["config"]))
+                config = network_config_of(json.loads(metadata["config"]))
                 provenance = json.loads(metadata["provenance"])
                 if not isinstance(provenance, dict) or not all(isinstance(text, str) for text in provenance.values()):
                     raise ValueError("provenance must map text to text")
@@ -124,7 +123,7 @@ def load_weights(path_or_name: str | os.PathLike[str] = DEFAULT_NAME) -> Weights
                         key: (tensor.shape, TYPES[tensor.dtype]) for key, tensor in network.state_dict().items()
                     }
                     if "context" in metadata:
-                        context_config = _context_config(json.loads(metadata["context"]), config)
+                        context_config = context_config_of(json.loads(metadata["context"]), config)
                         expected |= _context_tensors(ContextModel(context_config))
             except (ValueError, TypeError, RecursionError) as error:
                 raise WeightsError(f"{path}: {one_line(error)}") from error
@@ -159,7 +158,7 @@ def load_weights(path_or_name: str | os.PathLike[str] = DEFAULT_NAME) -> Weights
     return Weights(network.eval(), metadata["name"], digest, provenance, context, context_digest)
 
 
-def _half(network: RecurrentCodec) -> dict[str, torch.Tensor]:
+def stored(network: RecurrentCodec) -> dict[str, torch.Tensor]:
     """The tensors of a network as a file holds them."""
     return {
         key: (tensor.half() if tensor.is_floating_point() else tensor).cpu().contiguous()
@@ -167,7 +166,7 @@ def _half(network: RecurrentCodec) -> dict[str, torch.Tensor]:
     }
 
 
-def _network_config(values: Any) -> NetworkConfig | LatentConfig:
+def network_config_of(values: Any) -> NetworkConfig | LatentConfig:
     """A config of unknown origin of a network: only that of a latent one has `latents`."""
     if isinstance(values, dict) and "latents" in values:
         config = _config(LatentConfig, values)
@@ -177,7 +176,7 @@ def _network_config(values: Any) -> NetworkConfig | LatentConfig:
     return _config(NetworkConfig, values)
 
 
-def _context_config(values: Any, network: NetworkConfig | LatentConfig) -> ContextConfig:
+def context_config_of(values: Any, network: NetworkConfig | LatentConfig) -> ContextConfig:
     """A config of unknown origin of a context model for a network."""
     config = _config(ContextConfig, values)
     if config.bits != network.bits:
@@ -202,93 +201,6 @@ def _context_tensors(model: ContextModel) -> dict[str, tuple[torch.Size, str]]:
     return expected | exponents
 
 
-def load_checkpoint(path: str | os.PathLike[str]) -> tuple[RecurrentCodec, dict[str, str]]:
-    """The averaged network of a checkpoint that `train.py` wrote, and its provenance; nothing is unpickled.
-
-    Raises:
-        WeightsError: it is no such checkpoint.
-        OSError: it cannot be read.
-    """
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        settings = checkpoint["hyper_parameters"]
-        with torch.device("meta"):
-            network = RecurrentCodec(_network_config(json.loads(json.dumps(settings["network"]))))
-        prefix = "network."
-        state = {key: tensor for key, tensor in checkpoint["state_dict"].items() if key.startswith(prefix)}
-        network.load_state_dict({key[len(prefix) :]: tensor for key, tensor in state.items()}, assign=True)
-        provenance = {
-            "steps": str(checkpoint["global_step"]),
-            "settings": _canonical(_shared(settings)),
-            "data": _canonical(checkpoint["PatchDataModule"]),
-            "seed": str(checkpoint["seed"]),
-            "torch": torch.__version__,
-            "lightning": checkpoint["pytorch-lightning_version"],
-        }
-        if checkpoint.get("started_from"):
-            provenance["started_from"] = checkpoint["started_from"]
-    except (pickle.UnpicklingError, EOFError, KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
-        # PyTorch's message is long and advises to unpickle what should not be.
-        raise WeightsError(f"{os.fspath(path)}: not a checkpoint of train.py ({type(error).__name__})") from error
-    return network.eval(), provenance
-
-
-def _shared(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a training as a file tells them to others: of other weights the name, not the folder."""
-    names = {key: Path(settings[key]).name for key in ("codec", "weights") if settings.get(key)}
-    return {**settings, **names}
-
-
-def add_context(checkpoint: str | os.PathLike[str], path: str | os.PathLike[str], name: str) -> None:
-    """Adds a context model from a checkpoint to the weights of the codec on whose bits it was trained.
-
-    Args:
-        checkpoint: of `ContextTraining` or `JointTraining`.
-        path: weights of that codec, a file.
-        name: of the context model in the checkpoint; `context` in a joint training.
-
-    Raises:
-        WeightsError: it is no such checkpoint, has no such model, or was trained on another codec.
-        OSError: a file cannot be read or written.
-    """
-    if not Path(path).is_file():
-        raise WeightsError(f"{os.fspath(path)}: no such weights file to add a context model to")
-    weights = load_weights(Path(path).absolute())
-    try:
-        loaded = torch.load(checkpoint, map_location="cpu", weights_only=True)
-        settings = json.loads(json.dumps(loaded["hyper_parameters"]))
-        record = {"model": name, "steps": loaded["global_step"], "seed": loaded["seed"], "settings": _shared(settings)}
-        if "contexts" in settings:
-            if loaded.get("started_from"):
-                record["started_from"] = loaded["started_from"]
-            configs, prefix, trained_on = settings["contexts"], f"contexts.{name}.", settings["fingerprint"]
-        else:
-            configs, prefix = {"context": settings["context"]}, "context."
-            network, _ = load_checkpoint(checkpoint)
-            trained_on = fingerprint(_canonical(asdict(network.config)), _half(network)).hex()
-        if name not in configs:
-            raise ValueError(f"no context model {name!r}, there are: {', '.join(configs)}")
-        if trained_on != weights.fingerprint.hex():
-            raise ValueError(f"trained on the codec {trained_on}, not on {os.fspath(path)}")
-        config = _context_config(configs[name], weights.network.config)
-        state = {k[len(prefix) :]: v for k, v in loaded["state_dict"].items() if k.startswith(prefix)}
-        with torch.device("meta"):  # nothing large is made of a config before the tensors are of its shapes
-            shapes = {key: tensor.shape for key, tensor in ContextModel(config).state_dict().items()}
-        if shapes != {key: tensor.shape for key, tensor in state.items()}:
-            raise ValueError("the tensors do not fit the config")
-        model = ContextModel(config)
-        model.load_state_dict(state)
-        exact = model.quantize()
-    except (pickle.UnpicklingError, EOFError, KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
-        raise WeightsError(
-            f"{os.fspath(checkpoint)}: no context model can be taken from it ({one_line(error)})"
-        ) from error
-    if fingerprint(_canonical(asdict(weights.network.config)), _half(weights.network)) != weights.fingerprint:
-        raise WeightsError(f"{os.fspath(path)}: made by another version; export it again")
-    provenance = weights.provenance | {"context": _canonical(record)}
-    save_weights(path, weights.network, weights.name, provenance, exact)
-
-
 def known_weights() -> dict[str, str]:
     """Names of the weights that come with the package, each with its fingerprint in hexadecimal."""
     known = {}
@@ -311,7 +223,7 @@ def fingerprint(config: str, tensors: Mapping[str, torch.Tensor]) -> bytes:
     digest = hashlib.sha256(config.encode())
     for key in sorted(tensors):
         array = tensors[key].cpu().contiguous().numpy()
-        digest.update(_canonical([key, str(array.dtype), list(array.shape)]).encode())
+        digest.update(canonical([key, str(array.dtype), list(array.shape)]).encode())
         digest.update(array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes())
     return digest.digest()[:8]
 
@@ -382,5 +294,6 @@ def _check_values(tensors: Mapping[str, torch.Tensor], source: str, network: Rec
             raise WeightsError(f"{source}: {key} does not hold permutations")
 
 
-def _canonical(value: Any) -> str:
+def canonical(value: Any) -> str:
+    """JSON that depends on the value alone."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"))

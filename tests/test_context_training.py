@@ -16,7 +16,8 @@ from rnncodec.entropy import ContextConfig
 from rnncodec.files import format
 from rnncodec.network import NetworkConfig, RecurrentCodec
 from rnncodec.training.context import ContextTraining, JointTraining
-from rnncodec.weights import WeightsError, add_context, load_weights, save_weights
+from rnncodec.training.export import add_context
+from rnncodec.weights import WeightsError, load_weights, save_weights
 
 TINY = NetworkConfig(bits=8, encoder_channels=(8, 8, 8, 8), decoder_channels=(8, 8, 8, 8, 8))
 CONTEXTS = {

@@ -29,13 +29,13 @@ from rnncodec.entropy import ContextConfig
 from rnncodec.files.images import load_image, save_image
 from rnncodec.metrics.distortion import ms_ssim
 from rnncodec.network import LatentConfig, NetworkConfig, RecurrentCodec, network_config, to_uint8
+from rnncodec.training import cli as training_cli
 from rnncodec.training import context as context_training
+from rnncodec.training.export import add_context, load_checkpoint
 from rnncodec.training.module import CodecTraining
-from rnncodec.weights import WeightsError, add_context, load_checkpoint, load_weights, save_weights
+from rnncodec.weights import WeightsError, load_weights, save_weights
 
 ROOT = Path(__file__).parent.parent
-sys.path.append(str(ROOT))  # train.py is a script, not part of the package
-import train  # noqa: E402
 
 TINY = NetworkConfig(encoder_channels=(8, 8, 8, 8), decoder_channels=(8, 8, 8, 8, 8))
 
@@ -111,7 +111,7 @@ class Recorder(L.Callback):
 def test_mixed_precision_is_the_default_where_it_is_fast(gpu, capability, precision, monkeypatch):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: gpu)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    assert train.default_precision() == precision
+    assert training_cli.default_precision() == precision
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "muon"])
@@ -427,7 +427,7 @@ def test_every_config_opens_with_its_purpose_and_builds(config, capsys, monkeypa
         sys, "argv", ["train.py", "fit", "--config", str(config), "--data.root", "photos", "--print_config"]
     )
     with pytest.raises(SystemExit) as stopped:  # every key and type is known to the command line
-        train.main()
+        training_cli.main()
     assert stopped.value.code == 0
     parsed = yaml.safe_load(capsys.readouterr().out)
     assert parsed["name"] == config.stem

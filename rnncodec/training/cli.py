@@ -1,0 +1,170 @@
+"""The command line of training: Lightning's, with the callbacks and loggers that every run has."""
+
+import os
+import sys
+import uuid
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+import wandb
+from jsonargparse import Namespace
+from lightning.pytorch.callbacks import EMAWeightAveraging, LearningRateMonitor, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger, WandbLogger
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.utilities import rank_zero_only
+
+from rnncodec.data import PatchDataModule
+from rnncodec.training import (
+    context,  # noqa: F401 - its classes may be named in a config
+    tracking,
+)
+from rnncodec.training.module import Training
+from rnncodec.training.optim import bfloat16_pays
+
+
+def default_precision() -> str:
+    """Mixed with bfloat16, but without a GPU on a processor that is slow at it."""
+    return "bf16-mixed" if torch.accelerator.is_available() or bfloat16_pays(torch.device("cpu")) else "32-true"
+
+
+DEFAULTS: dict[str, Any] = {
+    "accelerator": "auto",
+    "devices": 1,
+    "precision": default_precision(),
+    "gradient_clip_val": 1.0,
+    "max_epochs": -1,  # the stream of patches has no end: max_steps or max_time stops the training
+    "max_steps": 1_000_000,
+    "val_check_interval": 5000,
+    "check_val_every_n_epoch": None,
+    "log_every_n_steps": 50,
+    "num_sanity_val_steps": 0,
+}
+
+
+class RunConfig(SaveConfigCallback):
+    """Writes the complete config beside the checkpoints of its own run, where a resumed run may replace it."""
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        folder = Path(trainer.default_root_dir)
+        if trainer.is_global_zero:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.parser.save(self.config, folder / "config.yaml", overwrite=True, multifile=self.multifile)
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint beside the one it replaces, then renames it: a kill at any time leaves a whole one."""
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any | None = None
+    ) -> None:
+        super().save_checkpoint(checkpoint, f"{path}.part", storage_options)
+        os.replace(f"{path}.part", path)
+
+
+class LastCheckpoint(ModelCheckpoint):
+    """Saves at intervals, and once more when training ends, before the averaged weights replace the current ones."""
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert self.dirpath is not None
+        trainer.save_checkpoint(Path(self.dirpath) / f"{self.filename}.ckpt")
+
+
+class TrackedCheckpoints(L.Callback):
+    """Gives W&B the checkpoints when training ends: each of those on the way would stay on disk as a copy."""
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert isinstance(pl_module, Training)
+        files = [
+            path for name in ("last", "best") if (path := Path(trainer.default_root_dir) / f"{name}.ckpt").exists()
+        ]
+        for logger in pl_module.wandb_loggers():
+            tracking.log_files(logger.experiment, "checkpoints", files)
+
+
+class CodecCLI(LightningCLI):
+    """Adds the name of the run, and the callbacks and loggers that every run has."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--name", type=str, default="codec", help="name of the run and of its folder in runs/")
+        parser.add_argument("--checkpoint_minutes", type=float, default=5.0, help="time between checkpoints")
+        parser.add_lightning_class_args(EMAWeightAveraging, "ema")
+        # The only buffers are constants.
+        parser.set_defaults({"ema.decay": 0.999, "ema.use_buffers": False, "seed_everything": 0})
+        # What a config names by class_path, if it is another training.
+        parser.set_defaults({"model": {"class_path": "rnncodec.training.module.CodecTraining"}})
+
+    def _parse_ckpt_path(self) -> None:
+        """Lets config and command line decide in a resumed run too, where Lightning takes the checkpoint's values."""
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        config: Namespace = self.config[str(self.subcommand)] if self.subcommand else self.config
+        folder = Path(config.trainer.default_root_dir or "runs") / config.name
+        last = folder / "last.ckpt"
+        resumed = config.get("ckpt_path") or list(folder.glob("hpc_ckpt_*.ckpt"))  # the latter after a SLURM requeue
+        if self.subcommand == "fit" and last.exists() and not resumed:
+            raise FileExistsError(f"{last} is of an earlier run: resume it with --ckpt_path or choose another --name")
+        run_id = folder / "wandb-id.txt"
+        if getattr(rank_zero_only, "rank", 0) == 0 and not (resumed and run_id.exists()):
+            folder.mkdir(parents=True, exist_ok=True)
+            run_id.write_text(uuid.uuid4().hex[:8])
+        if not config.trainer.logger and config.trainer.logger is not False:
+            kwargs["logger"] = [
+                CSVLogger(folder, name="metrics"),  # a new version for each start: nothing is overwritten
+                WandbLogger(
+                    name=config.name,
+                    save_dir=folder,
+                    id=run_id.read_text() if run_id.exists() else None,
+                    resume="allow",
+                    job_type="training",
+                    **tracking.settings(folder),
+                ),
+            ]
+        monitor, mode = self.model.monitor
+        callbacks: list[L.Callback] = [
+            LastCheckpoint(
+                folder,
+                filename="last",
+                train_time_interval=timedelta(minutes=config.checkpoint_minutes),
+                enable_version_counter=False,
+            ),
+            ModelCheckpoint(
+                folder,
+                filename="best",
+                monitor=monitor,
+                mode=mode,
+                enable_version_counter=False,
+                save_on_train_epoch_end=False,
+            ),
+        ]
+        if config.trainer.logger is not False:
+            callbacks += [LearningRateMonitor("step"), TrackedCheckpoints()]
+        if config.trainer.enable_progress_bar is not False:
+            callbacks.append(RichProgressBar())
+        kwargs["callbacks"] = [*callbacks, *(self._get(self.config_init, "trainer").get("callbacks") or [])]
+        plugins = self._get(self.config_init, "trainer").get("plugins") or []
+        kwargs["plugins"] = [AtomicCheckpointIO(), *(plugins if isinstance(plugins, list) else [plugins])]
+        kwargs["default_root_dir"] = folder
+        return super().instantiate_trainer(**kwargs)
+
+
+def main(args: Sequence[str] | None = None, program: str = "train.py") -> int:
+    """Runs the command line, by default that of the process; gives the exit status."""
+    try:
+        CodecCLI(
+            Training,
+            PatchDataModule,
+            subclass_mode_model=True,
+            trainer_defaults=DEFAULTS,
+            save_config_callback=RunConfig,
+            save_config_kwargs={"overwrite": True},
+            args=args,
+        )
+    except (ValueError, OSError, FloatingPointError, wandb.Error) as error:
+        print(f"{program}: error: {error}", file=sys.stderr)
+        return 1
+    return 0

@@ -1,0 +1,112 @@
+"""From a checkpoint of a training to a file of weights; nothing of a checkpoint is unpickled."""
+
+import json
+import os
+import pickle
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rnncodec.entropy import ContextModel
+from rnncodec.files.images import one_line
+from rnncodec.network import RecurrentCodec
+from rnncodec.weights import (
+    WeightsError,
+    canonical,
+    context_config_of,
+    fingerprint,
+    load_weights,
+    network_config_of,
+    save_weights,
+    stored,
+)
+
+
+def load_checkpoint(path: str | os.PathLike[str]) -> tuple[RecurrentCodec, dict[str, str]]:
+    """The averaged network of a checkpoint that `train.py` wrote, and its provenance; nothing is unpickled.
+
+    Raises:
+        WeightsError: it is no such checkpoint.
+        OSError: it cannot be read.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        settings = checkpoint["hyper_parameters"]
+        with torch.device("meta"):
+            network = RecurrentCodec(network_config_of(json.loads(json.dumps(settings["network"]))))
+        prefix = "network."
+        state = {key: tensor for key, tensor in checkpoint["state_dict"].items() if key.startswith(prefix)}
+        network.load_state_dict({key[len(prefix) :]: tensor for key, tensor in state.items()}, assign=True)
+        provenance = {
+            "steps": str(checkpoint["global_step"]),
+            "settings": canonical(_shared(settings)),
+            "data": canonical(checkpoint["PatchDataModule"]),
+            "seed": str(checkpoint["seed"]),
+            "torch": torch.__version__,
+            "lightning": checkpoint["pytorch-lightning_version"],
+        }
+        if checkpoint.get("started_from"):
+            provenance["started_from"] = checkpoint["started_from"]
+    except (pickle.UnpicklingError, EOFError, KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
+        # PyTorch's message is long and advises to unpickle what should not be.
+        raise WeightsError(f"{os.fspath(path)}: not a checkpoint of train.py ({type(error).__name__})") from error
+    return network.eval(), provenance
+
+
+def _shared(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a training as a file tells them to others: of other weights the name, not the folder."""
+    names = {key: Path(settings[key]).name for key in ("codec", "weights") if settings.get(key)}
+    return {**settings, **names}
+
+
+def add_context(checkpoint: str | os.PathLike[str], path: str | os.PathLike[str], name: str) -> None:
+    """Adds a context model from a checkpoint to the weights of the codec on whose bits it was trained.
+
+    Args:
+        checkpoint: of `ContextTraining` or `JointTraining`.
+        path: weights of that codec, a file.
+        name: of the context model in the checkpoint; `context` in a joint training.
+
+    Raises:
+        WeightsError: it is no such checkpoint, has no such model, or was trained on another codec.
+        OSError: a file cannot be read or written.
+    """
+    if not Path(path).is_file():
+        raise WeightsError(f"{os.fspath(path)}: no such weights file to add a context model to")
+    weights = load_weights(Path(path).absolute())
+    try:
+        loaded = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        settings = json.loads(json.dumps(loaded["hyper_parameters"]))
+        record = {"model": name, "steps": loaded["global_step"], "seed": loaded["seed"], "settings": _shared(settings)}
+        if "contexts" in settings:
+            if loaded.get("started_from"):
+                record["started_from"] = loaded["started_from"]
+            configs, prefix, trained_on = settings["contexts"], f"contexts.{name}.", settings["fingerprint"]
+        else:
+            configs, prefix = {"context": settings["context"]}, "context."
+            network, _ = load_checkpoint(checkpoint)
+            trained_on = fingerprint(canonical(asdict(network.config)), stored(network)).hex()
+        if name not in configs:
+            raise ValueError(f"no context model {name!r}, there are: {', '.join(configs)}")
+        if trained_on != weights.fingerprint.hex():
+            raise ValueError(f"trained on the codec {trained_on}, not on {os.fspath(path)}")
+        config = context_config_of(configs[name], weights.network.config)
+        state = {k[len(prefix) :]: v for k, v in loaded["state_dict"].items() if k.startswith(prefix)}
+        with torch.device("meta"):  # nothing large is made of a config before the tensors are of its shapes
+            shapes = {key: tensor.shape for key, tensor in ContextModel(config).state_dict().items()}
+        if shapes != {key: tensor.shape for key, tensor in state.items()}:
+            raise ValueError("the tensors do not fit the config")
+        model = ContextModel(config)
+        model.load_state_dict(state)
+        exact = model.quantize()
+    except (pickle.UnpicklingError, EOFError, KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
+        raise WeightsError(
+            f"{os.fspath(checkpoint)}: no context model can be taken from it ({one_line(error)})"
+        ) from error
+    if fingerprint(canonical(asdict(weights.network.config)), stored(weights.network)) != weights.fingerprint:
+        raise WeightsError(f"{os.fspath(path)}: made by another version; export it again")
+    provenance = weights.provenance | {"context": canonical(record)}
+    save_weights(path, weights.network, weights.name, provenance, exact)
