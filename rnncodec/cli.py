@@ -5,52 +5,42 @@ import json
 import math
 import os
 import sys
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
 from rnncodec import __version__
 from rnncodec.files import format, images
-from rnncodec.files.format import FormatError, Header
+from rnncodec.files.format import Header
 from rnncodec.files.images import one_line
+from rnncodec.jobs import (
+    FAILURES,
+    PATHS,
+    Job,
+    Report,
+    UsageError,
+    complain,
+    do_each,
+    find_files,
+    find_jobs,
+    printable,
+    read,
+    stdin,
+    stdout,
+    write,
+)
 
 if TYPE_CHECKING:
     from rnncodec.codec import Codec  # imported only by what needs a network, as torch takes seconds
     from rnncodec.rating import Summary
-
-HEADER_BYTES = 4096  # no header is longer
-MAX_FILE_BYTES = 2**31  # 16 iterations of the largest image take half of it
-FAILURES = (ValueError, OSError, MemoryError, RuntimeError)  # torch reports exhausted memory as RuntimeError
-
-PATHS = """\
-Exactly two paths, the second of which is '-' or ends in {suffix}, are one input and its output, which is
-overwritten if it exists. Otherwise every path is an input, and folders stand for all {kind} below them;
-each output lies beside its input or, with --output-dir, in that folder, below the folders the input had, and
-replaces an existing file only with --force. '-' is standard input or output; alone, it is both."""
-
-Report = Callable[[int, int], None]
-
-
-class UsageError(ValueError):
-    """Arguments that do not go together."""
-
-
-class Job(NamedTuple):
-    """An input, the output it becomes (each '-' for a pipe), and whether an existing output may be replaced."""
-
-    source: str
-    target: str
-    overwrite: bool
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -75,30 +65,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UsageError as error:
         parser.error(one_line(error))
     except KeyboardInterrupt:
-        _complain("interrupted")
+        complain("interrupted")
         return 130
     except FAILURES as error:
         if isinstance(error, OSError) and sys.stdout is sys.__stdout__:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - what failed once must not fail again at exit
         if not isinstance(error, BrokenPipeError):  # whoever read our output has left and wants no more words
-            _complain(f"error: {one_line(error)}")
+            complain(f"error: {one_line(error)}")
         return 1
 
 
 def encode(args: argparse.Namespace) -> int:
     """Compresses images."""
-    jobs = _jobs(args, ".rnc", {".rnc"}, lambda folder: images.find_images([folder]))
+    jobs = find_jobs(args, ".rnc", {".rnc"}, lambda folder: images.find_images([folder]))
     codec = _codec(args.weights or "small", args)
     _check_iterations(args, codec.max_iterations)
 
     def work(source: str, target: str, report: Report) -> str:
-        image = images.load_image(_stdin() if source == "-" else source, args.max_pixels)
+        image = images.load_image(stdin() if source == "-" else source, args.max_pixels)
         data = codec.encode(image, args.iterations, bpp=args.bpp, psnr=args.psnr, entropy=args.entropy, progress=report)
-        _write(target, data)
+        write(target, data)
         header = format.read_header(data)
         return f"{len(header.iterations)} iterations, {len(data)} bytes, {header.bpp[-1]:.4f} bpp"
 
-    return _each(jobs, work)
+    return do_each(jobs, work)
 
 
 def decode(args: argparse.Namespace) -> int:
@@ -108,7 +98,7 @@ def decode(args: argparse.Namespace) -> int:
     suffix = f".{args.format or 'png'}".lower()
     if suffix not in suffixes:
         raise UsageError(f"unknown --format {args.format!r}")
-    jobs = _jobs(args, suffix, suffixes, _find_files)
+    jobs = find_jobs(args, suffix, suffixes, find_files)
     _check_iterations(args, format.MAX_ITERATIONS)
     codecs: dict[bytes, Codec] = {}
     if args.weights:
@@ -116,22 +106,22 @@ def decode(args: argparse.Namespace) -> int:
         codecs[given.fingerprint] = given
 
     def work(source: str, target: str, report: Report) -> str:
-        header, data = _read(source)
+        header, data = read(source)
         if header.fingerprint not in codecs:
             codecs[header.fingerprint] = _codec_for(header, args)
         codec = codecs[header.fingerprint]
         image = codec.decode(data, args.iterations, max_pixels=args.max_pixels, progress=report)
-        images.save_image(np.asarray(image), _stdout() if target == "-" else target, args.format)
+        images.save_image(np.asarray(image), stdout() if target == "-" else target, args.format)
         return f"{image.width}x{image.height}"
 
-    return _each(jobs, work)
+    return do_each(jobs, work)
 
 
 def info(args: argparse.Namespace) -> int:
     """Shows what is in files."""
 
     def work(source: str, target: str, report: Report) -> None:
-        header, data = _read(source)
+        header, data = read(source)
         complete = len(format.read(data, max_pixels=2**32).payloads)
         rows = list(zip(header.sizes, header.bpp, strict=True))
         if args.json:
@@ -152,7 +142,7 @@ def info(args: argparse.Namespace) -> int:
             }
             print(json.dumps(document))
             return
-        print(f"{_printable(source)}: {header.width}x{header.height}, {len(data)} bytes, version {header.version}")
+        print(f"{printable(source)}: {header.width}x{header.height}, {len(data)} bytes, version {header.version}")
         print(f"weights {header.weights} ({header.fingerprint.hex()}), {complete} of {len(rows)} iterations complete")
         table = Table("iteration", "bytes", "bpp", "payload", "")
         for column in table.columns[:4]:
@@ -162,18 +152,18 @@ def info(args: argparse.Namespace) -> int:
             table.add_row(str(t), str(size), f"{bpp:.4f}", payload, "" if t <= complete else "missing")
         Console(highlight=False).print(table)
 
-    return _each([Job(file, "", True) for file in args.paths], work)
+    return do_each([Job(file, "", True) for file in args.paths], work)
 
 
 def truncate(args: argparse.Namespace) -> int:
     """Shortens a file."""
 
     def work(source: str, target: str, report: Report) -> str:
-        data = format.truncate(_read(source)[1], iterations=args.iterations, max_bytes=args.bytes)
-        _write(target, data)
+        data = format.truncate(read(source)[1], iterations=args.iterations, max_bytes=args.bytes)
+        write(target, data)
         return f"{len(format.read_header(data).iterations)} iterations, {len(data)} bytes"
 
-    return _each([Job(args.input, args.output, True)], work)
+    return do_each([Job(args.input, args.output, True)], work)
 
 
 def export(args: argparse.Namespace) -> int:
@@ -191,7 +181,7 @@ def export(args: argparse.Namespace) -> int:
         context = f", context model {weights.context_fingerprint.hex()}" if weights.context else ""
         return f"weights {weights.name} ({weights.fingerprint.hex()}){context}"
 
-    return _each([Job(args.checkpoint, args.output, True)], work)
+    return do_each([Job(args.checkpoint, args.output, True)], work)
 
 
 def rate(args: argparse.Namespace) -> int:
@@ -214,7 +204,7 @@ def rate(args: argparse.Namespace) -> int:
         comparisons, images = len(study.comparisons), len(study.checks)
         print(f"{server.url} serves {comparisons} comparisons of {images} images; Ctrl-C ends it", flush=True)
         server.serve_forever()
-    print(f"{_printable(str(path))}: {sum(vote.undone is None for vote in votes.all())} votes")
+    print(f"{printable(str(path))}: {sum(vote.undone is None for vote in votes.all())} votes")
     return 0
 
 
@@ -225,7 +215,7 @@ def _print_scores(summary: "Summary") -> None:
     for score in summary.scores:
         interval = f"{score.low:+.2f} to {score.high:+.2f}"
         numbers = f"{score.score:+.2f}", interval, f"{score.probability:.1%}", str(score.votes)
-        table.add_row(f"{score.rate:g}", Text(_printable(score.codec)), *numbers)
+        table.add_row(f"{score.rate:g}", Text(printable(score.codec)), *numbers)
     Console(highlight=False).print(table)
 
     def share(part: int, total: int) -> str:
@@ -336,103 +326,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _jobs(
-    args: argparse.Namespace, suffix: str, output_suffixes: set[str], search: Callable[[Path], list[Path]]
-) -> list[Job]:
-    """What to do, by the rule of `PATHS`."""
-    paths: list[str] = args.paths
-    if paths == ["-"]:
-        paths = ["-", "-"]
-    if len(paths) == 2 and (paths[1] == "-" or Path(paths[1]).suffix.lower() in output_suffixes):
-        if args.output_dir is not None:
-            raise UsageError("give an output or --output-dir, not both")
-        if Path(paths[0]).is_dir():
-            raise UsageError(f"{paths[0]} is a folder and cannot become one output")
-        jobs = [Job(paths[0], paths[1], True)]
-    elif "-" in paths:
-        raise UsageError("'-' cannot be one of several inputs")
-    else:
-        jobs = []
-        for path in map(Path, paths):
-            files = search(path) if path.is_dir() else [path]
-            if not files:
-                raise ValueError(f"nothing to do in {path}")
-            for file in files:
-                place = file if args.output_dir is None else args.output_dir / _below(file, path)
-                jobs.append(Job(str(file), str(place.with_suffix(suffix)), args.force))
-        jobs = list(dict.fromkeys(jobs))
-    sources = {os.path.realpath(job.source): job.source for job in jobs if job.source != "-"}
-    targets: dict[str, str] = {}
-    for job in jobs:
-        if job.target == "-":
-            continue
-        target = os.path.realpath(job.target)
-        if target in sources:
-            raise ValueError(f"{job.target} would overwrite the input {sources[target]}")
-        if target in targets:
-            raise ValueError(f"{targets[target]} and {job.source} would both become {job.target}")
-        targets[target] = job.source
-    return jobs
-
-
-def _find_files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() == ".rnc" and path.is_file())
-
-
-def _below(file: Path, root: Path) -> Path:
-    """The path of a file within the folder it was found in, or its bare name."""
-    return Path(file.name) if file == root else file.relative_to(root)
-
-
-def _each(jobs: Sequence[Job], work: Callable[[str, str, Report], str | None]) -> int:
-    """Does all jobs, whatever becomes of each, and gives the exit status."""
-    failed = False
-    with _progress(len(jobs)) as start:
-        for job in jobs:
-            try:
-                if not job.overwrite and os.path.lexists(job.target):
-                    raise ValueError(f"{job.target} exists; --force replaces it")
-                if job.target not in ("", "-"):
-                    Path(job.target).parent.mkdir(parents=True, exist_ok=True)
-                with warnings.catch_warnings(record=True) as caught:
-                    warnings.simplefilter("always")
-                    summary = work(job.source, job.target, start(job.source))
-                for warning in caught:
-                    _complain(f"warning: {job.source}: {warning.message}")
-                if summary and job.target != "-":
-                    print(f"{_printable(job.target)}: {summary}")
-            except BrokenPipeError:
-                raise
-            except FAILURES as error:
-                message = one_line(error)
-                _complain(f"error: {message}" if job.source in message else f"error: {job.source}: {message}")
-                failed = True
-    return int(failed)
-
-
-@contextmanager
-def _progress(jobs: int) -> Iterator[Callable[[str], Report]]:
-    """Bars on standard error if that is a terminal; gives a function that starts the bar of a job."""
-    if not (sys.stderr and sys.stderr.isatty()):
-        yield lambda source: lambda done, total: None
-        return
-    columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    on_terminal = bool(sys.stdout and sys.stdout.isatty())
-    with Progress(*columns, console=Console(stderr=True), transient=True, redirect_stdout=on_terminal) as bars:
-        files = bars.add_task("files", total=jobs, visible=jobs > 1)
-        steps = bars.add_task("", total=None)
-        begun = 0
-
-        def start(source: str) -> Report:
-            nonlocal begun
-            bars.update(files, completed=begun)
-            begun += 1
-            bars.reset(steps, description=_printable(source), total=None)
-            return lambda done, total: bars.update(steps, completed=done, total=total)
-
-        yield start
-
-
 def _codec(weights: str, args: argparse.Namespace) -> "Codec":
     import torch
 
@@ -464,45 +357,6 @@ def _check_iterations(args: argparse.Namespace, most: int) -> None:
         raise UsageError(f"--iterations must be in 1..{most}, not {args.iterations}")
 
 
-def _read(source: str) -> tuple[Header, bytes]:
-    """The header and the bytes of an .rnc file, no more of them than the header announces and one."""
-
-    def read(file: BinaryIO) -> tuple[Header, bytes]:
-        data = bytearray(file.read(HEADER_BYTES))
-        header = format.read_header(bytes(data))
-        size = header.sizes[-1]
-        if size > MAX_FILE_BYTES:
-            raise FormatError(f"the header announces {size} bytes, more than the limit of {MAX_FILE_BYTES}")
-        # In pieces, as read(size) would allocate all that was announced, there or not.
-        while len(data) <= size and (piece := file.read(min(size + 1 - len(data), 2**20))):
-            data += piece
-        return header, bytes(data)
-
-    if source == "-":
-        return read(_stdin())
-    with open(source, "rb") as file:
-        return read(file)
-
-
-def _write(target: str, data: bytes) -> None:
-    if target == "-":
-        _stdout().write(data)
-    else:
-        images.atomic_write(target, data)
-
-
-def _stdin() -> BinaryIO:
-    if sys.stdin is None:
-        raise OSError("standard input is closed")
-    return sys.stdin.buffer
-
-
-def _stdout() -> BinaryIO:
-    if sys.stdout is None:
-        raise OSError("standard output is closed")
-    return sys.stdout.buffer
-
-
 def _positive(text: str) -> float:
     with suppress(ValueError):
         if 0 < (value := float(text)) < math.inf:
@@ -522,13 +376,3 @@ def _port(text: str) -> int:
         if 0 <= (value := int(text)) < 2**16:
             return value
     raise argparse.ArgumentTypeError(f"must be a port from 0 to {2**16 - 1}, not {text}")
-
-
-def _complain(message: str) -> None:
-    """One line on standard error."""
-    print(f"rnncodec: {_printable(message)}", file=sys.stderr)
-
-
-def _printable(text: str) -> str:
-    """Names of files may hold anything; escapes what would move the cursor or cannot be encoded."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)

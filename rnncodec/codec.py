@@ -5,7 +5,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple, TypedDict
+from typing import TypedDict
 
 import numpy as np
 import torch
@@ -16,21 +16,14 @@ from rnncodec.entropy import CLASSICAL, NAMES, ContextSession, EntropyName, Sess
 from rnncodec.files import format
 from rnncodec.files.format import CONTEXT, Container, FormatError, Header, Iteration
 from rnncodec.files.images import MAX_PIXELS, to_rgb
-from rnncodec.network import LatentConfig, NetworkConfig, State, Window, pad_to_blocks, to_uint8
+from rnncodec.network import LatentConfig, State, pad_to_blocks, to_uint8
+from rnncodec.tiling import MAX_ITERATIONS, Box, Tile, inside, tiles, windows
 from rnncodec.weights import Weights, WeightsError
 
-MAX_ITERATIONS = 16  # of a network in pixels, and of any that is not told otherwise
 MAX_SIDE = 65535  # two bytes in the header
-MEMORY = (
-    2 * 2**30
-)  # bytes of activations above which an image is cut into tiles; the same everywhere, as tiles leave traces
-MIN_CORE = 256  # pixels; smaller tiles would spend nearly all their time on halos
-
-MAP = 2**18  # blocks that the loop of a latent network holds at once, 67 megapixels; more are coded in bands of rows
 WINDOW = 1024  # pixels, side of what the transforms of a latent network work on at once, without its halo
 
 Progress = Callable[[int, int], None]
-Box = Window
 
 
 class Compressed(TypedDict):
@@ -38,13 +31,6 @@ class Compressed(TypedDict):
 
     strings: list[list[bytes]]
     shape: tuple[int, int]
-
-
-class Tile(NamedTuple):
-    """Rows and columns of the code that are computed together (`area`), and those of them that are kept (`core`)."""
-
-    area: Box
-    core: Box
 
 
 class Codec:
@@ -308,10 +294,10 @@ class Codec:
     def _analyse(self, images: Tensor, iterations: int, progress: Progress | None) -> Iterator[np.ndarray]:
         """The bits of images [B, 3, H, W], bool [B, bits, rows, columns] for each iteration."""
         height, width = images.shape[-2:]
-        tiles = self._tiles(height, width)
-        if len(tiles) == 1:  # an iteration costs nothing before it is asked for
+        areas = self._tiles(height, width)
+        if len(areas) == 1:  # an iteration costs nothing before it is asked for
             with _exact():  # not around `yield`, where it would be in force for the caller, too
-                steps = self.network.unroll(self._input(images, tiles[0].area), iterations)
+                steps = self.network.unroll(self._input(images, areas[0].area), iterations)
             for t in range(iterations):
                 with _exact():
                     step = next(steps)
@@ -321,11 +307,11 @@ class Codec:
             return
         planes = np.empty((iterations, len(images), self.config.bits, *self._grid(height, width)), bool)
         with _exact():
-            for i, tile in enumerate(tiles):
+            for i, tile in enumerate(areas):
                 for t, step in enumerate(self.network.unroll(self._input(images, tile.area), iterations)):
-                    planes[t][..., *tile.core] = (step.bits > 0)[..., *_inside(tile)].cpu().numpy()
+                    planes[t][..., *tile.core] = (step.bits > 0)[..., *inside(tile)].cpu().numpy()
                     if progress:
-                        progress(i * iterations + t + 1, len(tiles) * iterations)
+                        progress(i * iterations + t + 1, len(areas) * iterations)
         yield from planes
 
     def _analyse_to(self, target: float, image: Tensor, progress: Progress | None) -> np.ndarray:
@@ -333,7 +319,7 @@ class Codec:
         if not target > 0 or math.isinf(target):
             raise ValueError(f"psnr must be a positive number of dB, not {target}")
         height, width = image.shape[-2:]
-        tiles = self._tiles(height, width)
+        areas = self._tiles(height, width)
         most, best = self.max_iterations, -math.inf
 
         def squared_error(x_hat: Tensor, box: Box) -> int:
@@ -342,12 +328,12 @@ class Codec:
         def decibel(error: int) -> float:
             return 10 * math.log10(255**2 * image.numel() / error) if error else math.inf
 
-        if len(tiles) == 1:  # the encoder's reconstruction is the decoder's
+        if len(areas) == 1:  # the encoder's reconstruction is the decoder's
             found = []
             with _exact():
-                for t, step in enumerate(self.network.unroll(self._input(image, tiles[0].area), most)):
+                for t, step in enumerate(self.network.unroll(self._input(image, areas[0].area), most)):
                     found.append((step.bits > 0).cpu().numpy())
-                    pictures = self._pictures(step.state, tiles[0], height, width)
+                    pictures = self._pictures(step.state, areas[0], height, width)
                     reached = decibel(sum(squared_error(x_hat, box) for box, x_hat in pictures))
                     if progress:
                         progress(most if reached >= target else t + 1, most)
@@ -356,7 +342,7 @@ class Codec:
                     best = max(best, reached)
             planes = np.stack(found)
         else:
-            steps = most * len(tiles)
+            steps = most * len(areas)
             first = progress and (lambda done, _: progress(done, 2 * steps))
             planes = np.stack(list(self._analyse(image, most, first)))
             errors = [0] * most
@@ -383,10 +369,10 @@ class Codec:
 
         Only of the last iteration, or of `every` one.
         """
-        tiles = self._tiles(height, width)
-        if len(tiles) > 1:
+        areas = self._tiles(height, width)
+        if len(areas) > 1:
             planes = list(planes)
-        for i, tile in enumerate(tiles):
+        for i, tile in enumerate(areas):
             state = None
             for t, plane in enumerate(planes):
                 with _exact():
@@ -394,7 +380,7 @@ class Codec:
                     step = self.network(state, bits=bits.contiguous(memory_format=torch.channels_last))
                 state = step.state
                 if progress:
-                    progress(i * count + t + 1, len(tiles) * count)
+                    progress(i * count + t + 1, len(areas) * count)
                 if every or t == count - 1:
                     for box, x_hat in self._pictures(state, tile, height, width):
                         yield t, box, x_hat
@@ -402,7 +388,7 @@ class Codec:
     def _pictures(self, state: State, tile: Tile, height: int, width: int) -> Iterator[tuple[Box, Tensor]]:
         """What a state of a tile shows: boxes of an image in pixels, and their x_hat."""
         stride, halo = self.config.stride, self.network.transforms.halos[1]
-        for area, core in _windows(*tile.area, halo, self._window()):
+        for area, core in windows(*tile.area, halo, self._window()):
             kept = tuple(
                 slice(max(c.start, t.start), min(c.stop, t.stop)) for c, t in zip(core, tile.core, strict=True)
             )
@@ -413,7 +399,7 @@ class Codec:
                 for cut, length in zip(kept, (height, width), strict=True)
             )
             with _exact():
-                x_hat = self.network.picture(state, _inside(Tile(tile.area, area)))
+                x_hat = self.network.picture(state, inside(Tile(tile.area, area)))
             y, x = (
                 slice(cut.start - start.start * stride, cut.stop - start.start * stride)
                 for cut, start in zip(box, area, strict=True)
@@ -423,17 +409,17 @@ class Codec:
     def _input(self, images: Tensor, area: Box) -> Tensor:
         """What the loop runs on, of an area of images whose last pixels are repeated up to whole blocks."""
         halo, grid = self.network.transforms.halos[0], self._grid(*images.shape[-2:])
-        windows = _windows(*area, halo, self._window(), grid)
-        if windows[0][0] == area:
+        cuts = windows(*area, halo, self._window(), grid)
+        if cuts[0][0] == area:
             return self.network.analyse(self._pixels(images, area))
         parts = []
-        for window, core in windows:
+        for window, core in cuts:
             y = self.network.analyse(self._pixels(images, window))
-            parts.append((core, y[..., *_inside(Tile(window, core))]))
+            parts.append((core, y[..., *inside(Tile(window, core))]))
         rows, columns = (cut.stop - cut.start for cut in area)
         whole = parts[0][1].new_empty(*parts[0][1].shape[:2], rows, columns)
         for core, y in parts:
-            whole[..., *_inside(Tile(area, core))] = y
+            whole[..., *inside(Tile(area, core))] = y
         return whole.contiguous(memory_format=torch.channels_last)
 
     def _pixels(self, images: Tensor, area: Box) -> Tensor:
@@ -464,25 +450,7 @@ class Codec:
         return math.ceil(height / self.config.stride), math.ceil(width / self.config.stride)
 
     def _tiles(self, height: int, width: int) -> list[Tile]:
-        """The tiles of an image: they depend on its size and the network alone, so that every prefix decodes alike."""
-        rows, columns = self._grid(height, width)
-        if isinstance(self.config, LatentConfig):  # whose states are small: its transforms are cut, see `_windows`
-            height = max(1, MAP // columns)
-            bands = [slice(top, min(top + height, rows)) for top in range(0, rows, height)]
-            return [Tile((band, slice(0, columns)), (band, slice(0, columns))) for band in bands]
-        halo, block = receptive_field(self.config)
-        side = self.tile
-        if side is None:
-            affordable = int(MEMORY / activation_bytes(self.config))
-            if rows * columns * self.config.stride**2 <= affordable:
-                side = max(rows, columns) * self.config.stride
-            else:
-                side = max(math.isqrt(affordable) - 2 * halo, MIN_CORE)
-        side = math.ceil(side / block) * block // self.config.stride
-        halo //= self.config.stride
-
-        whole = slice(0, rows), slice(0, columns)
-        return [Tile(*window) for window in _windows(*whole, halo, side)]
+        return tiles(self.config, *self._grid(height, width), self.tile)
 
     def _header(self, height: int, width: int, iterations: Sequence[Iteration]) -> Header:
         return Header(
@@ -512,54 +480,6 @@ class Codec:
             raise FormatError(f"{len(header.iterations)} iterations, its weights decode up to {self.max_iterations}")
 
 
-def activation_bytes(config: NetworkConfig) -> float:
-    """Roughly how much memory one pixel takes while its tile is coded: the state, and the largest cell at work."""
-    layers = len(config.decoder_hidden_kernels)
-    patches = config.patch_size > 1
-    cells = []  # channels for each pixel, of each cell
-    for side, widths, recurrent in (
-        ("encoder", config.encoder_channels[1:], config.encoder_cell),
-        ("decoder", config.decoder_channels[1:], config.decoder_cell),
-    ):
-        copies = 2 if recurrent == "associative_lstm" else 1  # several of its memory, but one of its gates
-        for i, width in enumerate(widths):
-            scale = config.stride if patches else 2 ** (i + 2 if side == "encoder" else layers - i)
-            cells.append(copies * width / scale**2)
-    return 4 * (4 * sum(cells) + 16 * max(cells, default=0) + 32)
-
-
-def receptive_field(config: NetworkConfig) -> tuple[int, int]:
-    """How far the decoder sees: the halo in pixels that makes a tile independent of what is beyond, and its grid.
-
-    A cell at a scale of s pixels sees, through its 3x3 input kernel, one location further, s pixels; all cells of the
-    stack do so once on the way from the bits to the image. A hidden kernel k sees (k - 1) / 2 locations further for
-    each earlier iteration (twice that in a GRU, whose reset gate and candidate follow each other), and the gain network
-    of residual scaling one block of its own for each. Each step back in time takes one of these ways, so that the
-    farthest is 15 times the widest:
-
-        halo = sum of s + (16 - 1) max(s (k - 1) / 2, gain block), rounded up to the grid
-
-    Returns:
-        The halo and the size of the blocks (of the code, and of the gain network) that tiles must not divide.
-    """
-    patches = config.patch_size > 1
-    layers = len(config.decoder_hidden_kernels)
-    scales = [config.stride if patches else 2 ** (layers - i) for i in range(layers)]
-    twice = 2 if config.decoder_cell == "gru" else 1
-    recurrent = config.decoder_cell != "none"
-    hops = [
-        recurrent * twice * scale * (kernel - 1) // 2
-        for scale, kernel in zip(scales, config.decoder_hidden_kernels, strict=True)
-    ]
-    block = config.stride
-    if config.reconstruction == "residual_scaling":
-        gain = 2 ** (len(config.gain_channels) + 1)
-        hops.append(gain)
-        block = math.lcm(block, gain)
-    halo = (0 if patches else sum(scales)) + (MAX_ITERATIONS - 1) * max(hops, default=0)
-    return math.ceil(halo / block) * block, block
-
-
 def _as_array(image: Image.Image | np.ndarray | Tensor) -> np.ndarray:
     """Whatever `Codec.encode` takes as uint8 [H, W, 3]."""
     if isinstance(image, Image.Image):
@@ -573,31 +493,6 @@ def _as_array(image: Image.Image | np.ndarray | Tensor) -> np.ndarray:
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or image.size == 0:
         raise ValueError(f"an image is uint8 [H, W, 3], not {image.dtype} {list(image.shape)}")
     return np.require(image, requirements=["C", "W"])
-
-
-def _windows(
-    rows: slice, columns: slice, halo: int, side: int, grid: tuple[int, int] | None = None
-) -> list[tuple[Box, Box]]:
-    """Squares of blocks that cover an area: each with a halo, and without.
-
-    Halos reach as far as the area, or as the grid that it is part of.
-    """
-
-    def cuts(whole: slice, first: int, last: int) -> list[tuple[slice, slice]]:
-        starts = range(whole.start, whole.stop, side)
-        cores = [slice(start, min(start + side, whole.stop)) for start in starts]
-        return [(slice(max(c.start - halo, first), min(c.stop + halo, last)), c) for c in cores]
-
-    ends = [(0, size) for size in grid] if grid else [(cut.start, cut.stop) for cut in (rows, columns)]
-    return [((y[0], x[0]), (y[1], x[1])) for y in cuts(rows, *ends[0]) for x in cuts(columns, *ends[1])]
-
-
-def _inside(tile: Tile) -> Box:
-    """The core of a tile, counted from the corner of its area."""
-    y, x = (
-        slice(core.start - area.start, core.stop - area.start) for core, area in zip(tile.core, tile.area, strict=True)
-    )
-    return y, x
 
 
 @contextmanager

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 import rnncodec
-from rnncodec import cli, weights
+from rnncodec import jobs, weights
 from rnncodec.cli import main
 from rnncodec.codec import Codec
 from rnncodec.files import format
@@ -367,7 +367,7 @@ def test_no_more_is_read_than_the_header_announces(codec, monkeypatch, capsys):
     assert "follow the last iteration" in complaints(capsys)[0]
     assert endless.taken < 10_000
 
-    monkeypatch.setattr(cli, "MAX_FILE_BYTES", len(data) - 1)
+    monkeypatch.setattr(jobs, "MAX_FILE_BYTES", len(data) - 1)
     Path("x.rnc").write_bytes(data)
     assert main(["info", "x.rnc"]) == 1
     assert "more than the limit" in complaints(capsys)[0]

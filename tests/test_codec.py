@@ -12,10 +12,12 @@ import torch
 from PIL import Image
 
 from rnncodec import codec as codec_module
-from rnncodec.codec import Codec, activation_bytes, receptive_field
+from rnncodec import tiling
+from rnncodec.codec import Codec
 from rnncodec.files import format
 from rnncodec.files.format import Container, FormatError, Iteration
 from rnncodec.network import NetworkConfig, RecurrentCodec
+from rnncodec.tiling import activation_bytes, receptive_field
 from rnncodec.weights import Weights, WeightsError, load_weights, save_weights
 
 CONFIG = NetworkConfig(bits=4, encoder_channels=(4, 6, 6, 8), decoder_channels=(12, 12, 12, 8, 8))
@@ -284,8 +286,8 @@ def test_tiles_cover_the_image_within_memory(config):
         for tile in tiles:
             covered[tile.core] += 1
             pixels = math.prod(s.stop - s.start for s in tile.area) * config.stride**2
-            smallest = (codec_module.MIN_CORE + 2 * halo + 2 * block) ** 2
-            assert pixels <= max(1.1 * codec_module.MEMORY / activation_bytes(config), smallest)
+            smallest = (tiling.MIN_CORE + 2 * halo + 2 * block) ** 2
+            assert pixels <= max(1.1 * tiling.MEMORY / activation_bytes(config), smallest)
             for area, core, length in zip(tile.area, tile.core, (rows, columns), strict=True):
                 assert area.start == max(0, core.start - halo // config.stride)
                 assert area.stop == min(length, core.stop + halo // config.stride)

@@ -290,7 +290,7 @@ def test_very_large_maps_are_coded_in_bands_of_rows(codec, photos, monkeypatch):
         y = codec.network.analyse(pad_to_blocks(x, 16))
         cuts = [y[:, :, top : top + 6] for top in range(0, rows, 6)]
         bands = [[(step.bits > 0)[0] for step in codec.network.unroll(cut, 3)] for cut in cuts]
-    monkeypatch.setattr("rnncodec.codec.MAP", 6 * columns + 3)
+    monkeypatch.setattr("rnncodec.tiling.MAP", 6 * columns + 3)
     data = codec.encode(image, 3)
     found = codec.read_bits(data)
     assert found.shape[2:] == (rows, columns)

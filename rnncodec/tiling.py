@@ -1,0 +1,121 @@
+"""How images are cut where memory is short: tiles of the loop, windows of the transforms, halos of what they see.
+
+Tiles depend on the size of an image and on the network alone, so that every prefix of a file decodes alike.
+"""
+
+import math
+from typing import NamedTuple
+
+from rnncodec.network import LatentConfig, NetworkConfig, Window
+
+MAX_ITERATIONS = 16  # of a network in pixels, and of any that is not told otherwise
+MEMORY = 2 * 2**30  # bytes of activations above which an image is cut, on every machine, as tiles leave traces
+MIN_CORE = 256  # pixels; smaller tiles would spend nearly all their time on halos
+MAP = 2**18  # blocks that the loop of a latent network holds at once, 67 megapixels; more are coded in bands of rows
+
+Box = Window
+
+
+class Tile(NamedTuple):
+    """Rows and columns of the code that are computed together (`area`), and those of them that are kept (`core`)."""
+
+    area: Box
+    core: Box
+
+
+def tiles(config: NetworkConfig | LatentConfig, rows: int, columns: int, side: int | None = None) -> list[Tile]:
+    """The tiles of an image of so many blocks.
+
+    Args:
+        config: of the network; the states of a latent one are small, so that only its transforms are cut, in `windows`.
+        rows: of blocks of the image.
+        columns: likewise.
+        side: of a tile in pixels; None cuts only images whose activations would take more than MEMORY.
+    """
+    if isinstance(config, LatentConfig):
+        height = max(1, MAP // columns)
+        bands = [slice(top, min(top + height, rows)) for top in range(0, rows, height)]
+        return [Tile((band, slice(0, columns)), (band, slice(0, columns))) for band in bands]
+    halo, block = receptive_field(config)
+    if side is None:
+        affordable = int(MEMORY / activation_bytes(config))
+        if rows * columns * config.stride**2 <= affordable:
+            side = max(rows, columns) * config.stride
+        else:
+            side = max(math.isqrt(affordable) - 2 * halo, MIN_CORE)
+    side = math.ceil(side / block) * block // config.stride
+    whole = slice(0, rows), slice(0, columns)
+    return [Tile(*window) for window in windows(*whole, halo // config.stride, side)]
+
+
+def activation_bytes(config: NetworkConfig) -> float:
+    """Roughly how much memory one pixel takes while its tile is coded: the state, and the largest cell at work."""
+    layers = len(config.decoder_hidden_kernels)
+    patches = config.patch_size > 1
+    cells = []  # channels for each pixel, of each cell
+    for side, widths, recurrent in (
+        ("encoder", config.encoder_channels[1:], config.encoder_cell),
+        ("decoder", config.decoder_channels[1:], config.decoder_cell),
+    ):
+        copies = 2 if recurrent == "associative_lstm" else 1  # several of its memory, but one of its gates
+        for i, width in enumerate(widths):
+            scale = config.stride if patches else 2 ** (i + 2 if side == "encoder" else layers - i)
+            cells.append(copies * width / scale**2)
+    return 4 * (4 * sum(cells) + 16 * max(cells, default=0) + 32)
+
+
+def receptive_field(config: NetworkConfig) -> tuple[int, int]:
+    """How far the decoder sees: the halo in pixels that makes a tile independent of what is beyond, and its grid.
+
+    A cell at a scale of s pixels sees, through its 3x3 input kernel, one location further, s pixels; all cells of the
+    stack do so once on the way from the bits to the image. A hidden kernel k sees (k - 1) / 2 locations further for
+    each earlier iteration (twice that in a GRU, whose reset gate and candidate follow each other), and the gain network
+    of residual scaling one block of its own for each. Each step back in time takes one of these ways, so that the
+    farthest is 15 times the widest:
+
+        halo = sum of s + (16 - 1) max(s (k - 1) / 2, gain block), rounded up to the grid
+
+    Returns:
+        The halo and the size of the blocks (of the code, and of the gain network) that tiles must not divide.
+    """
+    patches = config.patch_size > 1
+    layers = len(config.decoder_hidden_kernels)
+    scales = [config.stride if patches else 2 ** (layers - i) for i in range(layers)]
+    twice = 2 if config.decoder_cell == "gru" else 1
+    recurrent = config.decoder_cell != "none"
+    hops = [
+        recurrent * twice * scale * (kernel - 1) // 2
+        for scale, kernel in zip(scales, config.decoder_hidden_kernels, strict=True)
+    ]
+    block = config.stride
+    if config.reconstruction == "residual_scaling":
+        gain = 2 ** (len(config.gain_channels) + 1)
+        hops.append(gain)
+        block = math.lcm(block, gain)
+    halo = (0 if patches else sum(scales)) + (MAX_ITERATIONS - 1) * max(hops, default=0)
+    return math.ceil(halo / block) * block, block
+
+
+def windows(
+    rows: slice, columns: slice, halo: int, side: int, grid: tuple[int, int] | None = None
+) -> list[tuple[Box, Box]]:
+    """Squares of blocks that cover an area: each with a halo, and without.
+
+    Halos reach as far as the area, or as the grid that it is part of.
+    """
+
+    def cuts(whole: slice, first: int, last: int) -> list[tuple[slice, slice]]:
+        starts = range(whole.start, whole.stop, side)
+        cores = [slice(start, min(start + side, whole.stop)) for start in starts]
+        return [(slice(max(c.start - halo, first), min(c.stop + halo, last)), c) for c in cores]
+
+    ends = [(0, size) for size in grid] if grid else [(cut.start, cut.stop) for cut in (rows, columns)]
+    return [((y[0], x[0]), (y[1], x[1])) for y in cuts(rows, *ends[0]) for x in cuts(columns, *ends[1])]
+
+
+def inside(tile: Tile) -> Box:
+    """The core of a tile, counted from the corner of its area."""
+    y, x = (
+        slice(core.start - area.start, core.stop - area.start) for core, area in zip(tile.core, tile.area, strict=True)
+    )
+    return y, x
