@@ -1,10 +1,8 @@
 """Images to compressed files and back with one trained network: any size, any device, in tiles if memory is short."""
 
 import copy
-import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TypedDict
 
 import numpy as np
@@ -16,14 +14,10 @@ from rnncodec.entropy import CLASSICAL, NAMES, ContextSession, EntropyName, Sess
 from rnncodec.files import format
 from rnncodec.files.format import CONTEXT, Container, FormatError, Header, Iteration
 from rnncodec.files.images import MAX_PIXELS, to_rgb
-from rnncodec.network import LatentConfig, State, pad_to_blocks, to_uint8
-from rnncodec.tiling import MAX_ITERATIONS, Box, Tile, inside, tiles, windows
+from rnncodec.loop import Loop, Progress
+from rnncodec.network import to_uint8
+from rnncodec.tiling import MAX_ITERATIONS, MAX_SIDE
 from rnncodec.weights import Weights, WeightsError
-
-MAX_SIDE = 65535  # two bytes in the header
-WINDOW = 1024  # pixels, side of what the transforms of a latent network work on at once, without its halo
-
-Progress = Callable[[int, int], None]
 
 
 class Compressed(TypedDict):
@@ -68,7 +62,8 @@ class Codec:
         self.config = weights.network.config
         self.name, self.fingerprint, self.provenance = weights.name, weights.fingerprint, weights.provenance
         self.tile = tile
-        self.max_iterations = self.config.iterations if isinstance(self.config, LatentConfig) else MAX_ITERATIONS
+        self.loop = Loop(self.network, tile)
+        self.max_iterations = self.loop.max_iterations
 
     def encode(
         self,
@@ -106,12 +101,12 @@ class Codec:
         pixels = torch.from_numpy(array).permute(2, 0, 1)[None]
         if bpp is not None and not bpp > 0:
             raise ValueError(f"bpp must be positive, not {bpp}")
-        self.session(entropy, *self._grid(height, width))  # what it refuses is refused before the work
+        session = self.session(entropy, *self.loop.grid(height, width))  # what it refuses is refused before the work
         if psnr is None:
-            planes: Iterable[np.ndarray] = self._analyse(pixels, self._check_iterations(iterations), progress)
+            planes: Iterable[np.ndarray] = self.loop.encode(pixels, self._check_iterations(iterations), progress)
         else:
-            planes = self._analyse_to(psnr, pixels, progress)
-        return self.write_bits((plane[0] for plane in planes), height, width, entropy, bpp)
+            planes = self.loop.encode_to(psnr, pixels, progress)
+        return self._write((plane[0] for plane in planes), session, height, width, bpp)
 
     def write_bits(
         self,
@@ -133,7 +128,12 @@ class Codec:
         Raises:
             ValueError: not even one iteration fits.
         """
-        session = self.session(entropy, *self._grid(height, width))
+        return self._write(planes, self.session(entropy, *self.loop.grid(height, width)), height, width, bpp)
+
+    def _write(
+        self, planes: Iterable[np.ndarray], session: Session, height: int, width: int, bpp: float | None
+    ) -> bytes:
+        """As `write_bits`, in a session that is new."""
         entries: list[Iteration] = []
         payloads: list[bytes] = []
         for plane in planes:
@@ -169,7 +169,7 @@ class Codec:
         """
         header, count, planes = self._read(data, iterations, max_pixels)
         array = np.empty((header.height, header.width, 3), np.uint8)
-        for _, (y, x), x_hat in self._synthesise(planes, count, header.height, header.width, progress):
+        for _, (y, x), x_hat in self.loop.decode(planes, count, header.height, header.width, progress):
             array[y, x] = to_uint8(x_hat)[0].permute(1, 2, 0).cpu().numpy()
         return Image.fromarray(array)
 
@@ -188,7 +188,7 @@ class Codec:
         """
         header, count, planes = self._read(data, iterations, max_pixels)
         arrays: dict[int, np.ndarray] = {}  # of one iteration after the other, unless the loop runs in tiles
-        for t, (y, x), x_hat in self._synthesise(planes, count, header.height, header.width, None, every=True):
+        for t, (y, x), x_hat in self.loop.decode(planes, count, header.height, header.width, None, every=True):
             if t not in arrays:
                 arrays[t] = np.empty((header.height, header.width, 3), np.uint8)
             arrays[t][y, x] = to_uint8(x_hat)[0].permute(1, 2, 0).cpu().numpy()
@@ -209,7 +209,7 @@ class Codec:
             raise ValueError(f"a batch is floating-point [B, 3, H, W], not {x.dtype} {list(x.shape)}")
         if not bool(((x >= 0) & (x <= 1)).all()):
             raise ValueError("a batch holds values in [0, 1]")
-        planes = np.stack(list(self._analyse(x.detach(), self._check_iterations(iterations), None)))
+        planes = np.stack(list(self.loop.encode(x.detach(), self._check_iterations(iterations), None)))
         strings = [[format.pack_bits(plane) for plane in planes[:, i]] for i in range(len(x))]
         return {"strings": strings, "shape": (x.shape[2], x.shape[3])}
 
@@ -235,7 +235,7 @@ class Codec:
         height, width = shape
         if height < 1 or width < 1:
             raise ValueError(f"not the shape of an image: {shape}")
-        rows, columns = self._grid(height, width)
+        rows, columns = self.loop.grid(height, width)
         planes = np.stack(
             [
                 np.stack([format.unpack_bits(payloads[t], self.config.bits, rows, columns) for payloads in strings])
@@ -243,7 +243,7 @@ class Codec:
             ]
         )
         x = torch.empty(len(strings), 3, height, width, device=self.device)
-        for _, (rows_px, columns_px), x_hat in self._synthesise(planes, iterations, height, width, None):
+        for _, (rows_px, columns_px), x_hat in self.loop.decode(planes, iterations, height, width, None):
             x[..., rows_px, columns_px] = (x_hat.clamp(-1, 1) + 1) / 2
         return x
 
@@ -291,152 +291,6 @@ class Codec:
         questions = self.network.binarizer.questions if self.context.config.kind == "grouped" else None
         return ContextSession(self.context, self.config.bits, rows, columns, questions)
 
-    def _analyse(self, images: Tensor, iterations: int, progress: Progress | None) -> Iterator[np.ndarray]:
-        """The bits of images [B, 3, H, W], bool [B, bits, rows, columns] for each iteration."""
-        height, width = images.shape[-2:]
-        areas = self._tiles(height, width)
-        if len(areas) == 1:  # an iteration costs nothing before it is asked for
-            with _exact():  # not around `yield`, where it would be in force for the caller, too
-                steps = self.network.unroll(self._input(images, areas[0].area), iterations)
-            for t in range(iterations):
-                with _exact():
-                    step = next(steps)
-                if progress:
-                    progress(t + 1, iterations)
-                yield (step.bits > 0).cpu().numpy()
-            return
-        planes = np.empty((iterations, len(images), self.config.bits, *self._grid(height, width)), bool)
-        with _exact():
-            for i, tile in enumerate(areas):
-                for t, step in enumerate(self.network.unroll(self._input(images, tile.area), iterations)):
-                    planes[t][..., *tile.core] = (step.bits > 0)[..., *inside(tile)].cpu().numpy()
-                    if progress:
-                        progress(i * iterations + t + 1, len(areas) * iterations)
-        yield from planes
-
-    def _analyse_to(self, target: float, image: Tensor, progress: Progress | None) -> np.ndarray:
-        """As `_analyse`, for one image and with the fewest iterations that reach a PSNR."""
-        if not target > 0 or math.isinf(target):
-            raise ValueError(f"psnr must be a positive number of dB, not {target}")
-        height, width = image.shape[-2:]
-        areas = self._tiles(height, width)
-        most, best = self.max_iterations, -math.inf
-
-        def squared_error(x_hat: Tensor, box: Box) -> int:
-            return int((to_uint8(x_hat).cpu().int() - image[..., *box].int()).square().sum())
-
-        def decibel(error: int) -> float:
-            return 10 * math.log10(255**2 * image.numel() / error) if error else math.inf
-
-        if len(areas) == 1:  # the encoder's reconstruction is the decoder's
-            found = []
-            with _exact():
-                for t, step in enumerate(self.network.unroll(self._input(image, areas[0].area), most)):
-                    found.append((step.bits > 0).cpu().numpy())
-                    pictures = self._pictures(step.state, areas[0], height, width)
-                    reached = decibel(sum(squared_error(x_hat, box) for box, x_hat in pictures))
-                    if progress:
-                        progress(most if reached >= target else t + 1, most)
-                    if reached >= target:
-                        return np.stack(found)
-                    best = max(best, reached)
-            planes = np.stack(found)
-        else:
-            steps = most * len(areas)
-            first = progress and (lambda done, _: progress(done, 2 * steps))
-            planes = np.stack(list(self._analyse(image, most, first)))
-            errors = [0] * most
-            later = progress and (lambda done, _: progress(steps + done, 2 * steps))
-            for t, box, x_hat in self._synthesise(planes, most, height, width, later, every=True):
-                errors[t] += squared_error(x_hat, box)
-            for t, error in enumerate(errors):
-                if decibel(error) >= target:
-                    return planes[: t + 1]
-            best = decibel(min(errors))
-        warnings.warn(f"{target:g} dB are out of reach, {most} iterations reach {best:.2f} dB", stacklevel=3)
-        return planes
-
-    def _synthesise(
-        self,
-        planes: Iterable[np.ndarray],
-        count: int,
-        height: int,
-        width: int,
-        progress: Progress | None,
-        every: bool = False,
-    ) -> Iterator[tuple[int, Box, Tensor]]:
-        """Decodes `count` iterations [B, bits, rows, columns]; gives the iteration, a box in pixels and its x_hat.
-
-        Only of the last iteration, or of `every` one.
-        """
-        areas = self._tiles(height, width)
-        if len(areas) > 1:
-            planes = list(planes)
-        for i, tile in enumerate(areas):
-            state = None
-            for t, plane in enumerate(planes):
-                with _exact():
-                    bits = torch.from_numpy(plane[..., *tile.area]).to(self.device).float() * 2 - 1
-                    step = self.network(state, bits=bits.contiguous(memory_format=torch.channels_last))
-                state = step.state
-                if progress:
-                    progress(i * count + t + 1, len(areas) * count)
-                if every or t == count - 1:
-                    for box, x_hat in self._pictures(state, tile, height, width):
-                        yield t, box, x_hat
-
-    def _pictures(self, state: State, tile: Tile, height: int, width: int) -> Iterator[tuple[Box, Tensor]]:
-        """What a state of a tile shows: boxes of an image in pixels, and their x_hat."""
-        stride, halo = self.config.stride, self.network.transforms.halos[1]
-        for area, core in windows(*tile.area, halo, self._window()):
-            kept = tuple(
-                slice(max(c.start, t.start), min(c.stop, t.stop)) for c, t in zip(core, tile.core, strict=True)
-            )
-            if any(cut.start >= cut.stop for cut in kept):
-                continue
-            box = tuple(
-                slice(cut.start * stride, min(cut.stop * stride, length))
-                for cut, length in zip(kept, (height, width), strict=True)
-            )
-            with _exact():
-                x_hat = self.network.picture(state, inside(Tile(tile.area, area)))
-            y, x = (
-                slice(cut.start - start.start * stride, cut.stop - start.start * stride)
-                for cut, start in zip(box, area, strict=True)
-            )
-            yield (box[0], box[1]), x_hat[..., y, x]
-
-    def _input(self, images: Tensor, area: Box) -> Tensor:
-        """What the loop runs on, of an area of images whose last pixels are repeated up to whole blocks."""
-        halo, grid = self.network.transforms.halos[0], self._grid(*images.shape[-2:])
-        cuts = windows(*area, halo, self._window(), grid)
-        if cuts[0][0] == area:
-            return self.network.analyse(self._pixels(images, area))
-        parts = []
-        for window, core in cuts:
-            y = self.network.analyse(self._pixels(images, window))
-            parts.append((core, y[..., *inside(Tile(window, core))]))
-        rows, columns = (cut.stop - cut.start for cut in area)
-        whole = parts[0][1].new_empty(*parts[0][1].shape[:2], rows, columns)
-        for core, y in parts:
-            whole[..., *inside(Tile(area, core))] = y
-        return whole.contiguous(memory_format=torch.channels_last)
-
-    def _pixels(self, images: Tensor, area: Box) -> Tensor:
-        """An area of images in [-1, 1], their last pixels repeated up to whole blocks."""
-        stride = self.config.stride
-        rows, columns = area
-        x = images[..., rows.start * stride : rows.stop * stride, columns.start * stride : columns.stop * stride]
-        x = x.to(self.device)
-        x = 2 * x.float() / 255 - 1 if x.dtype == torch.uint8 else 2 * x.float() - 1
-        return pad_to_blocks(x, stride).contiguous(memory_format=torch.channels_last)
-
-    def _window(self) -> int:
-        """Blocks, a side, that the transforms work on at once."""
-        if isinstance(self.config, LatentConfig):
-            return math.ceil((self.tile or WINDOW) / self.config.stride)
-        return MAX_SIDE
-
     def _check_iterations(self, iterations: int | None) -> int:
         """A number of iterations in range, 16 by default."""
         if iterations is None:
@@ -444,13 +298,6 @@ class Codec:
         if not 1 <= iterations <= self.max_iterations:
             raise ValueError(f"iterations must be in 1..{self.max_iterations}, not {iterations}")
         return iterations
-
-    def _grid(self, height: int, width: int) -> tuple[int, int]:
-        """Rows and columns of the code of an image."""
-        return math.ceil(height / self.config.stride), math.ceil(width / self.config.stride)
-
-    def _tiles(self, height: int, width: int) -> list[Tile]:
-        return tiles(self.config, *self._grid(height, width), self.tile)
 
     def _header(self, height: int, width: int, iterations: Sequence[Iteration]) -> Header:
         return Header(
@@ -493,15 +340,3 @@ def _as_array(image: Image.Image | np.ndarray | Tensor) -> np.ndarray:
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or image.size == 0:
         raise ValueError(f"an image is uint8 [H, W, 3], not {image.dtype} {list(image.shape)}")
     return np.require(image, requirements=["C", "W"])
-
-
-@contextmanager
-def _exact() -> Iterator[None]:
-    """No gradients, and float32 in full: encoder and decoder must agree, and tilings differ as little as can be."""
-    with (
-        torch.inference_mode(),
-        torch.backends.cudnn.flags(
-            enabled=torch.backends.cudnn.enabled, benchmark=False, deterministic=True, allow_tf32=False
-        ),
-    ):
-        yield

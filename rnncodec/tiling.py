@@ -9,6 +9,7 @@ from typing import NamedTuple
 from rnncodec.network import LatentConfig, NetworkConfig, Window
 
 MAX_ITERATIONS = 16  # of a network in pixels, and of any that is not told otherwise
+MAX_SIDE = 65535  # pixels of an image, two bytes in the header of a file
 MEMORY = 2 * 2**30  # bytes of activations above which an image is cut, on every machine, as tiles leave traces
 MIN_CORE = 256  # pixels; smaller tiles would spend nearly all their time on halos
 MAP = 2**18  # blocks that the loop of a latent network holds at once, 67 megapixels; more are coded in bands of rows

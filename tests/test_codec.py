@@ -11,11 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
-from rnncodec import codec as codec_module
 from rnncodec import tiling
 from rnncodec.codec import Codec
 from rnncodec.files import format
 from rnncodec.files.format import Container, FormatError, Iteration
+from rnncodec.loop import Loop, exact
 from rnncodec.network import NetworkConfig, RecurrentCodec
 from rnncodec.tiling import activation_bytes, receptive_field
 from rnncodec.weights import Weights, WeightsError, load_weights, save_weights
@@ -210,7 +210,7 @@ def test_halo_is_the_receptive_field(codecs, name):
     inner = slice(side // 2 // core * core, side // 2 // core * core + core)
 
     def pixels(planes):
-        *_, (_, _, x_hat) = codec._synthesise(planes, len(planes), core * stride, side * stride, None)
+        *_, (_, _, x_hat) = codec.loop.decode(planes, len(planes), core * stride, side * stride, None)
         return x_hat[..., inner.start * stride : inner.stop * stride]
 
     expected = pixels(planes)
@@ -249,7 +249,7 @@ def test_tiles_leave_no_seams(codecs, name, size, tile):
     whole = codecs[name]
     tiled = Codec(Weights(whole.network, name, whole.fingerprint, {}), tile=tile)
     image = noise(*size)
-    tiles = tiled._tiles(*size)
+    tiles = tiled.loop.tiles(*size)
     assert len(tiles) > 3
     assert any(t.area[1].stop - t.area[1].start < max(size) // whole.config.stride for t in tiles)
     data = whole.encode(image)
@@ -276,12 +276,11 @@ def test_tiles_do_not_depend_on_iterations(codecs):
 def test_tiles_cover_the_image_within_memory(config):
     with torch.device("meta"):
         network = RecurrentCodec(config)
-    codec = Codec.__new__(Codec)
-    codec.network, codec.config, codec.tile = network, config, None
+    loop = Loop(network)
     halo, block = receptive_field(config)
     for height, width in ((1, 1), (400, 600), (5000, 7001), (1, 65535)):
-        tiles = codec._tiles(height, width)
-        rows, columns = codec._grid(height, width)
+        tiles = loop.tiles(height, width)
+        rows, columns = loop.grid(height, width)
         covered = np.zeros((rows, columns), int)
         for tile in tiles:
             covered[tile.core] += 1
@@ -293,7 +292,7 @@ def test_tiles_cover_the_image_within_memory(config):
                 assert area.stop == min(length, core.stop + halo // config.stride)
                 assert core.start * config.stride % block == area.start * config.stride % block == 0
         assert (covered == 1).all()
-    assert len(codec._tiles(400, 600)) == 1
+    assert len(loop.tiles(400, 600)) == 1
 
 
 def test_progress(codec):
@@ -508,6 +507,6 @@ def test_encoder_and_decoder_agree_on_a_gpu(codecs, name):
     codec = Codec(weights, "cuda")
     x = torch.rand(1, 3, 64, 96)
     compressed = codec.compress(x, iterations=16)
-    with torch.no_grad(), codec_module._exact():
+    with torch.no_grad(), exact():
         steps = list(codec.network.unroll((2 * x.cuda() - 1).contiguous(memory_format=torch.channels_last), 16))
     assert torch.equal(codec.decompress(**compressed), (steps[-1].state.y_hat.clamp(-1, 1) + 1) / 2)

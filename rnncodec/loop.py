@@ -1,0 +1,197 @@
+"""Images of any size to the bits of a network and back: its loop in tiles, its transforms in windows."""
+
+import math
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rnncodec import tiling
+from rnncodec.network import LatentConfig, RecurrentCodec, State, pad_to_blocks, to_uint8
+from rnncodec.tiling import MAX_ITERATIONS, MAX_SIDE, Box, Tile, inside, windows
+
+WINDOW = 1024  # pixels, side of what the transforms of a latent network work on at once, without its halo
+
+Progress = Callable[[int, int], None]
+
+
+class Loop:
+    """A network that codes whole images; training runs the same steps on patches.
+
+    Args:
+        network: on its device.
+        tile: side of the tiles in pixels, see `Codec`.
+    """
+
+    def __init__(self, network: RecurrentCodec, tile: int | None = None) -> None:
+        self.network, self.config, self.tile = network, network.config, tile
+        self.device = next(network.parameters()).device
+        self.max_iterations = self.config.iterations if isinstance(self.config, LatentConfig) else MAX_ITERATIONS
+
+    def encode(self, images: Tensor, iterations: int, progress: Progress | None) -> Iterator[np.ndarray]:
+        """The bits of images [B, 3, H, W], bool [B, bits, rows, columns] for each iteration."""
+        height, width = images.shape[-2:]
+        areas = self.tiles(height, width)
+        if len(areas) == 1:  # an iteration costs nothing before it is asked for
+            with exact():  # not around `yield`, where it would be in force for the caller, too
+                steps = self.network.unroll(self._input(images, areas[0].area), iterations)
+            for t in range(iterations):
+                with exact():
+                    step = next(steps)
+                if progress:
+                    progress(t + 1, iterations)
+                yield (step.bits > 0).cpu().numpy()
+            return
+        planes = np.empty((iterations, len(images), self.config.bits, *self.grid(height, width)), bool)
+        with exact():
+            for i, tile in enumerate(areas):
+                for t, step in enumerate(self.network.unroll(self._input(images, tile.area), iterations)):
+                    planes[t][..., *tile.core] = (step.bits > 0)[..., *inside(tile)].cpu().numpy()
+                    if progress:
+                        progress(i * iterations + t + 1, len(areas) * iterations)
+        yield from planes
+
+    def encode_to(self, target: float, image: Tensor, progress: Progress | None) -> np.ndarray:
+        """As `encode`, for one image and with the fewest iterations that reach a PSNR."""
+        if not target > 0 or math.isinf(target):
+            raise ValueError(f"psnr must be a positive number of dB, not {target}")
+        height, width = image.shape[-2:]
+        areas = self.tiles(height, width)
+        most, best = self.max_iterations, -math.inf
+
+        def squared_error(x_hat: Tensor, box: Box) -> int:
+            return int((to_uint8(x_hat).cpu().int() - image[..., *box].int()).square().sum())
+
+        def decibel(error: int) -> float:
+            return 10 * math.log10(255**2 * image.numel() / error) if error else math.inf
+
+        if len(areas) == 1:  # the encoder's reconstruction is the decoder's
+            found = []
+            with exact():
+                for t, step in enumerate(self.network.unroll(self._input(image, areas[0].area), most)):
+                    found.append((step.bits > 0).cpu().numpy())
+                    pictures = self._pictures(step.state, areas[0], height, width)
+                    reached = decibel(sum(squared_error(x_hat, box) for box, x_hat in pictures))
+                    if progress:
+                        progress(most if reached >= target else t + 1, most)
+                    if reached >= target:
+                        return np.stack(found)
+                    best = max(best, reached)
+            planes = np.stack(found)
+        else:
+            steps = most * len(areas)
+            first = progress and (lambda done, _: progress(done, 2 * steps))
+            planes = np.stack(list(self.encode(image, most, first)))
+            errors = [0] * most
+            later = progress and (lambda done, _: progress(steps + done, 2 * steps))
+            for t, box, x_hat in self.decode(planes, most, height, width, later, every=True):
+                errors[t] += squared_error(x_hat, box)
+            for t, error in enumerate(errors):
+                if decibel(error) >= target:
+                    return planes[: t + 1]
+            best = decibel(min(errors))
+        warnings.warn(f"{target:g} dB are out of reach, {most} iterations reach {best:.2f} dB", stacklevel=3)
+        return planes
+
+    def decode(
+        self,
+        planes: Iterable[np.ndarray],
+        count: int,
+        height: int,
+        width: int,
+        progress: Progress | None,
+        every: bool = False,
+    ) -> Iterator[tuple[int, Box, Tensor]]:
+        """Decodes `count` iterations [B, bits, rows, columns]; gives the iteration, a box in pixels and its x_hat.
+
+        Only of the last iteration, or of `every` one.
+        """
+        areas = self.tiles(height, width)
+        if len(areas) > 1:
+            planes = list(planes)
+        for i, tile in enumerate(areas):
+            state = None
+            for t, plane in enumerate(planes):
+                with exact():
+                    bits = torch.from_numpy(plane[..., *tile.area]).to(self.device).float() * 2 - 1
+                    step = self.network(state, bits=bits.contiguous(memory_format=torch.channels_last))
+                state = step.state
+                if progress:
+                    progress(i * count + t + 1, len(areas) * count)
+                if every or t == count - 1:
+                    for box, x_hat in self._pictures(state, tile, height, width):
+                        yield t, box, x_hat
+
+    def _pictures(self, state: State, tile: Tile, height: int, width: int) -> Iterator[tuple[Box, Tensor]]:
+        """What a state of a tile shows: boxes of an image in pixels, and their x_hat."""
+        stride, halo = self.config.stride, self.network.transforms.halos[1]
+        for area, core in windows(*tile.area, halo, self._window()):
+            kept = tuple(
+                slice(max(c.start, t.start), min(c.stop, t.stop)) for c, t in zip(core, tile.core, strict=True)
+            )
+            if any(cut.start >= cut.stop for cut in kept):
+                continue
+            box = tuple(
+                slice(cut.start * stride, min(cut.stop * stride, length))
+                for cut, length in zip(kept, (height, width), strict=True)
+            )
+            with exact():
+                x_hat = self.network.picture(state, inside(Tile(tile.area, area)))
+            y, x = (
+                slice(cut.start - start.start * stride, cut.stop - start.start * stride)
+                for cut, start in zip(box, area, strict=True)
+            )
+            yield (box[0], box[1]), x_hat[..., y, x]
+
+    def _input(self, images: Tensor, area: Box) -> Tensor:
+        """What the loop runs on, of an area of images whose last pixels are repeated up to whole blocks."""
+        halo, grid = self.network.transforms.halos[0], self.grid(*images.shape[-2:])
+        cuts = windows(*area, halo, self._window(), grid)
+        if cuts[0][0] == area:
+            return self.network.analyse(self._pixels(images, area))
+        parts = []
+        for window, core in cuts:
+            y = self.network.analyse(self._pixels(images, window))
+            parts.append((core, y[..., *inside(Tile(window, core))]))
+        rows, columns = (cut.stop - cut.start for cut in area)
+        whole = parts[0][1].new_empty(*parts[0][1].shape[:2], rows, columns)
+        for core, y in parts:
+            whole[..., *inside(Tile(area, core))] = y
+        return whole.contiguous(memory_format=torch.channels_last)
+
+    def _pixels(self, images: Tensor, area: Box) -> Tensor:
+        """An area of images in [-1, 1], their last pixels repeated up to whole blocks."""
+        stride = self.config.stride
+        rows, columns = area
+        x = images[..., rows.start * stride : rows.stop * stride, columns.start * stride : columns.stop * stride]
+        x = x.to(self.device)
+        x = 2 * x.float() / 255 - 1 if x.dtype == torch.uint8 else 2 * x.float() - 1
+        return pad_to_blocks(x, stride).contiguous(memory_format=torch.channels_last)
+
+    def _window(self) -> int:
+        """Blocks, a side, that the transforms work on at once."""
+        if isinstance(self.config, LatentConfig):
+            return math.ceil((self.tile or WINDOW) / self.config.stride)
+        return MAX_SIDE
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of the code of an image."""
+        return math.ceil(height / self.config.stride), math.ceil(width / self.config.stride)
+
+    def tiles(self, height: int, width: int) -> list[Tile]:
+        return tiling.tiles(self.config, *self.grid(height, width), self.tile)
+
+
+@contextmanager
+def exact() -> Iterator[None]:
+    """No gradients, and float32 in full: encoder and decoder must agree, and tilings differ as little as can be."""
+    with (
+        torch.inference_mode(),
+        torch.backends.cudnn.flags(
+            enabled=torch.backends.cudnn.enabled, benchmark=False, deterministic=True, allow_tf32=False
+        ),
+    ):
+        yield
