@@ -1,6 +1,6 @@
 # make demo    installs, compresses a photograph with the shipped weights, measures it, trains for a minute
 # make test    installs and runs the tests (two to eight minutes on two cores)
-# make lint    checks style and types
+# make lint    checks style, types, and which room imports which
 
 SHELL := /bin/bash
 PYTHON ?= python3
@@ -37,6 +37,7 @@ lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/lint-imports
 
 clean:
 	rm -rf $(VENV) demo

@@ -1,4 +1,4 @@
-"""The command line: `rnncodec encode`, `decode`, `info`, `truncate`, `export` and `rate`."""
+"""The command line: `rnncodec encode`, `decode`, `info`, `truncate`, `export`, `rate`, `train` and `evaluate`."""
 
 import argparse
 import json
@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,6 +44,10 @@ if TYPE_CHECKING:
     from rnncodec.rating import Summary
 
 
+# Commands with a command line of their own: the module of its `main`, and the extra that installs what it needs.
+ROOMS = {"train": ("rnncodec.training.cli", "train"), "evaluate": ("rnncodec.evaluation.evaluate", "eval")}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line.
 
@@ -55,8 +60,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: with status 2 for wrong usage, 0 after `--help` and `--version`.
     """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments and arguments[0] in ROOMS:
+        return _enter(arguments[0], arguments[1:])
     parser = _parser()
-    args = parser.parse_args(argv)
+    args = parser.parse_args(arguments)
     try:
         status = args.command(args)
         if sys.stdout:
@@ -73,6 +81,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not isinstance(error, BrokenPipeError):  # whoever read our output has left and wants no more words
             complain(f"error: {one_line(error)}")
         return 1
+
+
+def _enter(command: str, arguments: list[str]) -> int:
+    """Runs a command of ROOMS, or says what it lacks."""
+    module, extra = ROOMS[command]
+    try:
+        run = import_module(module).main
+    except ModuleNotFoundError as error:
+        if str(error.name).startswith("rnncodec"):
+            raise
+        complain(f"error: {command} needs {error.name}, which is not installed: pip install 'rnncodec[{extra}]'")
+        return 1
+    return run(arguments, program=f"rnncodec {command}")
 
 
 def encode(args: argparse.Namespace) -> int:
@@ -229,7 +250,7 @@ def _print_scores(summary: "Summary") -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("rnncodec", description="A recurrent progressive image codec.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="encode | decode | info | truncate | export | rate")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", title="commands")
 
     def add(command: Callable[[argparse.Namespace], int], help: str, epilog: str = "") -> argparse.ArgumentParser:
         sub = commands.add_parser(
@@ -323,6 +344,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--scores", action="store_true", help="serve nothing, show the scores that the votes give")
     sub.add_argument("--json", action="store_true", help="the scores as one JSON object")
+
+    commands.add_parser("train", help="train a codec or a context model: `rnncodec train fit --config small ...`")
+    commands.add_parser("evaluate", help="measure codecs on images: tables, curves, pictures, a report")
     return parser
 
 

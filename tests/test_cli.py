@@ -464,6 +464,7 @@ def test_info_and_truncate_do_without_torch(codec):
     Path("x.rnc").write_bytes(codec.encode(picture(), 3))
     code = """
 import sys
+import types
 import rnncodec
 from rnncodec.cli import main
 assert main(["info", "x.rnc"]) == main(["truncate", "x.rnc", "y.rnc", "--iterations", "2"]) == 0
@@ -487,3 +488,25 @@ def test_closed_pipes_end_quietly(codec):
             result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
         assert result.returncode == 1
         assert result.stderr == "rnncodec: error: x.rnc: No space left on device\n"
+
+
+@pytest.mark.parametrize(
+    ("command", "module", "extra", "missing"),
+    [
+        ("train", "rnncodec.training.cli", "train", "lightning"),
+        ("evaluate", "rnncodec.evaluation.evaluate", "eval", "matplotlib"),
+    ],
+)
+def test_train_and_evaluate_are_commands_with_lines_of_their_own(command, module, extra, missing, monkeypatch):
+    """What follows them is theirs alone; where their packages are missing, one line names the extra that has them."""
+    seen = []
+    stub = types.SimpleNamespace(main=lambda args, program: seen.append((args, program)) or 3)
+    monkeypatch.setitem(sys.modules, module, stub)
+    assert main([command, "x", "--help"]) == 3
+    assert seen == [(["x", "--help"], f"rnncodec {command}")]
+    code = f"import sys; sys.modules[{missing!r}] = None; from rnncodec.cli import main; sys.exit(main([{command!r}]))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"rnncodec: error: {command} needs {missing}")
+    assert done.stderr.endswith(f"pip install 'rnncodec[{extra}]'\n")
+    assert done.stderr.count("\n") == 1

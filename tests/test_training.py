@@ -518,3 +518,24 @@ def test_compiled_steps_train_like_eager_ones():
         assert (torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0) is compiled
         weights.append(torch.cat([parameter.detach().flatten() for parameter in module.parameters()]))
     torch.testing.assert_close(weights[0], weights[1], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ("debug", "debug.yaml"),
+        ("debug.yaml", "debug.yaml"),
+        ("mine", "mine"),  # no such config comes along: the parser says so
+        ("configs/debug", "configs/debug"),
+    ],
+)
+def test_configs_that_come_along_go_by_their_names(given, found, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shipped = ROOT / "configs" / found
+    expected = str(shipped) if shipped.is_file() and "/" not in given else given
+    for before, after in ((["--config", given], ["--config", expected]), ([f"-c={given}"], [f"-c={given}"])):
+        assert training_cli.with_configs(["fit", *before, "--name", "debug"]) == ["fit", *after, "--name", "debug"]
+    assert training_cli.with_configs([f"--config={given}"]) == [f"--config={expected}"]
+    (tmp_path / given).parent.mkdir(exist_ok=True)
+    (tmp_path / given).write_text("")  # a file of that name comes first
+    assert training_cli.with_configs(["--config", given]) == ["--config", given]

@@ -18,6 +18,7 @@ from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
 
+import rnncodec
 from rnncodec.data import PatchDataModule
 from rnncodec.training import (
     context,  # noqa: F401 - its classes may be named in a config
@@ -31,6 +32,9 @@ def default_precision() -> str:
     """Mixed with bfloat16, but without a GPU on a processor that is slow at it."""
     return "bf16-mixed" if torch.accelerator.is_available() or bfloat16_pays(torch.device("cpu")) else "32-true"
 
+
+PACKAGE = Path(rnncodec.__file__).parent
+CONFIGS = next(folder for folder in (PACKAGE / "configs", PACKAGE.parent / "configs") if folder.is_dir())
 
 DEFAULTS: dict[str, Any] = {
     "accelerator": "auto",
@@ -98,6 +102,10 @@ class CodecCLI(LightningCLI):
         # What a config names by class_path, if it is another training.
         parser.set_defaults({"model": {"class_path": "rnncodec.training.module.CodecTraining"}})
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Lets configs that come along go by their names."""
+        self.config = parser.parse_args(with_configs(sys.argv[1:] if args is None else args))
+
     def _parse_ckpt_path(self) -> None:
         """Lets config and command line decide in a resumed run too, where Lightning takes the checkpoint's values."""
 
@@ -152,6 +160,26 @@ class CodecCLI(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
 
+def with_configs(args: Sequence[str]) -> list[str]:
+    """The same arguments, with the path of a config that comes along where only its name is given."""
+    found = []
+    for before, arg in zip(["", *args], args, strict=False):
+        option, _, value = arg.partition("=")
+        if before in ("-c", "--config"):
+            found.append(config_path(arg))
+        elif option == "--config" and value:
+            found.append(f"{option}={config_path(value)}")
+        else:
+            found.append(arg)
+    return found
+
+
+def config_path(name: str) -> str:
+    """Where a config lies: a path, or the bare name of one that comes along, with its suffix or without."""
+    shipped = CONFIGS / f"{name.removesuffix('.yaml')}.yaml"
+    return str(shipped) if not Path(name).exists() and Path(name).name == name and shipped.is_file() else name
+
+
 def main(args: Sequence[str] | None = None, program: str = "train.py") -> int:
     """Runs the command line, by default that of the process; gives the exit status."""
     try:
@@ -163,6 +191,7 @@ def main(args: Sequence[str] | None = None, program: str = "train.py") -> int:
             save_config_callback=RunConfig,
             save_config_kwargs={"overwrite": True},
             args=args,
+            parser_kwargs={"prog": program},
         )
     except (ValueError, OSError, FloatingPointError, wandb.Error) as error:
         print(f"{program}: error: {error}", file=sys.stderr)
