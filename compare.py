@@ -48,10 +48,12 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-import evaluate
-from evaluate import WINDOW, figure, number, rendered
+from rnncodec.codec import Codec
+from rnncodec.evaluation.evaluate import evaluate
+from rnncodec.evaluation.pictures import figure, rendered
+from rnncodec.evaluation.tables import WINDOW, number
 from rnncodec.files.images import atomic_write, find_images, load_image, one_line
-from rnncodec.metrics.curves import NAN, Point, area, from_csv
+from rnncodec.metrics.curves import NAN, Point, area, mean_curve
 from rnncodec.network import ReconstructionName
 from rnncodec.network.binarizer import BinarizerName
 from rnncodec.training.export import load_checkpoint
@@ -277,17 +279,24 @@ def train(variant: Variant, index: int, settings: dict[str, Any], args: argparse
 def measure(variant: Variant, args: argparse.Namespace) -> Result:
     """Evaluates the weights of a variant, as far as that has not been done."""
     folder = args.output / variant.name
-    weights = folder / "weights.safetensors"
-    command = ["--weights", str(weights), "--output", str(folder / "results"), "--device", args.device, "--baselines"]
-    command += ["--cache-dir", str(args.output / "measured"), "--", *map(str, args.images)]
-    with open(folder / "evaluate.log", "w") as file, contextlib.redirect_stdout(file):
-        status = evaluate.main(command)
-    if status == 130:
-        raise KeyboardInterrupt
-    if status:
-        return Result(variant, "evaluate.py failed, its message is above")
-    curve = from_csv((folder / "results" / "mean.csv").read_text())
-    trained = load_weights(weights.absolute())
+    failures: list[str] = []
+    with open(folder / "evaluate.log", "w") as file:
+        try:
+            trained = load_weights((folder / "weights.safetensors").absolute())
+            points = evaluate(
+                Codec(trained, args.device),
+                args.images,
+                output=folder / "results",
+                cache=args.output / "measured",
+                tables=Console(file=file),
+                progress=Console(stderr=True),
+                skip=failures.append,
+            )
+        except (ValueError, RuntimeError, OSError, MemoryError) as error:
+            return Result(variant, one_line(error))
+    if failures:
+        return Result(variant, failures[0])
+    curve = mean_curve(points)
     values = {
         "parameters": sum(parameter.numel() for parameter in trained.network.parameters()),
         "steps": int(trained.provenance["steps"]),

@@ -5,6 +5,7 @@ data = codec.encode(image, psnr=32)
 image = codec.decode(data, iterations=4)
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -13,9 +14,10 @@ if TYPE_CHECKING:
     import torch
 
     from rnncodec.codec import Codec
+    from rnncodec.evaluation.evaluate import evaluate
 
 __version__ = "0.1.0"
-__all__ = ["Codec", "__version__", "load"]
+__all__ = ["Codec", "__version__", "evaluate", "load"]
 
 
 def load(
@@ -43,4 +45,7 @@ def __getattr__(name: str) -> Any:
         from rnncodec.codec import Codec
 
         return Codec
+    if name == "evaluate":
+        # By name, as every room may import the package, but those below not the evaluation.
+        return import_module("rnncodec.evaluation.evaluate").evaluate
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

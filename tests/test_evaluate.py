@@ -4,8 +4,11 @@ import csv
 import json
 import math
 import os
+import re
+import subprocess
 import sys
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,20 +16,18 @@ import pytest
 import torch
 from PIL import Image
 from psnr_hvsm import psnr_hvs_hvsm
+from reference import Reference
 from skimage import data
 from skimage.metrics import peak_signal_noise_ratio
 
-sys.path.append(str(Path(__file__).parent.parent))  # the script lies beside the package
-
-from reference import Reference
-
-import evaluate
-from evaluate import Coded
+import rnncodec
 from rnncodec.codec import Codec
 from rnncodec.entropy import ContextConfig, ContextModel
+from rnncodec.evaluation import evaluate, measure, pictures
 from rnncodec.evaluation.baselines import BASELINES
+from rnncodec.evaluation.measure import Coded
 from rnncodec.files.format import truncate
-from rnncodec.metrics.curves import Point, from_csv
+from rnncodec.metrics.curves import Point, from_csv, to_csv
 from rnncodec.network import NetworkConfig, RecurrentCodec
 from rnncodec.weights import load_weights, save_weights
 
@@ -69,7 +70,7 @@ def photographs(folder: Path) -> Path:
 def test_metrics_are_of_the_whole_file_over_true_pixels():
     x = data.astronaut()[:17, :33]
     worse = x // 2
-    point = evaluate.measure("a", "codec", x, Coded(3, 100, worse, None, 90, 0.5, 0.25))
+    point = measure.measure("a", "codec", x, Coded(3, 100, worse, None, 90, 0.5, 0.25))
     assert (point.image, point.codec, point.setting, point.bytes) == ("a", "codec", 3, 100)
     assert (point.bpp, point.ideal_bpp) == (8 * 100 / (17 * 33), 8 * 90 / (17 * 33))
     assert point.l1 == pytest.approx(np.abs(x.astype(float) - worse).mean(), rel=1e-6)
@@ -79,7 +80,7 @@ def test_metrics_are_of_the_whole_file_over_true_pixels():
     assert (point.psnr_hvs, point.psnr_hvs_m) == pytest.approx((hvs, hvs_m), abs=1e-3)
     assert math.isnan(point.ms_ssim)  # too small for it
     assert (point.encode_seconds, point.decode_seconds) == (0.5, 0.25)
-    assert evaluate.measure("a", "codec", x, Coded(1, 1, x)).psnr == math.inf
+    assert measure.measure("a", "codec", x, Coded(1, 1, x)).psnr == math.inf
 
 
 @pytest.mark.parametrize("size", [(1, 1), (33, 17), (48, 64)])
@@ -87,7 +88,7 @@ def test_every_iteration_is_that_of_the_cut_file(weights_with_context, size):
     codec = Codec(load_weights(weights_with_context))
     x = data.astronaut()[: size[0], 100 : 100 + size[1]]
     file = codec.encode(x, iterations=3)
-    coded = list(evaluate.own(codec, 3).run(x, (1, 2, 3)))
+    coded = list(measure.ours(codec, 3).run(x, (1, 2, 3)))
     assert [c.setting for c in coded] == [1, 2, 3]
     for c in coded:
         cut = truncate(file, iterations=int(c.setting))
@@ -99,7 +100,7 @@ def test_every_iteration_is_that_of_the_cut_file(weights_with_context, size):
 
 def test_another_picture_from_the_cut_file_is_an_error(weights, monkeypatch):
     codec, x = Codec(load_weights(weights)), data.astronaut()[:32, :32]
-    evaluate.check_truncated(codec, x, 3)
+    measure.check_truncated(codec, x, 3)
     decode = codec.decode
 
     def changed(file, iterations=None):
@@ -109,14 +110,14 @@ def test_another_picture_from_the_cut_file_is_an_error(weights, monkeypatch):
 
     monkeypatch.setattr(codec, "decode", changed)
     with pytest.raises(RuntimeError, match="another picture"):
-        evaluate.check_truncated(codec, x, 3)
+        measure.check_truncated(codec, x, 3)
 
 
 def test_ideal_bytes_are_those_of_the_probabilities(weights_with_context):
     """Against the documented arithmetic in whole numbers."""
     loaded = load_weights(weights_with_context)
     codec, x = Codec(loaded), data.astronaut()[:160, 100:260]
-    coded = list(evaluate.own(codec, 3).run(x, (1, 2, 3)))
+    coded = list(measure.ours(codec, 3).run(x, (1, 2, 3)))
     bits = codec.read_bits(codec.encode(x, 3))
     signs = np.where(bits, 1, -1)
     logits = Reference(loaded.context).logits(signs) / 256
@@ -127,10 +128,10 @@ def test_ideal_bytes_are_those_of_the_probabilities(weights_with_context):
 
 
 def test_labels_of_curves_that_coincide_stay_apart_and_inside():
-    assert evaluate.spread([1, 5], 1, 10) == [1, 5]
-    assert evaluate.spread([1, 1.5, 1.6], 1, 10) == [1, 2, 3]
-    assert evaluate.spread([1, 9.5, 9.6, 9.7], 1, 10) == [1, 8, 9, 10]
-    assert evaluate.spread([], 1, 10) == []
+    assert pictures.spread([1, 5], 1, 10) == [1, 5]
+    assert pictures.spread([1, 1.5, 1.6], 1, 10) == [1, 2, 3]
+    assert pictures.spread([1, 9.5, 9.6, 9.7], 1, 10) == [1, 8, 9, 10]
+    assert pictures.spread([], 1, 10) == []
 
 
 def test_one_iteration_and_nothing_beside_it(command, tmp_path):
@@ -143,13 +144,13 @@ def test_one_iteration_and_nothing_beside_it(command, tmp_path):
 
 def test_names_are_unique():
     paths = map(Path, ["a/x.png", "b/x.png", "b/x-2.png", "x.jpg", "y.png"])
-    assert evaluate.unique_names(paths) == ["x", "x-2", "x-2-2", "x-3", "y"]
+    assert measure.unique_names(paths) == ["x", "x-2", "x-2-2", "x-3", "y"]
 
 
 def test_names_that_no_text_or_folder_can_have():
     """Bytes that are not UTF-8, line breaks, the folder above, and more bytes than a longer name may have."""
     paths = [Path(os.fsdecode(b"a\xff\xfe.png")), Path("a\n\r.png"), Path("...png"), Path("..png"), Path("ä" * 125)]
-    assert evaluate.unique_names(paths) == ["a__", "a__-2", "_", "_-2", "ä" * 100]
+    assert measure.unique_names(paths) == ["a__", "a__-2", "_", "_-2", "ä" * 100]
 
 
 def test_a_folder_with_an_unreadable_image(command, tmp_path, capsys):
@@ -252,13 +253,13 @@ def test_what_was_measured_is_remembered(command, tmp_path, monkeypatch):
     first = from_csv((output / "points.csv").read_text())
 
     measured = []
-    measure = evaluate.measure
+    measure_one = measure.measure
 
     def counted(image, codec, *rest):
         measured.append((image, codec))
-        return measure(image, codec, *rest)
+        return measure_one(image, codec, *rest)
 
-    monkeypatch.setattr(evaluate, "measure", counted)
+    monkeypatch.setattr(measure, "measure", counted)
     # An image under another name is the same image, and one that has changed is not.
     (folder / "coffee.png").rename(folder / "tea.png")
     Image.fromarray(255 - data.astronaut()[:200, :176]).save(folder / "astronaut.png")
@@ -288,6 +289,116 @@ def test_what_was_measured_is_remembered(command, tmp_path, monkeypatch):
     assert evaluate.main(arguments) == 0
     assert {codec for _, codec in measured} == {"rnncodec-tiny", "jpeg"}
     assert [p.psnr for p in from_csv((output / "points.csv").read_text())] == [p.psnr for p in again]
+
+
+def comparable(points, **changes):
+    """Points as text, as nan is not equal to itself; what was read has bytes as floats."""
+    return to_csv(replace(point, bytes=float(point.bytes), **changes) for point in points)
+
+
+def test_the_function_gives_the_points_of_the_command_line(weights_with_context, command, tmp_path):
+    options, output = command
+    folder = photographs(tmp_path / "photos")
+    weights = ["--weights", str(weights_with_context)]
+    assert evaluate.main([str(folder), *options, *weights, "--baselines", "jpeg", "png"]) == 0
+    codec = rnncodec.load(weights_with_context)
+    points = rnncodec.evaluate(codec, folder, iterations=2, baselines=["jpeg", "png"], cache=tmp_path / "cache")
+    assert comparable(points) == comparable(from_csv((output / "points.csv").read_text()))  # seconds are remembered
+
+    saved = tmp_path / "saved"
+    points = rnncodec.evaluate(
+        codec, [str(folder)], iterations=2, baselines=["jpeg"], output=saved, save_images=True, cache=tmp_path / "cache"
+    )
+    assert comparable(points) == comparable(from_csv((saved / "points.csv").read_text()))
+    assert all((saved / point.picture).is_file() for point in points)
+    assert (saved / "mean.csv").read_text() == "".join(
+        line for line in (output / "mean.csv").read_text().splitlines(keepends=True) if ",png," not in line
+    )
+
+
+def test_the_function_writes_and_prints_nothing_unless_asked(weights, command, tmp_path, monkeypatch, capfd):
+    options, output = command
+    folder = photographs(tmp_path / "photos")
+    assert evaluate.main([str(folder), *options, "--baselines", "jpeg"]) == 0
+    capfd.readouterr()
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.setenv(name, str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    before = {path: path.lstat().st_mtime_ns for path in tmp_path.rglob("*")}
+    points = rnncodec.evaluate(rnncodec.load(weights), [folder], iterations=2, baselines=["jpeg"])
+    assert {path: path.lstat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+    assert capfd.readouterr() == ("", "")
+    timeless = {"encode_seconds": math.nan, "decode_seconds": math.nan}
+    assert comparable(points, **timeless) == comparable(from_csv((output / "points.csv").read_text()), **timeless)
+
+
+def test_codecs_by_name_are_measured_beside_each_other(weights, weights_with_context, tmp_path):
+    """The same bits, raw and coded, and each as if it were alone."""
+    folder, output = photographs(tmp_path / "photos"), tmp_path / "results"
+    codecs = {"raw": rnncodec.load(weights), "coded": rnncodec.load(weights_with_context)}
+    points = rnncodec.evaluate(codecs, folder, output=output)
+    for name, codec in codecs.items():
+        alone = rnncodec.evaluate(codec, folder)
+        mine = [point for point in points if point.codec == f"rnncodec-{name}"]
+        assert [(p.image, p.setting, p.bytes, p.psnr) for p in mine] == [
+            (p.image, p.setting, p.bytes, p.psnr) for p in alone
+        ]
+        assert len(mine) == 2 * 16  # all iterations there are
+    assert {path.name for path in output.glob("*.json")} == {"rnncodec-raw.json", "rnncodec-coded.json"}
+    rows = list(csv.DictReader((output / "summary.csv").read_text().splitlines()))
+    assert [row["codec"] for row in rows] == ["rnncodec-raw", "rnncodec-coded"]
+    assert all(row["auc_psnr_to_2"] for row in rows)  # neither has larger files than these
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"iterations": 0}, "iterations must be in 1..16, not 0"),
+        ({"iterations": 17}, "iterations must be in 1..16, not 17"),
+        ({"save_images": True}, "output folder"),
+        ({"wandb": "a run"}, "output folder"),
+        ({"baselines": ["gif"]}, "gif"),
+        ({"codecs": {}}, "no codec"),
+        ({"codecs": "../a"}, "not '../a'"),
+        ({"images": []}, "no image could be measured"),
+        ({"images": "nowhere.png"}, "nowhere.png"),
+    ],
+)
+def test_what_the_function_refuses(weights, tmp_path, options, message):
+    codec = rnncodec.load(weights)
+    codecs = options.pop("codecs", codec)
+    arguments = {"images": photographs(tmp_path / "photos"), **options}
+    with pytest.raises(ValueError, match=re.escape(message)):
+        rnncodec.evaluate({codecs: codec} if isinstance(codecs, str) else codecs, **arguments)
+
+
+def test_the_package_loads_the_evaluation_when_it_is_wanted():
+    code = (
+        "import sys, rnncodec, rnncodec.evaluation.report\n"
+        "print(*{'torch', 'lightning', 'wandb', 'matplotlib'} & sys.modules.keys())\n"
+        "assert rnncodec.evaluate.__module__ == 'rnncodec.evaluation.evaluate'"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
+
+
+def test_only_runs_of_wandb_need_it(weights, tmp_path, monkeypatch):
+    """As in an installation with the extra `eval` alone."""
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    monkeypatch.delitem(sys.modules, "rnncodec.training.tracking", raising=False)
+    codec, folder = rnncodec.load(weights), photographs(tmp_path / "photos")
+    assert rnncodec.evaluate(codec, folder, iterations=1)
+    with pytest.raises(ValueError, match=r"W&B needs wandb, .*rnncodec\[train\]"):
+        rnncodec.evaluate(codec, folder, output=tmp_path / "results", wandb="a run")
+    assert not (tmp_path / "results").exists()
+
+
+def test_the_command_bears_the_name_of_its_program(capsys):
+    assert evaluate.main(["nowhere", "--weights", "no-such-weights"], "rnncodec evaluate") == 1
+    assert capsys.readouterr().err.startswith("rnncodec evaluate: error: ")
+    with pytest.raises(SystemExit):
+        evaluate.main([], "rnncodec evaluate")
+    assert capsys.readouterr().err.startswith("usage: rnncodec evaluate ")
 
 
 def test_curves_of_others_are_drawn_and_compared(command, tmp_path, capsys):
@@ -357,9 +468,9 @@ def test_the_comparison_shows_the_middle_of_both_pictures_at_the_same_bytes(tmp_
         colors[codec, setting] = (setting, 100, len(colors))
         Image.new("RGB", (400, 300), colors[codec, setting]).save(tmp_path / name)
         points.append(Point("a", codec, setting, size, size / 15000, psnr=20, picture=name))
-    sheet = evaluate.compared("rnncodec", "jpeg", x, points, tmp_path)
+    sheet = pictures.compared("rnncodec", "jpeg", x, points, tmp_path)
     assert sheet is not None
-    width, height = evaluate.PANEL
+    width, height = pictures.PANEL
     top, left = (300 - height) // 2, (400 - width) // 2
     found = [
         (i, j)

@@ -1,0 +1,316 @@
+"""The evaluation of codecs on photographs, as a function and as a command line; evaluate.py has the manual."""
+
+import argparse
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+import rnncodec
+from rnncodec.codec import MAX_ITERATIONS, Codec
+from rnncodec.evaluation.baselines import BASELINES
+from rnncodec.evaluation.measure import (
+    Coded,
+    Memory,
+    Source,
+    baseline,
+    check_truncated,
+    coded_sizes,
+    entropy_coders,
+    measured_points,
+    ours,
+    unique_names,
+)
+from rnncodec.evaluation.pictures import compared, save_picture
+from rnncodec.evaluation.report import write_report
+from rnncodec.evaluation.results import Results
+from rnncodec.files.format import NAME_PATTERN
+from rnncodec.files.images import find_images, load_image, one_line, save_image
+from rnncodec.metrics.curves import Point, from_json
+
+PUBLISHED = Path(__file__).with_name("published")
+
+
+def evaluate(
+    codecs: Codec | Mapping[str, Codec],
+    images: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
+    *,
+    iterations: int | None = None,
+    baselines: Sequence[str] = (),
+    overlays: Iterable[str | os.PathLike[str]] = (),
+    coders: Iterable[Codec] | None = None,
+    output: str | os.PathLike[str] | None = None,
+    save_images: bool = False,
+    wandb: str | None = None,
+    cache: str | os.PathLike[str] | None = None,
+    device: str | torch.device | None = None,
+    tables: Console | None = None,
+    progress: Console | None = None,
+    skip: Callable[[str], None] | None = None,
+) -> list[Point]:
+    """Measures codecs on images, beside others: whole files over true pixels.
+
+    Without folders nothing is written.
+
+    Args:
+        codecs: a codec, or several by name. The first is the one that others are compared with; a name in the results
+            is `rnncodec-` and this name, or that of the weights.
+        images: image files and folders.
+        iterations: to measure; None takes all that each codec has.
+        baselines: names from `rnncodec.evaluation.baselines.BASELINES`, to measure on the same images.
+        overlays: curves of others to draw: JSON files in CompressAI's shape, or names of published ones.
+        coders: compares the entropy coders on the bits of the first codec; codecs of the same network add their context
+            models. None does not compare.
+        output: folder for tables, curves and figures.
+        save_images: also writes decoded images, comparisons and a page to look at them; takes an output folder.
+        wandb: name of a run of W&B to log the results to; takes an output folder.
+        cache: folder that remembers what has been measured.
+        device: where to compute the metrics; None takes that of the first codec.
+        tables: where to print the tables.
+        progress: where to show how far it is.
+        skip: is told in one line of an image that cannot be measured, and the others go on; None raises the error.
+
+    Returns:
+        The points of every image, codec and setting, as points.csv has them.
+
+    Raises:
+        ValueError: an argument is not as above, or no image could be measured.
+        RuntimeError: a codec contradicts itself, or W&B refuses or cannot be reached.
+        OSError: a folder cannot be written.
+    """
+    named = {codecs.name: codecs} if isinstance(codecs, Codec) else dict(codecs)
+    folder, memory_folder = (None if path is None else Path(path) for path in (output, cache))
+    if folder is None and (save_images or wandb):
+        raise ValueError("pictures and runs of W&B take an output folder")
+    log = _logger() if wandb else None
+    counts = _iterations_of(named, iterations)
+    missing = [name for name in baselines if name not in BASELINES or not BASELINES[name].available]
+    if missing:
+        raise ValueError(f"this Pillow cannot write {', '.join(missing)}")
+    sources = [ours(codec, counts[name], name) for name, codec in named.items()]
+    sources += [baseline(BASELINES[name]) for name in baselines]
+    codec, count = next(iter(named.values())), next(iter(counts.values()))
+    curves = _overlays(overlays, [source.title for source in sources])
+    compared_coders = {} if coders is None else entropy_coders(codec, coders)
+    sizes: dict[str, list[list[int]]] = {name: [] for name in compared_coders}
+    where = codec.device if device is None else torch.device(device)
+    devices = dict.fromkeys(map(str, (where, *(each.device for each in named.values()))))
+    memory = Memory(memory_folder, ", ".join(devices))
+
+    def fail(path: str | os.PathLike[str], error: ValueError) -> None:
+        message = str(error) if str(path) in str(error) else f"{path}: {error}"
+        if skip is None:
+            raise ValueError(message) from error
+        skip(message)
+
+    paths: list[Path] = []
+    for path in [images] if isinstance(images, str | os.PathLike) else images:
+        try:
+            paths += find_images([path])
+        except ValueError as error:
+            fail(path, error)
+    for place in (folder, memory_folder):  # if this fails, then before the work
+        if place is not None:
+            place.mkdir(parents=True, exist_ok=True)
+    points: list[Point] = []
+    sheets: dict[str, Path] = {}
+    unchecked = dict(named)
+    columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=progress or Console(quiet=True)) as bar:
+        task = bar.add_task("", total=len(paths))
+        for i, (path, name) in enumerate(zip(paths, unique_names(paths), strict=True)):
+            pictures = folder / "pictures" / name if folder is not None and save_images else None
+            measured: list[Point] = []
+            image_sizes: dict[str, list[int]] = {}
+            try:
+                x = load_image(path)
+                save = _saver(pictures)
+                for source in sources:
+                    bar.update(task, description=f"{name}: {source.title}")
+                    settings = source.settings
+                    if pictures is not None and source.name in BASELINES:
+                        matched = BASELINES[source.name].matched(x, [point.bytes for point in measured[:count]])
+                        settings = tuple(sorted({*settings, *matched}))
+                    measured += measured_points(name, source, settings, x, where, memory, save)
+                    bar.advance(task, 1 / len(sources))
+                for key in list(unchecked):
+                    check_truncated(unchecked[key], x, counts[key])
+                    del unchecked[key]
+                if compared_coders:
+                    bar.update(task, description=f"{name}: entropy coders")
+                    bits = codec.read_bits(codec.encode(x, count, entropy="none"))
+                    image_sizes = coded_sizes(compared_coders, bits, *x.shape[:2])
+                if folder is not None and pictures is not None:
+                    save_image(x, pictures / "original.png")
+                    sheet = compared(sources[0].name, next(iter(baselines), ""), x, measured, folder)
+                    if sheet is not None:
+                        sheets[name] = folder / f"{name}_comparison.png"
+                        save_image(sheet, sheets[name])
+            except ValueError as error:
+                fail(path, error)
+                continue
+            finally:
+                bar.update(task, completed=i + 1)
+            points += measured
+            for coder, each in image_sizes.items():
+                sizes[coder].append(each)
+    if not points:
+        raise ValueError("no image could be measured")
+    results = Results(points, sources, len(named), curves, sizes)
+    if folder is not None:
+        results.write(folder)
+    if tables is not None:
+        results.show(tables)
+    if folder is not None and save_images:
+        write_report(folder)
+    if folder is not None and wandb and log is not None:
+        files = [folder / file for file in (*results.files, *["report.html"] * save_images)]
+        log(folder, wandb, _config(codec, count, results), results.curves, points, files, sheets)
+    return points
+
+
+def _iterations_of(codecs: Mapping[str, Codec], iterations: int | None) -> dict[str, int]:
+    """How many iterations to measure of each codec.
+
+    Raises:
+        ValueError: there is no codec, a name cannot be that of a file, or a codec has fewer iterations.
+    """
+    if not codecs:
+        raise ValueError("there is no codec to evaluate")
+    result = {}
+    for name, codec in codecs.items():
+        if not NAME_PATTERN.fullmatch(name):
+            raise ValueError(f"the name of a codec is up to 32 letters, digits, '.', '_' and '-', not {name!r}")
+        result[name] = min(MAX_ITERATIONS, codec.max_iterations) if iterations is None else iterations
+        if not 1 <= result[name] <= codec.max_iterations:
+            raise ValueError(f"iterations must be in 1..{codec.max_iterations}, not {iterations}")
+    return result
+
+
+def _overlays(overlays: Iterable[str | os.PathLike[str]], taken: Iterable[str]) -> dict[str, list[Point]]:
+    """The curves of others that are to be drawn; those whose names are taken also bear that of their file."""
+    curves: dict[str, list[Point]] = {}
+    for text in overlays:
+        shipped = PUBLISHED / f"{text}.json"
+        name, points = from_json(shipped if shipped.is_file() else Path(text))
+        curves[f"{name} ({text})" if name in (*taken, *curves) else name] = points
+    return curves
+
+
+def _saver(folder: Path | None) -> Callable[[Source, Coded], str] | None:
+    """Saves pictures in a folder of the output's `pictures`, and gives their paths in the output."""
+    if folder is None:
+        return None
+    folder.mkdir(parents=True, exist_ok=True)
+    return lambda source, coded: f"pictures/{folder.name}/{save_picture(source, coded, folder)}"
+
+
+def _logger() -> Callable[..., None]:
+    """What logs to W&B, which evaluations without it can do without.
+
+    Raises:
+        ValueError: it is not installed.
+    """
+    try:
+        from rnncodec.training.tracking import log_evaluation
+    except ModuleNotFoundError as error:
+        raise ValueError(f"W&B needs {error.name}, which is not installed: pip install 'rnncodec[train]'") from error
+    return log_evaluation
+
+
+def _config(codec: Codec, iterations: int, results: Results) -> dict[str, object]:
+    """What the results depend on, for W&B."""
+    return {
+        "weights": codec.name,
+        "fingerprint": codec.fingerprint.hex(),
+        "context_fingerprint": codec.context_fingerprint.hex(),
+        "iterations": iterations,
+        "images": len({point.image for point in results.points}),
+        "device": str(codec.device),
+        "codecs": {source.name: source.description for source in results.sources},
+        "versions": {"rnncodec": rnncodec.__version__, "torch": torch.__version__},
+    }
+
+
+def main(argv: Sequence[str] | None = None, program: str = "evaluate.py") -> int:
+    """Runs the command line; returns the exit status, 1 if anything failed."""
+    parser = argparse.ArgumentParser(prog=program, description="Measures a codec on photographs, beside others.")
+    parser.add_argument("images", nargs="+", type=Path, help="image files and folders")
+    parser.add_argument("--weights", default="small", help="name of shipped weights, or a file (default: small)")
+    parser.add_argument(
+        "--iterations", type=int, default=MAX_ITERATIONS, help="iterations to measure (default: %(default)s)"
+    )
+    parser.add_argument("--output", type=Path, default=Path("results"), help="folder to write to (default: results)")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument(
+        "--baselines",
+        nargs="*",
+        choices=BASELINES,
+        default=["jpeg", "jpeg2000", "webp", "avif"],
+        help="codecs to measure beside it (default: jpeg, jpeg2000, webp, avif)",
+    )
+    shipped = ", ".join(sorted(path.stem for path in PUBLISHED.glob("*.json")))
+    parser.add_argument(
+        "--overlay",
+        nargs="*",
+        metavar="CURVE",
+        default=[],
+        help=f"curves of others: JSON files as this program writes them, or of those for Kodak: {shipped}",
+    )
+    parser.add_argument(
+        "--coders",
+        nargs="*",
+        metavar="WEIGHTS",
+        help="compare the entropy coders; weights of the same codec add their context models",
+    )
+    parser.add_argument("--save-images", action="store_true", help="write the decoded images and comparisons")
+    parser.add_argument("--wandb", metavar="NAME", help="log the results to W&B, as a run of this name")
+    user_cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    parser.add_argument(
+        "--cache-dir",
+        type=Path,
+        default=user_cache / "rnncodec" / "results",
+        help="folder that remembers what has been measured (default: rnncodec/results in the user's cache folder)",
+    )
+    args = parser.parse_args(argv)
+    if args.iterations < 1:
+        parser.error(f"--iterations must be at least 1, not {args.iterations}")
+    console, title = Console(stderr=True), program.removesuffix(".py")
+    failures = 0
+
+    def skip(message: str) -> None:
+        nonlocal failures
+        failures += 1
+        console.print(f"{title}: skipped: {message}", markup=False, highlight=False, soft_wrap=True)
+
+    try:
+        codec = rnncodec.load(args.weights, device=args.device)
+        coders = None
+        if args.coders is not None:
+            coders = [rnncodec.load(path, device=args.device) for path in args.coders]
+        evaluate(
+            codec,
+            args.images,
+            iterations=args.iterations,
+            baselines=args.baselines,
+            overlays=args.overlay,
+            coders=coders,
+            output=args.output,
+            save_images=args.save_images,
+            wandb=args.wandb,
+            cache=args.cache_dir,
+            tables=Console(),
+            progress=console,
+            skip=skip,
+        )
+    except (ValueError, RuntimeError, OSError, MemoryError) as error:
+        console.print(f"{title}: error: {one_line(error)}", markup=False, highlight=False, soft_wrap=True)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    if failures:
+        console.print(f"{title}: could not be measured: {failures}", highlight=False)
+    return 1 if failures else 0

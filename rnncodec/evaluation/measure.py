@@ -1,0 +1,281 @@
+"""A codec on an image: files, what they decode to and all metrics, remembered in a folder."""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from rnncodec.codec import Codec
+from rnncodec.entropy import CLASSICAL, ContextSession, EntropyName
+from rnncodec.evaluation.baselines import Baseline
+from rnncodec.evaluation.report import TYPES
+from rnncodec.files.format import read_header, truncate
+from rnncodec.files.images import atomic_write
+from rnncodec.metrics.curves import NAN, Point, from_csv, to_csv
+from rnncodec.metrics.distortion import RATES, l1, ms_ssim, psnr, psnr_hvs
+
+NAME_BYTES = 200  # of an image's name, which leaves room for what is appended
+CACHE_VERSION = 1  # of what is remembered: another one forgets it all
+
+
+class Coded(NamedTuple):
+    """A file and what it decodes to.
+
+    Attributes:
+        setting: iterations, or what the codec calls quality.
+        size: bytes of the whole file.
+        x_hat: the reconstruction, uint8 [H, W, 3].
+        file: the file itself, if it is one that browsers show.
+        ideal_bytes: what the context model's probabilities alone would take.
+        encode_seconds: for the whole file.
+        decode_seconds: likewise.
+    """
+
+    setting: float
+    size: int
+    x_hat: np.ndarray
+    file: bytes | None = None
+    ideal_bytes: float = NAN
+    encode_seconds: float = NAN
+    decode_seconds: float = NAN
+
+
+@dataclass(frozen=True)
+class Source:
+    """A codec to measure.
+
+    Attributes:
+        name: in files and tables.
+        title: in plots.
+        description: what a reader must know to repeat it.
+        suffix: of its pictures.
+        settings: at which every image is measured.
+        run: an image, uint8 [H, W, 3], and settings to its files at these settings.
+    """
+
+    name: str
+    title: str
+    description: str
+    suffix: str
+    settings: tuple[float, ...]
+    run: Callable[[np.ndarray, Sequence[float]], Iterator[Coded]]
+
+
+def ours(codec: Codec, iterations: int, name: str = "") -> Source:
+    """A codec whose evaluation this is, under its own name unless another is given."""
+
+    def run(x: np.ndarray, settings: Sequence[float]) -> Iterator[Coded]:
+        start = time.perf_counter()
+        data = codec.encode(x, iterations)
+        middle = time.perf_counter()
+        pictures = list(codec.decode_progressive(data))
+        end = time.perf_counter()
+        sizes = read_header(data).sizes
+        ideal = ideal_bytes(codec, data)
+        for k, (x_hat, size, least) in enumerate(zip(pictures, sizes, ideal, strict=True), 1):
+            times = (middle - start, end - middle) if k == iterations else (NAN, NAN)
+            if k in settings:
+                yield Coded(k, size, x_hat, None, least, *times)
+
+    description = f"weights {codec.name} ({codec.fingerprint.hex()}), "
+    if codec.context is not None:
+        description += f"{codec.context.config.kind} context model ({codec.context_fingerprint.hex()}), "
+    description += f"1 to {iterations} iterations"
+    # Both change the bits, so they are also part of what is remembered.
+    if codec.network.in_bfloat16:
+        description += ", in bfloat16"
+    if codec.tile is not None:
+        description += f", in tiles of {codec.tile} pixels"
+    name = f"rnncodec-{name or codec.name}"
+    return Source(name, name, description, ".png", tuple(range(1, iterations + 1)), run)
+
+
+def ideal_bytes(codec: Codec, data: bytes) -> Iterator[float]:
+    """What the context model's probabilities take for the first 1, 2, ... iterations of a file; nan without a model."""
+    planes = codec.read_bits(data)
+    if codec.context is None:
+        yield from [NAN] * len(planes)
+        return
+    session, total = codec.session("context", *planes.shape[2:]), 0.0
+    assert isinstance(session, ContextSession)
+    for plane in planes:
+        total += session.ideal_bits(plane) / 8
+        yield total
+
+
+def baseline(codec: Baseline) -> Source:
+    """A codec to compare with."""
+    shown = codec.suffix in TYPES
+
+    def run(x: np.ndarray, settings: Sequence[float]) -> Iterator[Coded]:
+        for setting in settings:
+            start = time.perf_counter()
+            data = codec.encode(x, setting)
+            middle = time.perf_counter()
+            x_hat = codec.decode(data)
+            times = middle - start, time.perf_counter() - middle
+            yield Coded(setting, len(data), x_hat, data if shown else None, NAN, *times)
+
+    description = f"{codec.description} ({codec.version})"
+    suffix = codec.suffix if shown else ".png"
+    return Source(codec.name, codec.title, description, suffix, codec.settings, run)
+
+
+class Memory:
+    """What has been measured, in a folder, by the pixels of the image and the exact codec.
+
+    Args:
+        folder: None remembers nothing.
+        device: where it was computed.
+    """
+
+    def __init__(self, folder: Path | None, device: str) -> None:
+        self.folder, self.device = folder, device
+
+    def name(self, x: np.ndarray, source: Source) -> str:
+        """Of the file with the points of an image and a codec."""
+        about = [CACHE_VERSION, source.name, source.description, x.shape, torch.__version__, self.device]
+        key = hashlib.sha256(json.dumps(about).encode() + np.ascontiguousarray(x).tobytes()).hexdigest()
+        return f"{key[:32]}.csv"
+
+    def recall(self, x: np.ndarray, source: Source) -> dict[float, Point]:
+        """The known points by setting."""
+        if self.folder is None:
+            return {}
+        try:
+            return {point.setting: point for point in from_csv((self.folder / self.name(x, source)).read_text())}
+        except (OSError, ValueError):  # not there, or not what it was: it is measured again
+            return {}
+
+    def keep(self, x: np.ndarray, source: Source, points: Iterable[Point]) -> None:
+        """Remembers points."""
+        if self.folder is not None:
+            atomic_write(self.folder / self.name(x, source), to_csv(points).encode())
+
+
+def measure(image: str, codec: str, x: np.ndarray, coded: Coded, device: torch.device | str = "cpu") -> Point:
+    """All metrics of one reconstruction of an image x, uint8 [H, W, 3]."""
+    original, x_hat = (torch.tensor(a, device=device).permute(2, 0, 1)[None] for a in (x, coded.x_hat))
+    scale = 8 / (x.shape[0] * x.shape[1])
+    return Point(
+        image,
+        codec,
+        coded.setting,
+        coded.size,
+        bpp=scale * coded.size,
+        ideal_bpp=scale * coded.ideal_bytes,
+        l1=l1(original, x_hat).item(),
+        psnr=psnr(original, x_hat).item(),
+        ms_ssim=ms_ssim(original, x_hat).item(),
+        psnr_hvs=psnr_hvs(original, x_hat).item(),
+        psnr_hvs_m=psnr_hvs(original, x_hat, masking=True).item(),
+        encode_seconds=coded.encode_seconds,
+        decode_seconds=coded.decode_seconds,
+    )
+
+
+def measured_points(
+    image: str,
+    source: Source,
+    settings: Sequence[float],
+    x: np.ndarray,
+    device: torch.device,
+    memory: Memory,
+    save: Callable[[Source, Coded], str] | None = None,
+) -> list[Point]:
+    """The points of an image and a codec, remembered if possible.
+
+    Args:
+        image: its name.
+        source: the codec.
+        settings: at which to measure.
+        x: the image, uint8 [H, W, 3].
+        device: where to compute the metrics.
+        memory: of what has been measured.
+        save: saves a picture and gives its path; None saves none.
+    """
+    known = memory.recall(x, source)
+    missing = [setting for setting in settings if setting not in known]
+    pictures = {}
+    if needed := missing if save is None else settings:
+        for coded in source.run(x, needed):
+            if coded.setting in missing:
+                known[coded.setting] = measure(image, source.name, x, coded, device)
+            if save is not None:
+                pictures[coded.setting] = save(source, coded)
+    if missing:
+        memory.keep(x, source, known.values())
+    return [replace(known[setting], image=image, picture=pictures.get(setting, "")) for setting in settings]
+
+
+def check_truncated(codec: Codec, x: np.ndarray, iterations: int) -> None:
+    """Raises RuntimeError if a cut file decodes to another picture than the whole file does on its way."""
+    data = codec.encode(x, iterations)
+    for k, x_hat in enumerate(codec.decode_progressive(data), 1):
+        if k in RATES and not np.array_equal(np.asarray(codec.decode(truncate(data, iterations=k))), x_hat):
+            raise RuntimeError(f"the file cut to {k} iterations decodes to another picture than the whole file")
+
+
+def entropy_coders(codec: Codec, others: Iterable[Codec]) -> dict[str, tuple[Codec, EntropyName]]:
+    """The entropy coders to compare, by name: each with a codec of the same network.
+
+    Args:
+        codec: its bits are coded.
+        others: more codecs, whose context models are compared too.
+
+    Raises:
+        ValueError: another codec has another network.
+    """
+    coders: dict[str, tuple[Codec, EntropyName]] = {name: (codec, name) for name in CLASSICAL}
+    for another in (codec, *others):
+        if another.fingerprint != codec.fingerprint:
+            raise ValueError(f"the weights {another.name} ({another.fingerprint.hex()}) are not those of {codec.name}")
+        if another.context is not None:
+            name = another.context.config.kind
+            if name in coders and coders[name][0].context_fingerprint != another.context_fingerprint:
+                name += f" {another.context_fingerprint.hex()}"
+            coders[name] = (another, "context")
+    return coders
+
+
+def coded_sizes(
+    codecs: dict[str, tuple[Codec, EntropyName]], bits: np.ndarray, height: int, width: int
+) -> dict[str, list[int]]:
+    """Bytes of the whole file at every iteration, for the same bits and each entropy coder.
+
+    Args:
+        codecs: a codec and the name of its entropy coder, by the name of the coder in the result.
+        bits: bool [iterations, bits, rows, columns].
+        height: of the image in pixels.
+        width: of the image in pixels.
+
+    Raises:
+        RuntimeError: a coder does not give the bits back.
+    """
+    sizes = {}
+    for name, (codec, entropy) in codecs.items():
+        file = codec.write_bits(bits, height, width, entropy)
+        if not np.array_equal(codec.read_bits(file), bits):
+            raise RuntimeError(f"the entropy coder {name} does not give the bits back")
+        sizes[name] = list(read_header(file).sizes)
+    return sizes
+
+
+def unique_names(paths: Iterable[Path]) -> list[str]:
+    """The files' names without suffix, as text and folders can have them, numbered where one comes again."""
+    names: dict[str, None] = {}
+    for path in paths:
+        printable = "".join(c if c.isprintable() else "_" for c in path.stem).lstrip(".") or "_"
+        stem = printable.encode()[:NAME_BYTES].decode(errors="ignore")
+        name, number = stem, 1
+        while name in names:
+            number += 1
+            name = f"{stem}-{number}"
+        names[name] = None
+    return list(names)

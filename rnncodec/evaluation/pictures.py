@@ -1,0 +1,123 @@
+"""Pictures of an evaluation: the figure of the mean curves, comparisons of reconstructions, and the files of both."""
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from matplotlib.figure import Figure
+from PIL import Image, ImageDraw, ImageFont
+
+from rnncodec.evaluation.measure import Coded, Source
+from rnncodec.files.images import atomic_write, load_image, save_image
+from rnncodec.metrics.curves import Point, largest_within, samples
+from rnncodec.metrics.distortion import RATES
+
+PANEL = (224, 224)  # pixels of a picture in a comparison, six beside each other
+
+
+def figure(curves: dict[str, list[Point]], overlays: Sequence[str] = ()) -> Figure:
+    """Mean curves over bpp, each labelled on the right; the first sets the range, overlays are dashed."""
+    end = next(iter(curves.values()))[-1].bpp
+    drawing = Figure(figsize=(15, 4.8), dpi=110, layout="constrained")
+    panels = {"PSNR (dB)": "psnr", "MS-SSIM (dB)": "ms_ssim_db", "PSNR-HVS-M (dB)": "psnr_hvs_m"}
+    for axes, (title, metric) in zip(drawing.subplots(1, 3), panels.items(), strict=True):
+        labels = []
+        for i, (name, curve) in enumerate(curves.items()):
+            x, y = samples(curve, metric)
+            if not len(x) or x[0] > end:
+                continue
+            last = min(end, x[-1])
+            visible = x <= last
+            # A curve that goes on beyond the range ends on its edge.
+            x_visible, y_visible = np.append(x[visible], last), np.append(y[visible], np.interp(last, x, y))
+            style = "--" if name in overlays else "-"
+            axes.plot(x_visible, y_visible, style, color=f"C{i}", linewidth=2.2 if i == 0 else 1.4)
+            axes.plot(x[visible], y[visible], "o" if i == 0 else ".", color=f"C{i}", markersize=4)
+            labels.append([y_visible[-1], name, f"C{i}"])
+        axes.set_xlim(0, end * 1.02)
+        axes.set_xlabel("bits per pixel, whole files")
+        axes.set_title(title, loc="left", fontsize=11)
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+        low, high = axes.get_ylim()
+        labels.sort()
+        heights = spread([value for value, *_ in labels], (high - low) / 22, high)
+        for (_, name, color), height in zip(labels, heights, strict=True):
+            place = end, height
+            text = axes.annotate(name, place, (6, 0), textcoords="offset points", va="center", color=color, fontsize=9)
+            text.set_parse_math(False)  # a name may hold dollars
+    return drawing
+
+
+def spread(heights: Sequence[float], gap: float, top: float) -> list[float]:
+    """Rising heights, moved until no two are closer than the gap and, if there is room, none is above the top."""
+    result: list[float] = []
+    for height in heights:
+        result.append(max(height, result[-1] + gap) if result else height)
+    for i in reversed(range(len(result))):
+        top = result[i] = min(result[i], top)
+        top -= gap
+    return result
+
+
+def rendered(drawing: Figure, format: str) -> bytes:
+    """A figure as png or svg."""
+    file = io.BytesIO()
+    drawing.savefig(file, format=format, metadata={"Date": None} if format == "svg" else None)
+    return file.getvalue()
+
+
+class Panel(NamedTuple):
+    """A picture of a comparison, uint8 [H, W, 3] or None, and what is written above it."""
+
+    caption: str
+    picture: np.ndarray | None
+
+
+def comparison(x: np.ndarray, columns: Sequence[tuple[Panel | None, Panel | None]]) -> np.ndarray:
+    """The middle of an image, unscaled, and of what two codecs make of it: one above the other at the same bytes."""
+    (width, height), margin, caption = PANEL, 8, 40
+    sheet = Image.new("RGB", ((width + margin) * (len(columns) + 1) + margin, 2 * (height + caption) + margin), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
+    for i, column in enumerate([(Panel("original", x), None), *columns]):
+        for j, panel in enumerate(column):
+            if panel is None:
+                continue
+            corner = margin + i * (width + margin), j * (height + caption)
+            draw.text((corner[0], corner[1] + 4), panel.caption, "black", font)
+            if panel.picture is not None:
+                top, left = (
+                    max(0, (a - b) // 2) for a, b in zip(panel.picture.shape[:2], (height, width), strict=True)
+                )
+                crop = Image.fromarray(panel.picture[top : top + height, left : left + width])
+                sheet.paste(crop, (corner[0], corner[1] + caption))
+    return np.asarray(sheet)
+
+
+def compared(name: str, baseline: str, x: np.ndarray, points: Sequence[Point], folder: Path) -> np.ndarray | None:
+    """The comparison of a codec's saved pictures at 1, 2, 4, 8 and 16 iterations with a baseline at the same bytes."""
+    rivals = [point for point in points if point.codec == baseline and point.picture]
+    columns: list[tuple[Panel | None, Panel | None]] = []
+    for point in points:
+        if point.codec != name or point.setting not in RATES or not point.picture:
+            continue
+        plural = "" if point.setting == 1 else "s"
+        mine = f"{point.setting:g} iteration{plural}, {point.bpp:.3f} bpp\n{point.psnr:.2f} dB"
+        theirs = Panel(f"{baseline}: no file is as small", None) if rivals else None
+        if best := largest_within(rivals, point.bytes):
+            caption = f"{baseline} {best.setting:g}, {best.bpp:.3f} bpp\n{best.psnr:.2f} dB"
+            theirs = Panel(caption, load_image(folder / best.picture))
+        columns.append((Panel(mine, load_image(folder / point.picture)), theirs))
+    return comparison(x, columns) if columns else None
+
+
+def save_picture(source: Source, coded: Coded, folder: Path) -> str:
+    """Saves what a codec made of an image, in a form that browsers show; gives its name."""
+    path = folder / f"{source.name}-{coded.setting:g}{source.suffix}"
+    if coded.file is None:
+        save_image(coded.x_hat, path)
+    else:
+        atomic_write(path, coded.file)
+    return path.name

@@ -1,0 +1,117 @@
+"""What an evaluation leaves: its points, mean curves and summaries, to be written to a folder and printed."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+
+from rnncodec.evaluation.measure import Source
+from rnncodec.evaluation.pictures import figure, rendered
+from rnncodec.evaluation.tables import (
+    Summary,
+    area_table,
+    bd_rate_table,
+    coder_table,
+    curve_table,
+    rivals_table,
+    summaries,
+    summary_csv,
+)
+from rnncodec.files.images import atomic_write
+from rnncodec.metrics.curves import Point, mean_curve, to_csv, to_json
+from rnncodec.metrics.distortion import MS_SSIM_MIN_SIDE
+
+
+@dataclass(frozen=True)
+class Results:
+    """What has been measured, and the means of it.
+
+    Attributes:
+        points: of every image, codec and setting.
+        sources: the codecs; those that are evaluated come first.
+        evaluated: how many these are.
+        overlays: mean curves of others, by title.
+        sizes: bytes of the whole file at every iteration, for each image, by entropy coder.
+    """
+
+    points: Sequence[Point]
+    sources: Sequence[Source]
+    evaluated: int
+    overlays: dict[str, list[Point]]
+    sizes: dict[str, list[list[int]]]
+
+    @cached_property
+    def curves(self) -> dict[str, list[Point]]:
+        """The mean curves of all codecs, by name."""
+        # Not of the settings that match single files: a codec's curve does not depend on what it is compared with.
+        return {
+            source.name: mean_curve(p for p in self.points if p.codec == source.name and p.setting in source.settings)
+            for source in self.sources
+        }
+
+    @cached_property
+    def drawn(self) -> dict[str, list[Point]]:
+        """The mean curves that are drawn and compared, by title."""
+        # A codec without settings is a point beyond the range.
+        drawable = [source for i, source in enumerate(self.sources) if i < self.evaluated or len(source.settings) > 1]
+        return {source.title: self.curves[source.name] for source in drawable} | self.overlays
+
+    @cached_property
+    def summaries(self) -> list[Summary]:
+        """The drawn curves in a few numbers."""
+        return summaries(self.drawn, self.evaluated)
+
+    @cached_property
+    def mean_sizes(self) -> dict[str, np.ndarray]:
+        """Mean bytes [T] of the whole file, by entropy coder."""
+        return {name: np.mean(each, axis=0) for name, each in self.sizes.items()}
+
+    @cached_property
+    def images(self) -> tuple[int, str]:
+        """How many images these are means of, and what is a mean of fewer."""
+        mine = [point for point in self.points if point.codec == self.sources[0].name]
+        count = len({point.image for point in mine})
+        large = len({point.image for point in mine if not np.isnan(point.ms_ssim)})
+        exception = f", MS-SSIM of the {large} with sides of at least {MS_SSIM_MIN_SIDE}" if large < count else ""
+        return count, exception
+
+    @property
+    def files(self) -> list[str]:
+        """Names of the files that `write` leaves."""
+        names = ["points.csv", "mean.csv", "summary.csv", "rate_distortion.png", "rate_distortion.svg"]
+        return names + [f"{source.name}.json" for source in self.sources] + ["coders.csv"] * bool(self.sizes)
+
+    def write(self, folder: Path) -> None:
+        """Writes points, means, summaries and figures to a folder."""
+        count, exception = self.images
+        for source in self.sources:
+            description = f"{source.description}; whole files, mean of {count} images{exception}"
+            text = to_json(self.curves[source.name], source.name, description)
+            atomic_write(folder / f"{source.name}.json", text.encode())
+        atomic_write(folder / "points.csv", to_csv(self.points).encode())
+        means = to_csv(point for curve in self.curves.values() for point in curve)
+        atomic_write(folder / "mean.csv", means.encode())
+        drawing = figure(self.drawn, list(self.overlays))
+        for format in ("png", "svg"):
+            atomic_write(folder / f"rate_distortion.{format}", rendered(drawing, format))
+        atomic_write(folder / "summary.csv", summary_csv(self.summaries).encode())
+        if self.sizes:
+            text = "coder,iteration,bytes\n"
+            for name, each in self.mean_sizes.items():
+                text += "".join(f"{name},{t},{size}\n" for t, size in enumerate(each, 1))
+            atomic_write(folder / "coders.csv", text.encode())
+
+    def show(self, console: Console) -> None:
+        """Prints the tables."""
+        if self.sizes:
+            console.print(coder_table(self.mean_sizes))
+        first, *rest = self.drawn
+        count, exception = self.images
+        console.print(curve_table(self.drawn[first], f"{count} image{'s' * (count > 1)}{exception}"))
+        if rest:
+            console.print(rivals_table(self.drawn))
+            console.print(area_table(self.summaries))
+            console.print(bd_rate_table(self.summaries))

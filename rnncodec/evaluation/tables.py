@@ -1,0 +1,140 @@
+"""Tables and summaries of mean curves: metrics, areas under the curves, BD-rates, entropy coders."""
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from rich.table import Table
+from rich.text import Text
+
+from rnncodec.codec import MAX_ITERATIONS
+from rnncodec.metrics.curves import NAN, Point, area, bd_rate, interpolate
+from rnncodec.metrics.distortion import RATES
+
+WINDOW = (0.25, 1.875)  # bits per pixel between which the area under a curve favours nobody
+COMMON = 0.75  # share of a curve's range of quality below which a BD-rate over it says little
+SPANS = {"to 2": (None, 2.0), f"{WINDOW[0]} to\n{WINDOW[1]}": WINDOW}  # bits per pixel; the first as in T17
+AREAS = {"ms_ssim": "MS-SSIM", "psnr_hvs": "PSNR-HVS", "psnr": "PSNR"}  # the first two are those of T17
+BD_RATES = {"psnr": "PSNR", "ms_ssim_db": "MS-SSIM", "psnr_hvs_m": "PSNR-HVS-M"}
+METRICS = (("psnr", 2), ("ms_ssim", 4))  # of the tables, with their digits
+
+
+def curve_table(curve: Sequence[Point], images: str) -> Table:
+    """All metrics of a mean curve."""
+    result = Table(title=f"{curve[0].codec}, mean of {images}")
+    for column in ("", "bytes", "bpp", "L1", "PSNR", "MS-SSIM", "PSNR-HVS", "PSNR-HVS-M"):
+        result.add_column(column, justify="right", no_wrap=True)
+    for point in curve:
+        values = [(point.bpp, 4), (point.l1, 2), (point.psnr, 2), (point.ms_ssim, 4)]
+        values += [(point.psnr_hvs, 2), (point.psnr_hvs_m, 2)]
+        cells = [number(value, digits) for value, digits in values]
+        result.add_row(f"{point.setting:g}", number(point.bytes, 0), *cells)
+    return result
+
+
+def rivals_table(curves: dict[str, list[Point]]) -> Table:
+    """PSNR and MS-SSIM of all mean curves at the bits per pixel of the first after 1, 2, 4, 8 and 16 iterations."""
+    rates = [(point.setting, point.bpp) for point in next(iter(curves.values())) if point.setting in RATES]
+    result = Table(title="PSNR and MS-SSIM at the same bits per pixel")
+    result.add_column("iterations\nbpp", overflow="fold")
+    for setting, bpp in rates:
+        result.add_column(f"{setting:g}\n{bpp:.3f}", justify="right", no_wrap=True)
+    for name, curve in curves.items():
+        cells = [
+            "\n".join(number(interpolate(curve, metric, bpp), digits) for metric, digits in METRICS) for _, bpp in rates
+        ]
+        result.add_row(Text(name), *cells, end_section=True)
+    return result
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A curve in a few numbers.
+
+    Attributes:
+        codec: name of its codec.
+        areas: under the curve of each metric of `AREAS`, over each of `SPANS`.
+        bd_rates: percent more bits that the evaluated codec takes for the same value of each metric of `BD_RATES`,
+            and the share of its values that the other has too; None for that codec itself.
+    """
+
+    codec: str
+    areas: list[list[float]]
+    bd_rates: list[tuple[float, float]] | None
+
+
+def summaries(curves: dict[str, list[Point]], evaluated: int = 1) -> list[Summary]:
+    """The areas under all curves, of which so many first ones are evaluated, and the BD-rate of the first against each.
+
+    Of others nobody knows here whether the last point measured is the last there is.
+    """
+    mine = next(iter(curves.values()))
+    result = []
+    for i, (name, curve) in enumerate(curves.items()):
+        saturates = i < evaluated and curve[-1].setting == MAX_ITERATIONS
+        areas = [[area(curve, metric, *span, saturates=saturates) for span in SPANS.values()] for metric in AREAS]
+        bd_rates = None if curve is mine else [bd_rate(curve, mine, metric) for metric in BD_RATES]
+        result.append(Summary(name, areas, bd_rates))
+    return result
+
+
+def summary_csv(summaries: Sequence[Summary]) -> str:
+    """One row for each curve; what does not exist is left empty."""
+    names = [f"auc_{metric}_{name}" for metric in AREAS for name in ("to_2", "window")]
+    names += [f"bd_rate_{metric}{end}" for metric in BD_RATES for end in ("", "_overlap")]
+    rows = [["codec", *names]]
+    for each in summaries:
+        values = [value for pair in each.areas for value in pair]
+        values += [value for pair in each.bd_rates or [(NAN, NAN)] * len(BD_RATES) for value in pair]
+        rows.append([each.codec, *("" if np.isnan(value) else repr(float(value)) for value in values)])
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
+
+
+def area_table(summaries: Sequence[Summary]) -> Table:
+    """The areas under all curves."""
+    result = Table(title="area under the curves, over bits per pixel")
+    names = [f"{title}\n{span}" for title in AREAS.values() for span in SPANS]
+    for column in ("codec", *names):
+        result.add_column(column, justify="left" if column == "codec" else "right", overflow="fold")
+    for each in summaries:
+        result.add_row(Text(each.codec), *(number(value, 3) for pair in each.areas for value in pair))
+    return result
+
+
+def bd_rate_table(summaries: Sequence[Summary]) -> Table:
+    """How many more bits the first codec takes than each other."""
+    first, *others = summaries
+    result = Table(title=f"BD-rate: bits that {first.codec} takes more for the same quality")
+    for column in ("than", *BD_RATES.values()):
+        result.add_column(column, justify="left" if column == "than" else "right")
+    partial = False
+    for each in others:
+        cells = []
+        for difference, overlap in each.bd_rates or ():
+            doubtful = not np.isnan(difference) and overlap < COMMON
+            partial |= doubtful
+            cells.append("-" if np.isnan(difference) else f"{difference:+.1f} %" + "*" * doubtful)
+        result.add_row(Text(each.codec), *cells)
+    if partial:
+        result.caption = f"* over less than {COMMON:.0%} of the range of quality of {first.codec}"
+    return result
+
+
+def coder_table(mean: dict[str, np.ndarray]) -> Table:
+    """Mean bytes [T] of raw files, and what share of them each coder saves."""
+    names = [name for name in mean if name != "none"]
+    result = Table(title="bytes of the whole file, and how many less with each entropy coder")
+    for column in ("iteration", "raw", *names):
+        result.add_column(column, justify="right")
+    for t, raw in enumerate(mean["none"]):
+        result.add_row(str(t + 1), f"{raw:.0f}", *(f"{1 - mean[name][t] / raw:.1%}" for name in names))
+    return result
+
+
+def number(value: float, digits: int) -> str:
+    """A value, or what stands for none."""
+    return "-" if np.isnan(value) else f"{value:.{digits}f}"
