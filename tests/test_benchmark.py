@@ -1,13 +1,10 @@
 """The benchmark script, on tiny sizes: it runs and reports every ratio."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
-
-sys.path.append(str(Path(__file__).parent.parent))  # the script lies beside the package
 
 import benchmark
 
@@ -30,7 +27,7 @@ def test_a_quick_run_reports_every_ratio(tmp_path, capsys):
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_joint_training_is_measured_with_its_patches_and_its_context_model(tmp_path, monkeypatch):
-    config = yaml.safe_load((Path(benchmark.__file__).parent / "configs" / "small_falling.yaml").read_text())
+    config = yaml.safe_load((Path(benchmark.__file__).parent.parent / "configs" / "small_falling.yaml").read_text())
     tiny = {"encoder_channels": [8, 16, 16, 16], "decoder_channels": [16] * 5}
     context = {"kind": "parallel", "channels": 8}
     config["model"]["init_args"] |= {"network": tiny, "context": context, "growth": {0: [3, 16]}}

@@ -15,14 +15,13 @@ import pytest
 import yaml
 from PIL import Image
 
+import compare
+from compare import Variant
 from rnncodec.files.images import load_image, save_image
 from rnncodec.network import NetworkConfig
 from rnncodec.weights import load_weights
 
 ROOT = Path(__file__).parent.parent
-sys.path.append(str(ROOT))  # the script lies beside the package
-import compare  # noqa: E402
-from compare import Variant  # noqa: E402
 
 BASE = Variant("lstm", "lstm", "additive", "stochastic")
 STEPS, BATCH = 4, 2

@@ -1,8 +1,8 @@
 """Compares speeds on this machine, as ratios of what one run measures side by side.
 
-    python benchmark.py                 a few minutes; generates its images
-    python benchmark.py --root PHOTOS   takes the data stream from a folder
-    python benchmark.py --image PHOTO   codes a photograph instead of a generated image
+    python studies/benchmark.py                 a few minutes; generates its images
+    python studies/benchmark.py --root PHOTOS   takes the data stream from a folder
+    python studies/benchmark.py --image PHOTO   codes a photograph instead of a generated image
 
 Three questions are answered. Does the data keep up: patches a second of the data stream alone, over those that training
 `small` consumes. And what do a train step, encoding and decoding cost: `small` and the configuration of T17, in eager
@@ -341,7 +341,7 @@ def measure(
     args: argparse.Namespace, scale: Scale, folder: Path
 ) -> tuple[dict[int, Ratio], dict[tuple[str, Mode], dict[str, Ratio]], dict[str, Ratio]]:
     """Runs all comparisons, with their files in a temporary folder."""
-    file = args.config or Path(__file__).parent / "configs" / ("debug.yaml" if args.quick else "small.yaml")
+    file = args.config or Path(__file__).parent.parent / "configs" / ("debug.yaml" if args.quick else "small.yaml")
     try:
         config = yaml.safe_load(file.read_text())
         small = training_of(config["model"])

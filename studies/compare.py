@@ -1,15 +1,16 @@
-"""Trains variants of one codec for the same steps on the same data and compares them as the papers do.
+r"""Trains variants of one codec for the same steps on the same data and compares them as the papers do.
 
-    python compare.py KODAK --root PHOTOS                        three studies, with the budget of configs/small.yaml
-    python compare.py PHOTOS --root PHOTOS --config configs/debug.yaml          minutes on a CPU, to see that it works
-    python compare.py KODAK --root PHOTOS --studies binarizers -- --trainer.max_steps 3000 --model.decay_steps 2000
+    python studies/compare.py KODAK --root PHOTOS              three studies, with the budget of configs/small.yaml
+    python studies/compare.py PHOTOS --root PHOTOS --config configs/debug.yaml       minutes, to see that it works
+    python studies/compare.py KODAK --root PHOTOS --studies binarizers \
+        -- --trainer.max_steps 3000 --model.decay_steps 2000
 
 Whatever the budget, the command is the same: what follows `--` goes to every `train.py fit` as it is. On one machine
 with 8 GPUs, and in a SLURM job (4 nodes, one task per GPU), where rank zero alone exports, measures and prints:
 
-    python compare.py KODAK --root CLIC --config configs/toderici2017_lstm_additive.yaml --studies grid --device cuda \
-        -- --trainer.devices 8 --trainer.strategy ddp
-    srun python compare.py KODAK --root CLIC --config configs/toderici2017_lstm_additive.yaml --studies grid \
+    python studies/compare.py KODAK --root CLIC --config configs/toderici2017_lstm_additive.yaml --studies grid \
+        --device cuda -- --trainer.devices 8 --trainer.strategy ddp
+    srun python studies/compare.py KODAK --root CLIC --config configs/toderici2017_lstm_additive.yaml --studies grid \
         -- --trainer.num_nodes 4 --trainer.devices 8 --trainer.strategy ddp
 
 A study varies one thing of the base, which is the config: `cells` its recurrent cell (LSTM, residual GRU, associative
@@ -30,16 +31,14 @@ last step.
 """
 
 import argparse
-import contextlib
 import csv
 import io
 import json
 import math
-import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -58,8 +57,9 @@ from rnncodec.network import ReconstructionName
 from rnncodec.network.binarizer import BinarizerName
 from rnncodec.training.export import load_checkpoint
 from rnncodec.weights import load_weights, save_weights
+from trainings import check_settings, environment, error_line, rank, run
 
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).parent.parent
 STUDIES = ("cells", "reconstructions", "binarizers", "grid")
 CELLS = {  # of encoder and decoder; T17 found the associative LSTM useful in the decoder only
     "lstm": ("lstm", "lstm"),
@@ -72,16 +72,6 @@ TITLES = {
     "associative_lstm": "associative LSTM",
     "one_shot": "one-shot",
     "residual_scaling": "residual scaling",
-}
-FREE = {  # settings that change nothing of what is learned
-    "name",
-    "checkpoint_minutes",
-    "data.cache_dir",
-    "data.num_workers",
-    "trainer.enable_model_summary",
-    "trainer.enable_progress_bar",
-    "trainer.log_every_n_steps",
-    "trainer.logger",
 }
 SPANS = {"auc": (None, 2.0), "auc_window": WINDOW}  # in bits per pixel; the first is T17's
 PSNR_AT = (1, 4, 16)  # iterations
@@ -141,18 +131,6 @@ def variants_of(study: str, base: Variant) -> list[Variant]:
     return [variant for cell in cells for variant in variants_of("reconstructions", cell)]
 
 
-def rank() -> int:
-    """The number of this process among those that srun has started, 0 without it."""
-    return int(os.environ.get("SLURM_PROCID", "0"))
-
-
-def error_line(text: str, status: int) -> str:
-    """The last line of a program's output that speaks of an error, else its last, else its exit status."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    errors = [line for line in lines if "rror: " in line]
-    return (errors or lines or [f"train.py ended with status {status}"])[-1]
-
-
 def fit_command(args: argparse.Namespace) -> list[str]:
     """The part that all trainings share."""
     command = [sys.executable, str(ROOT / "train.py"), "fit", "--config", str(args.config)]
@@ -176,78 +154,6 @@ def base_settings(args: argparse.Namespace) -> tuple[Variant, dict[str, Any]]:
     if settings["trainer"]["default_root_dir"] or settings.get("ckpt_path"):
         raise ValueError("--output decides where the runs are and what is resumed")
     return Variant(**{name: network.pop(name) for name in COMPARED}), settings
-
-
-def flat(settings: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by dotted name."""
-    result: dict[str, Any] = {}
-    for key, value in settings.items():
-        result |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return result
-
-
-def check_settings(settings: dict[str, Any], output: Path) -> None:
-    """Refuses a folder that holds trainings with other settings; a new one remembers these.
-
-    Raises:
-        ValueError: the settings are others, or what the folder remembers cannot be read.
-        OSError: it cannot be written.
-    """
-    path = output / "settings.yaml"
-    if not path.exists():
-        if rank() == 0:
-            output.mkdir(parents=True, exist_ok=True)
-            atomic_write(path, yaml.safe_dump(settings).encode())
-        return
-    try:
-        old = flat(yaml.safe_load(path.read_text()))
-    except (yaml.YAMLError, AttributeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: cannot be read") from error
-    new = flat(settings)
-    changed = [key for key in sorted(old.keys() | new.keys()) if key not in FREE and old.get(key) != new.get(key)]
-    if changed:
-        differences = ", ".join(f"{key} was {old.get(key)} and is {new.get(key)}" for key in changed)
-        raise ValueError(f"{output} holds trainings with other settings ({differences}): choose another --output")
-
-
-def environment(index: int) -> dict[str, str]:
-    """The environment of the training with this index."""
-    values = dict(os.environ)
-    if int(values.get("SLURM_NTASKS", "1")) > 1:
-        # A rank that is early must not meet the server of the training before, so each has a port of its own.
-        values["MASTER_PORT"] = str(15000 + 16 * int(values.get("SLURM_JOB_ID", "0")[-3:]) + index)
-    return values
-
-
-def run(command: list[str], log: Path, variables: dict[str, str]) -> str:
-    """Runs a training to its end; returns what went wrong, or nothing.
-
-    Its progress is shown, its messages go to the log. Whatever ends this program ends the training and its children.
-    """
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with open(log, "ab") as file:
-        start = file.tell()
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=2, stderr=file, env=variables, start_new_session=True
-        )
-        # SLURM announces the end of a job's time by this signal, on which Lightning saves and requeues.
-        before = signal.signal(signal.SIGUSR1, lambda *_: process.send_signal(signal.SIGUSR1))
-        try:
-            status = process.wait()
-        finally:
-            signal.signal(signal.SIGUSR1, before)
-            with contextlib.suppress(ProcessLookupError):
-                if process.poll() is None:
-                    os.killpg(process.pid, signal.SIGTERM)
-                    with contextlib.suppress(subprocess.TimeoutExpired):
-                        process.wait(10)
-                os.killpg(process.pid, signal.SIGKILL)  # workers and ranks that are left
-            process.wait()
-    if not status:
-        return ""
-    with open(log, "rb") as file:
-        file.seek(start)
-        return error_line(file.read().decode(errors="replace"), status)
 
 
 def train(variant: Variant, index: int, settings: dict[str, Any], args: argparse.Namespace) -> str:

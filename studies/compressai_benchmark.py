@@ -1,6 +1,6 @@
 """Times our codec beside those of CompressAI on the same photographs, in turns, as ratios.
 
-    python compressai_benchmark.py PHOTO ...
+    python studies/compressai_benchmark.py PHOTO ...
 
 CompressAI needs NumPy 1, so it gets an environment of its own (--environment; made at the first run, a few minutes).
 Its networks have random weights, which take as long as trained ones: bmshj2018-hyperprior and mbt2018-mean at quality
