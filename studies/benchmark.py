@@ -4,12 +4,12 @@
     python studies/benchmark.py --root PHOTOS   takes the data stream from a folder
     python studies/benchmark.py --image PHOTO   codes a photograph instead of a generated image
 
-Three questions are answered. Does the data keep up: patches a second of the data stream alone, over those that training
-`small` consumes. And what do a train step, encoding and decoding cost: `small` and the configuration of T17, in eager
-float32 and in the fastest mode, each relative to T17's in eager float32; the fastest mode is bfloat16 by autocast where
-the processor has AVX-512. And what does entropy coding cost, relative to the network's part of encoding and decoding,
-with the shipped weights. What is compared runs in turns, so that a change of the machine's load meets all; numbers are
-medians of the turns' ratios, with the range in brackets.
+Three questions are answered. Does the data keep up: patches a second of the data stream alone, over those that
+training `small` consumes. And what do a train step, encoding and decoding cost: `small` and the configuration of
+Toderici et al. 2017, in eager float32 and in the fastest mode, each relative to the latter in eager float32; the
+fastest mode is bfloat16 by autocast where the processor has AVX-512. And what does entropy coding cost, relative to
+the network's part of encoding and decoding, with the shipped weights. What is compared runs in turns, so that a change
+of the machine's load meets all; numbers are medians of the turns' ratios, with the range in brackets.
 """
 
 import argparse
@@ -288,7 +288,7 @@ def report(
         first.add_column(column, justify="right")
     for k, ratio in stream.items():
         first.add_row(str(k), str(ratio))
-    second = Table(title="cost, relative to the configuration of T17 in eager float32")
+    second = Table(title="cost, relative to the configuration of Toderici et al. 2017 in eager float32")
     for column in ("network", "mode", "train step", "encode", "decode"):
         second.add_column(column, justify="left" if column in ("network", "mode") else "right")
     for (name, mode), ratios in costs.items():
@@ -306,7 +306,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmark.py", description="Compares speeds on this machine, as ratios.")
     parser.add_argument("--root", type=Path, help="photographs for the data stream (default: generated)")
     parser.add_argument("--image", type=Path, help="photograph to encode and decode (default: generated)")
-    parser.add_argument("--config", type=Path, help="training to compare with T17's (default: configs/small.yaml)")
+    parser.add_argument(
+        "--config", type=Path, help="training to compare with Toderici et al. 2017's (default: configs/small.yaml)"
+    )
     parser.add_argument("--compile", action="store_true", help="compile the step in the fastest mode")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, only to see that everything runs")
     parser.add_argument("--json", type=Path, help="file to write the ratios to")
@@ -352,7 +354,7 @@ def measure(
     shipped = Codec(load_weights())
     if shipped.context is None:
         raise ValueError("the shipped weights have no context model to measure")
-    # T17's network and training are the defaults.
+    # Toderici et al. 2017's network and training are the defaults.
     paper = {"network": {"encoder_channels": [8, 16, 16, 16], "decoder_channels": [16] * 5}} if args.quick else {}
     root = args.root
     if root is None:
@@ -365,7 +367,7 @@ def measure(
     data.prepare_data()
     data.setup("fit")
     few = PatchDataModule(**common)
-    configs = {"T17": training_of(paper), config.get("name", file.stem): small}
+    configs = {"toderici2017": training_of(paper), config.get("name", file.stem): small}
     counts = unrolled(small)
     ticks = (scale.turns + 1) * (2 + len(counts) + 2 * len(configs))
     with Progress(console=Console(stderr=True)) as progress:

@@ -15,9 +15,9 @@ with 8 GPUs, and in a SLURM job (4 nodes, one task per GPU), where rank zero alo
 
 A study varies one thing of the base, which is the config: `cells` its recurrent cell (LSTM, residual GRU, associative
 LSTM, the last in the decoder only), `reconstructions` (one-shot, additive, residual scaling) or `binarizers`
-(stochastic, sign, noise); `grid` is each cell with each reconstruction, as in the table of T17. What several studies
-share is trained once. Seed, data, steps and everything else are the same; a smaller --trainer.max_steps also wants
-smaller --model.decay_steps and --model.growth, if the config has them.
+(stochastic, sign, noise); `grid` is each cell with each reconstruction, as in the table of Toderici et al. 2017. What
+several studies share is trained once. Seed, data, steps and everything else are the same; a smaller
+--trainer.max_steps also wants smaller --model.decay_steps and --model.growth, if the config has them.
 
 The command may be repeated, also by a requeued job: what is finished is kept, a training that was stopped goes on with
 its last checkpoint, and one that failed is tried again. Other settings need another folder. A training that fails is
@@ -26,8 +26,8 @@ reported, and the others go on.
 OUTPUT/VARIANT holds each run (train.log, checkpoints, weights.safetensors) and its evaluation (results). OUTPUT gets a
 table for each study, best first, as CSV and Markdown, and its curves (STUDY.png). Areas under the curve are integrals
 over bits per pixel of whole files, which are uncoded bits with a header and checksums: from the first iteration to
-2 bpp, as in T17, which favours whoever starts lower, and over a fixed window. Measured are the averaged weights of the
-last step.
+2 bpp, as in Toderici et al. 2017, which favours whoever starts lower, and over a fixed window. Measured are the
+averaged weights of the last step.
 """
 
 import argparse
@@ -61,7 +61,7 @@ from trainings import check_settings, environment, error_line, rank, run
 
 ROOT = Path(__file__).parent.parent
 STUDIES = ("cells", "reconstructions", "binarizers", "grid")
-CELLS = {  # of encoder and decoder; T17 found the associative LSTM useful in the decoder only
+CELLS = {  # of encoder and decoder; Toderici et al. 2017 found the associative LSTM useful in the decoder only
     "lstm": ("lstm", "lstm"),
     "gru": ("gru", "gru"),
     "associative_lstm": ("lstm", "associative_lstm"),
@@ -73,7 +73,7 @@ TITLES = {
     "one_shot": "one-shot",
     "residual_scaling": "residual scaling",
 }
-SPANS = {"auc": (None, 2.0), "auc_window": WINDOW}  # in bits per pixel; the first is T17's
+SPANS = {"auc": (None, 2.0), "auc_window": WINDOW}  # in bits per pixel; the first is Toderici et al. 2017's
 PSNR_AT = (1, 4, 16)  # iterations
 WARNING = "One seed each: a short budget says little of a long one, and small differences say nothing."
 

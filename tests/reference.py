@@ -220,12 +220,12 @@ def chance(logit):
     return round(65536 / (1 + math.exp(-max(-2048, min(2048, int(logit))) / 256)))
 
 
-def range_decode(payload, chances):
+def range_decode(payload, probabilities):
     """The range decoder of FORMAT.md in whole numbers."""
     words = [int.from_bytes(payload[i : i + 4], "little") for i in range(0, len(payload), 4)]
-    words += [0] * (len(chances) + 2)
+    words += [0] * (len(probabilities) + 2)
     point, lower, size, place, bits = (words[0] << 32) + words[1], 0, 2**64 - 1, 2, []
-    for k in chances:
+    for k in probabilities:
         scale = size >> 24
         quantile = ((point - lower) % 2**64) // scale
         zero = (65536 - k) * (2**24 - 2) // 65536 + 1

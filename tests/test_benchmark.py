@@ -19,9 +19,10 @@ def test_a_quick_run_reports_every_ratio(tmp_path, capsys):
     assert benchmark.main(["--quick", "--json", str(tmp_path / "ratios.json")]) == 0
     result = json.loads((tmp_path / "ratios.json").read_text())
     assert set(result["entropy_over_network"]) == {"encode", "decode"}
-    assert set(result["cost"]) == {f"{name}, {mode}" for name in ("T17", "debug") for mode in ("float32", "fastest")}
+    names, modes = ("toderici2017", "debug"), ("float32", "fastest")
+    assert set(result["cost"]) == {f"{name}, {mode}" for name in names for mode in modes}
     assert set(result["stream_over_training"]) == {"2 iterations", "4 iterations"}
-    assert result["cost"]["T17, float32"]["encode"]["median"] == 1
+    assert result["cost"]["toderici2017, float32"]["encode"]["median"] == 1
     assert "time of entropy" in capsys.readouterr().out  # the title of the last table, which may be broken
 
 

@@ -84,7 +84,10 @@ class ReferenceLSTM(Reference):
 
 
 class ReferenceGRU(Reference):
-    """T17 section 3.1: h' = (1 - z) h + z tanh(W x + U (r h)) + a W_h h and the output h' + a W_x x, with a = 0.1."""
+    """Toderici et al. 2017 section 3.1, with a = 0.1.
+
+    h' = (1 - z) h + z tanh(W x + U (r h)) + a W_h h, and the output is h' + a W_x x.
+    """
 
     def __init__(self, cell, stride):
         super().__init__(cell, stride)

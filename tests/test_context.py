@@ -113,13 +113,13 @@ def test_decoding_sees_the_probabilities_of_encoding(kind, width, carrier):
     exact = model(kind, **width).quantize().to(carrier)
     x = planes(bits=exact.config.bits, height=6, width=9, dtype=carrier)
     with torch.inference_mode():
-        chances = probability(exact(x))
+        probabilities = probability(exact(x))
         state = None
         for t, bits in enumerate(x):
             predictor = exact.predictor(t)
             order = predictor.order(*bits.shape[1:])
             assert sorted(order) == list(range(bits[0].numel()))
-            expected = chances[t, 0].permute(1, 2, 0).flatten().numpy()[order]
+            expected = probabilities[t, 0].permute(1, 2, 0).flatten().numpy()[order]
             truth = bits[0].permute(1, 2, 0).flatten().numpy()[order] > 0
             place = 0
 

@@ -99,13 +99,13 @@ def test_what_does_not_shrink_is_stored_raw_and_remembered(coder):
 
 def test_range_coder_is_the_documented_one():
     rng = np.random.default_rng(4)
-    chances = np.concatenate([[1, 65535, 1, 65535, 32768], rng.integers(1, 65536, 3000)])
-    bits = rng.random(len(chances)) < chances / 65536
+    probabilities = np.concatenate([[1, 65535, 1, 65535, 32768], rng.integers(1, 65536, 3000)])
+    bits = rng.random(len(probabilities)) < probabilities / 65536
     bits[:4] = [False, True, True, False]  # the last two against all odds
     coder = RangeEncoder()
-    coder.write(chances[:7], bits[:7])
-    coder.write(chances[7:], bits[7:])
-    assert range_decode(coder.finish(), chances.tolist()) == bits.tolist()
+    coder.write(probabilities[:7], bits[:7])
+    coder.write(probabilities[7:], bits[7:])
+    assert range_decode(coder.finish(), probabilities.tolist()) == bits.tolist()
 
 
 @pytest.mark.parametrize("kind", ["sequential", "parallel"])
@@ -128,13 +128,13 @@ def test_context_payloads_are_the_documented_ones(kind, iterations, monkeypatch)
         _, payload = encoder._encode(plane), encoder._encode(plane)  # nothing changes before the iteration is over
         encoder._advance(plane)
         np.testing.assert_array_equal(decoder.decode(CONTEXT, payload), plane)
-        chances, expected = [], []
+        probabilities, expected = [], []
         for band, found in zip(bands, logits, strict=True):
             part = plane[:, band]
             for place in order(kind, 2, part.shape):
-                chances.append(chance(found[t][place]))
+                probabilities.append(chance(found[t][place]))
                 expected.append(bool(part[place]))
-        assert range_decode(payload, chances) == expected
+        assert range_decode(payload, probabilities) == expected
 
 
 def test_static_and_adaptive_payloads_are_the_documented_ones():
@@ -143,14 +143,14 @@ def test_static_and_adaptive_payloads_are_the_documented_ones():
         payload = StaticSession(*SHAPE)._encode(plane)
         assert range_decode(payload[8:], [256 * share for share in payload[:8]] * 63) == expected
         counts: dict[tuple[int, bool, bool], list[int]] = {}
-        chances = []
+        probabilities = []
         for y, x in np.ndindex(7, 9):
             for c in range(8):
                 above, left = bool(y and plane[c, y - 1, x]), bool(x and plane[c, y, x - 1])
                 n = counts.setdefault((c, above, left), [0, 0])
-                chances.append(min(65535, max(1, 65536 * (2 * n[1] + 1) // (2 * sum(n) + 2))))
+                probabilities.append(min(65535, max(1, 65536 * (2 * n[1] + 1) // (2 * sum(n) + 2))))
                 n[int(plane[c, y, x])] += 1
-        assert range_decode(AdaptiveSession(*SHAPE)._encode(plane), chances) == expected
+        assert range_decode(AdaptiveSession(*SHAPE)._encode(plane), probabilities) == expected
 
 
 @pytest.mark.parametrize("kind", ["sequential", "parallel"])
@@ -158,7 +158,7 @@ def test_context_payloads_have_the_ideal_length(kind):
     bits = planes(shape=(8, 24, 32))
     encoder = ContextSession(context_model(kind), 8, 24, 32)
     for plane in bits:
-        p = encoder.chances(plane) / 65536
+        p = encoder.probabilities(plane) / 65536
         ideal = -np.log2(np.where(plane, p, 1 - p)).sum() / 8
         _, payload = encoder.encode(plane)
         assert ideal - 1 < len(payload) < 1.01 * ideal + 16
@@ -229,10 +229,10 @@ def test_bands_are_planes_of_their_own(monkeypatch):
     encoder, decoder = ContextSession(model, 8, 10, 9), ContextSession(model, 8, 10, 9)
     for plane in bits:
         bands = [plane[:, :4], plane[:, 4:8], plane[:, 8:]]
-        expected = np.concatenate([part.chances(band) for part, band in zip(parts, bands, strict=True)], axis=1)
+        expected = np.concatenate([part.probabilities(band) for part, band in zip(parts, bands, strict=True)], axis=1)
         for part, band in zip(parts, bands, strict=True):
             part.encode(band)
-        np.testing.assert_array_equal(encoder.chances(plane), expected)
+        np.testing.assert_array_equal(encoder.probabilities(plane), expected)
         np.testing.assert_array_equal(decoder.decode(*encoder.encode(plane)), plane)
 
 
@@ -398,7 +398,7 @@ def test_the_shipped_context_model_shrinks_photographs():
     assert codec.context is not None
     counter = ContextSession(codec.context, codec.config.bits, raw.header.rows, raw.header.cols)
     for plane, payload in zip(codec.read_bits(file), coded.payloads, strict=True):
-        p = counter.chances(plane) / 65536
+        p = counter.probabilities(plane) / 65536
         ideal = -np.log2(np.where(plane, p, 1 - p)).sum() / 8
         assert ideal - 1 < len(payload) < 1.01 * ideal + 64
         counter._advance(plane)

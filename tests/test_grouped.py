@@ -241,16 +241,16 @@ def test_payloads_are_the_documented_ones(monkeypatch):
         coding, payload = encoder.encode(plane)
         assert coding == CONTEXT
         np.testing.assert_array_equal(decoder.decode(coding, payload), plane)
-        chances, bits = [], []
+        probabilities, bits = [], []
         for band, of_band in zip(bands, logits, strict=True):
             places = list(np.ndindex(band.stop - band.start, 9))
             for turn in range(2 * GROUPS):
                 for r, c in places:
                     if (r + c) % 2 == turn % 2:
                         for k in range(turn // 2 * SIZE, (turn // 2 + 1) * SIZE):
-                            chances.append(documented_chance(of_band[t, k, r, c]))
+                            probabilities.append(documented_chance(of_band[t, k, r, c]))
                             bits.append(bool(plane[k, band][r, c]))
-        assert range_decode(payload, chances) == bits
+        assert range_decode(payload, probabilities) == bits
 
 
 def test_chances_are_those_of_the_model_and_leave_no_trace():
@@ -258,11 +258,11 @@ def test_chances_are_those_of_the_model_and_leave_no_trace():
     with torch.inference_mode():
         expected = probability(exact(x, cases(asked(), x)))[:, 0].numpy()
     coder = session(exact)
-    for plane, chances in zip(x[:, 0].numpy() > 0, expected, strict=True):
-        coder.chances(~plane)
-        np.testing.assert_array_equal(coder.chances(plane), chances)
-        coder.chances(~plane)
-        p = chances / 65536
+    for plane, probabilities in zip(x[:, 0].numpy() > 0, expected, strict=True):
+        coder.probabilities(~plane)
+        np.testing.assert_array_equal(coder.probabilities(plane), probabilities)
+        coder.probabilities(~plane)
+        p = probabilities / 65536
         assert coder.ideal_bits(plane) == pytest.approx(-np.log2(np.where(plane, p, 1 - p)).sum())
 
 

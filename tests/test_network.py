@@ -59,7 +59,7 @@ def lstm(before, after, hidden_kernel):
 
 
 def test_parameters_of_the_default():
-    """T17's LSTM by its layer table: every width below is written from the table, none read from the code."""
+    """The LSTM of Toderici et al. 2017: each width below is written from their layer table, none read from the code."""
     encoder = convolution(3, 64, 3) + lstm(64, 256, 1) + lstm(256, 512, 1) + lstm(512, 512, 1)
     binarizer = convolution(512, 32, 1)
     decoder = convolution(32, 512, 1) + lstm(512, 512, 1) + lstm(128, 512, 1) + lstm(128, 256, 3) + lstm(64, 128, 3)
@@ -119,7 +119,10 @@ def test_stride_follows_the_depth(depth):
 @pytest.mark.parametrize("reconstruction", RECONSTRUCTIONS)
 @pytest.mark.parametrize("cell", CELLS)
 def test_residual_loop(cell, reconstruction):
-    """T17 eq. 1-2: b = B(E(g r)), x_hat = D(b) / g + gamma x_hat', r = x - x_hat, from r = x, x_hat' = 0 and g = 1."""
+    """Toderici et al. 2017, eq. 1-2, from r = x, x_hat' = 0 and g = 1.
+
+    b = B(E(g r)), x_hat = D(b) / g + gamma x_hat', r = x - x_hat.
+    """
     network = narrow(cell, reconstruction).eval()
     x = images()
     gamma = 0 if reconstruction == "one_shot" else 1
@@ -327,7 +330,7 @@ def test_fully_connected_model_is_a_multilayer_perceptron():
 
 
 def test_default_config():
-    """The layer table of T17, and 32 bits for each block of 16x16."""
+    """The layer table of Toderici et al. 2017, and 32 bits for each block of 16x16."""
     config = NetworkConfig()
     assert (config.encoder_cell, config.decoder_cell) == ("lstm", "lstm")
     assert config.bits == 32

@@ -48,7 +48,8 @@ class PatchDataModule(L.LightningDataModule):
         batch_size: patches for each rank and step.
         patch_size: side of a patch in pixels.
         tile_size: side of the squares, each visited once an epoch, from which patches are cropped at random.
-        selection: `uniform`, or `high_entropy`: only the grid patches that PNG compresses worst, uncropped (T17).
+        selection: `uniform`, or `high_entropy`: only the grid patches that PNG compresses worst, uncropped (Toderici et
+            al. 2017).
         patches_per_image: how many patches `high_entropy` takes of each image.
         flips: whether half of the patches, at random, are mirrored left to right.
         num_workers: processes that read the data, for each rank; by default one beside a GPU and none on a CPU, where

@@ -24,7 +24,10 @@ def grid_cells(sizes: np.ndarray, tile_size: int) -> np.ndarray:
 
 
 def high_entropy_cells(cache: ImageCache, patch_size: int, count: int) -> np.ndarray:
-    """Each image's `count` grid patches that PNG compresses worst (T17 sec. 5), worst first: int [C, 3], as above."""
+    """Each image's `count` grid patches that PNG compresses worst, worst first: int [C, 3], as above.
+
+    The high-entropy patches of Toderici et al. 2017, sec. 5.
+    """
 
     def choose(index: int) -> np.ndarray:
         pixels = cache[index]

@@ -26,7 +26,7 @@ class RawSession(Session):
 
 
 class HuffmanSession(Session):
-    """Canonical Huffman codes of groups of four bits of one location (S07), with a code book for each iteration."""
+    """Canonical Huffman codes of four bits of a location at a time (Song 2007), with a code book for each iteration."""
 
     coding = HUFFMAN
     LONGEST = 15  # bits of a code of 16 symbols, so that a length takes four
@@ -101,7 +101,7 @@ def canonical_codes(lengths: np.ndarray) -> dict[int, str]:
 
 
 class StaticSession(Session):
-    """The range coder with one probability for each channel, a byte at the beginning of each iteration (S07)."""
+    """The range coder with one probability for each channel, a byte at the beginning of each iteration (Song 2007)."""
 
     coding = STATIC
 
@@ -128,7 +128,8 @@ class StaticSession(Session):
 class AdaptiveSession(Session):
     """The range coder with probabilities that are counted on both sides: of each channel, given its left and upper bit.
 
-    An estimate of Krichevsky and Trofimov for each channel and context, which begins anew in every iteration (S07).
+    An estimate of Krichevsky and Trofimov for each channel and context, which begins anew in every iteration (Song
+    2007).
     """
 
     coding = ADAPTIVE
@@ -136,8 +137,8 @@ class AdaptiveSession(Session):
     def _encode(self, plane: np.ndarray) -> bytes:
         coder = RangeEncoder()
 
-        def write(chances: np.ndarray, place: tuple[int, int]) -> np.ndarray:
-            coder.write(chances, plane[:, *place])
+        def write(probabilities: np.ndarray, place: tuple[int, int]) -> np.ndarray:
+            coder.write(probabilities, plane[:, *place])
             return plane[:, *place]
 
         self._walk(write)
@@ -145,7 +146,7 @@ class AdaptiveSession(Session):
 
     def _decode(self, payload: bytes) -> np.ndarray:
         coder = RangeDecoder(payload)
-        plane = self._walk(lambda chances, place: coder.read(chances))
+        plane = self._walk(lambda probabilities, place: coder.read(probabilities))
         coder.finish()
         return plane
 
@@ -159,8 +160,8 @@ class AdaptiveSession(Session):
         for y in range(1, rows + 1):
             for x in range(1, cols + 1):
                 context = channels, 2 * plane[y - 1, x] + plane[y, x - 1]
-                chances = np.clip(ones[context] * SCALE // total[context], 1, SCALE - 1)
-                plane[y, x] = code(chances, (y - 1, x - 1))
+                probabilities = np.clip(ones[context] * SCALE // total[context], 1, SCALE - 1)
+                plane[y, x] = code(probabilities, (y - 1, x - 1))
                 ones[context] += 2 * plane[y, x]
                 total[context] += 2
         return plane[1:, 1:].transpose(2, 0, 1)

@@ -36,7 +36,7 @@ class Band(ABC):
         """The order of coding: indices into the bits [rows, cols, bits], flattened."""
 
     @abstractmethod
-    def chances(self, plane: np.ndarray) -> np.ndarray:
+    def probabilities(self, plane: np.ndarray) -> np.ndarray:
         """P(1) * SCALE of every bit of the next iteration, int [bits, rows, cols]."""
 
     @abstractmethod
@@ -59,7 +59,7 @@ class PlainBand(Band):
     def order(self) -> np.ndarray:
         return self.model.predictor(self.iteration).order(*self.shape)
 
-    def chances(self, plane: np.ndarray) -> np.ndarray:
+    def probabilities(self, plane: np.ndarray) -> np.ndarray:
         logits = self.model.predictor(self.iteration)(self._signs(plane), self._prior())
         return probability(logits)[0].cpu().numpy()
 
@@ -118,7 +118,7 @@ class GroupedBand(Band):
         squares = [here.cpu().numpy() for here in grid(1, rows, cols, self.device).squares]
         return np.concatenate([index[here, group].ravel() for group in range(index.shape[1]) for here in squares])
 
-    def chances(self, plane: np.ndarray) -> np.ndarray:
+    def probabilities(self, plane: np.ndarray) -> np.ndarray:
         bits, rows, cols = self.shape
         with _threads_for(rows * cols):
             sent = self._rows(plane)
@@ -135,7 +135,7 @@ class GroupedBand(Band):
 
     def advance(self, plane: np.ndarray) -> None:
         if self.after is None or not np.array_equal(self.after[0], plane):
-            self.chances(plane)
+            self.probabilities(plane)
         assert self.after is not None
         _, self.known, self.memory = self.after
         self.after = None
@@ -171,7 +171,7 @@ class GroupedBand(Band):
 
 
 class ContextSession(Session):
-    """The range coder with the probabilities of an exact context model (T17 sec. 4).
+    """The range coder with the probabilities of an exact context model (Toderici et al. 2017, sec. 4).
 
     Large planes are coded in bands of rows that know nothing of each other, which bounds the working memory. There
     remain the states, up to 16 bytes for each channel and location.
@@ -203,21 +203,21 @@ class ContextSession(Session):
             self.bands.append((band, made))
 
     @torch.inference_mode()
-    def chances(self, plane: np.ndarray) -> np.ndarray:
+    def probabilities(self, plane: np.ndarray) -> np.ndarray:
         """P(1) * SCALE of every bit of the next iteration, int [bits, rows, cols]."""
-        return np.concatenate([band.chances(plane[:, rows]) for rows, band in self.bands], axis=1)
+        return np.concatenate([band.probabilities(plane[:, rows]) for rows, band in self.bands], axis=1)
 
     def ideal_bits(self, plane: np.ndarray) -> float:
         """The code length of the next iteration by the model's probabilities alone, which no coder can beat."""
-        p = self.chances(plane) / SCALE
+        p = self.probabilities(plane) / SCALE
         self._advance(plane)
         return float(-np.log2(np.where(plane, p, 1 - p)).sum())
 
     def _encode(self, plane: np.ndarray) -> bytes:
-        chances, coder = self.chances(plane), RangeEncoder()
+        probabilities, coder = self.probabilities(plane), RangeEncoder()
         for rows, band in self.bands:
             order = band.order()
-            coder.write(*(a[:, rows].transpose(1, 2, 0).ravel()[order] for a in (chances, plane)))
+            coder.write(*(a[:, rows].transpose(1, 2, 0).ravel()[order] for a in (probabilities, plane)))
         return coder.finish()
 
     @torch.inference_mode()

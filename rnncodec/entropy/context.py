@@ -4,9 +4,10 @@
                                                                             ├──► predictor ──► P(bit = +1)
     bits of iteration t that are known already ─────────────────────────────┘
 
-Two predictors fill in the last box. The sequential one is the BinaryRNN of T17 (sec. 4), which knows all locations
-above and to the left. The parallel one reveals an iteration in a few passes, each of which predicts a group of
-channels on one color of a checkerboard. `rnncodec.entropy.grouped` has a third kind, for bits that answer questions.
+Two predictors fill in the last box. The sequential one is the BinaryRNN of Toderici et al. 2017 (sec. 4), which knows
+all locations above and to the left. The parallel one reveals an iteration in a few passes, each of which predicts a
+group of channels on one color of a checkerboard. `rnncodec.entropy.grouped` has a third kind, for bits that answer
+questions.
 
 `ContextModel.quantize` makes a model exact, as `rnncodec.entropy.exact` explains, to code with.
 """
@@ -67,7 +68,7 @@ class Memory(NamedTuple):
 
 
 class History(Layer):
-    """What all earlier iterations say about the next one: a ConvLSTM over iterations (T17 sec. 4)."""
+    """What all earlier iterations say about the next one: a ConvLSTM over iterations (Toderici et al. 2017, sec. 4)."""
 
     def __init__(self, config: ContextConfig) -> None:
         super().__init__()
@@ -95,7 +96,7 @@ class History(Layer):
 
 
 class Sequential(Layer):
-    """The BinaryRNN of T17: bits of one location are independent given all locations above and to the left.
+    """The BinaryRNN of Toderici et al. 2017: given all locations above and to the left, those of one are independent.
 
     A masked 7x7 convolution over the bits, an LSTM that runs down the lines, two 1x1 convolutions.
     """
@@ -236,7 +237,7 @@ class Parallel(Layer):
 
 
 class ContextModel(nn.Module):
-    """A context model in floats, to be trained, or exact, to code with (T17 sec. 4)."""
+    """A context model in floats, to be trained, or exact, to code with (Toderici et al. 2017, sec. 4)."""
 
     def __init__(self, config: ContextConfig | None = None) -> None:
         super().__init__()
@@ -326,11 +327,14 @@ class ContextModel(nn.Module):
 def code_nats(logits: Tensor, planes: Tensor) -> Tensor:
     """Code length in nats of each bit of planes of -1 and +1, and of 0 where none was sent, which costs nothing.
 
-    It has a gradient to both (T17 sec. 4).
+    It has a gradient to both (Toderici et al. 2017, sec. 4).
     """
     return torch.where(planes == 0, 0.0, F.softplus(-logits.float() * planes.float()))
 
 
 def code_length(logits: Tensor, planes: Tensor) -> Tensor:
-    """Mean code length in bits for each bit of planes as in `code_nats`, with a gradient to both (T17 sec. 4)."""
+    """Mean code length in bits for each bit of planes as in `code_nats` (Toderici et al. 2017, sec. 4).
+
+    It has a gradient to both.
+    """
     return code_nats(logits, planes).mean() / math.log(2)

@@ -21,17 +21,17 @@ class RangeEncoder:
 
     def __init__(self) -> None:
         self.bits: list[np.ndarray] = []
-        self.chances: list[np.ndarray] = []
+        self.probabilities: list[np.ndarray] = []
 
-    def write(self, chances: np.ndarray, bits: np.ndarray) -> None:
+    def write(self, probabilities: np.ndarray, bits: np.ndarray) -> None:
         """Takes bits, bool [n], and P(1) * SCALE of each, int [n] between 0 and SCALE, exclusive."""
         self.bits.append(bits)
-        self.chances.append(chances)
+        self.probabilities.append(probabilities)
 
     def finish(self) -> bytes:
         """The code of all bits."""
         coder = stream.queue.RangeEncoder()
-        coder.encode(np.concatenate(self.bits).astype(np.int32), BERNOULLI, np.concatenate(self.chances) / SCALE)
+        coder.encode(np.concatenate(self.bits).astype(np.int32), BERNOULLI, np.concatenate(self.probabilities) / SCALE)
         return coder.get_compressed().astype("<u4").tobytes()
 
 
@@ -43,14 +43,14 @@ class RangeDecoder:
             raise FormatError("an entropy-coded payload is cut short")
         self._coder = stream.queue.RangeDecoder(np.frombuffer(payload, "<u4").astype(np.uint32))
 
-    def read(self, chances: np.ndarray) -> np.ndarray:
+    def read(self, probabilities: np.ndarray) -> np.ndarray:
         """The next bits, bool [n], given P(1) * SCALE of each.
 
         Raises:
             FormatError: no encoder gives such a code.
         """
         try:
-            return self._coder.decode(BERNOULLI, chances / SCALE).astype(bool)
+            return self._coder.decode(BERNOULLI, probabilities / SCALE).astype(bool)
         except AssertionError as error:
             raise FormatError("an entropy-coded payload is corrupt") from error
 

@@ -18,7 +18,7 @@ from rnncodec.evaluation.report import TYPES
 from rnncodec.files.format import read_header, truncate
 from rnncodec.files.images import atomic_write
 from rnncodec.metrics.curves import NAN, Point, from_csv, to_csv
-from rnncodec.metrics.distortion import RATES, l1, ms_ssim, psnr, psnr_hvs
+from rnncodec.metrics.distortion import REPORTED_ITERATIONS, l1, ms_ssim, psnr, psnr_hvs
 
 NAME_BYTES = 200  # of an image's name, which leaves room for what is appended
 CACHE_VERSION = 1  # of what is remembered: another one forgets it all
@@ -218,7 +218,9 @@ def check_truncated(codec: Codec, x: np.ndarray, iterations: int) -> None:
     """Raises RuntimeError if a cut file decodes to another picture than the whole file does on its way."""
     data = codec.encode(x, iterations)
     for k, x_hat in enumerate(codec.decode_progressive(data), 1):
-        if k in RATES and not np.array_equal(np.asarray(codec.decode(truncate(data, iterations=k))), x_hat):
+        if k in REPORTED_ITERATIONS and not np.array_equal(
+            np.asarray(codec.decode(truncate(data, iterations=k))), x_hat
+        ):
             raise RuntimeError(f"the file cut to {k} iterations decodes to another picture than the whole file")
 
 

@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from rnncodec.evaluation.measure import Coded, Source
 from rnncodec.files.images import atomic_write, load_image, save_image
 from rnncodec.metrics.curves import Point, largest_within, samples
-from rnncodec.metrics.distortion import RATES
+from rnncodec.metrics.distortion import REPORTED_ITERATIONS
 
 PANEL = (224, 224)  # pixels of a picture in a comparison, six beside each other
 
@@ -101,7 +101,7 @@ def compared(name: str, baseline: str, x: np.ndarray, points: Sequence[Point], f
     rivals = [point for point in points if point.codec == baseline and point.picture]
     columns: list[tuple[Panel | None, Panel | None]] = []
     for point in points:
-        if point.codec != name or point.setting not in RATES or not point.picture:
+        if point.codec != name or point.setting not in REPORTED_ITERATIONS or not point.picture:
             continue
         plural = "" if point.setting == 1 else "s"
         mine = f"{point.setting:g} iteration{plural}, {point.bpp:.3f} bpp\n{point.psnr:.2f} dB"

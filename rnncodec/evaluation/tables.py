@@ -11,12 +11,19 @@ from rich.text import Text
 
 from rnncodec.codec import MAX_ITERATIONS
 from rnncodec.metrics.curves import NAN, Point, area, bd_rate, interpolate
-from rnncodec.metrics.distortion import RATES
+from rnncodec.metrics.distortion import REPORTED_ITERATIONS
 
 WINDOW = (0.25, 1.875)  # bits per pixel between which the area under a curve favours nobody
 COMMON = 0.75  # share of a curve's range of quality below which a BD-rate over it says little
-SPANS = {"to 2": (None, 2.0), f"{WINDOW[0]} to\n{WINDOW[1]}": WINDOW}  # bits per pixel; the first as in T17
-AREAS = {"ms_ssim": "MS-SSIM", "psnr_hvs": "PSNR-HVS", "psnr": "PSNR"}  # the first two are those of T17
+SPANS = {
+    "to 2": (None, 2.0),
+    f"{WINDOW[0]} to\n{WINDOW[1]}": WINDOW,
+}  # bits per pixel; the first as in Toderici et al. 2017
+AREAS = {
+    "ms_ssim": "MS-SSIM",
+    "psnr_hvs": "PSNR-HVS",
+    "psnr": "PSNR",
+}  # the first two are those of Toderici et al. 2017
 BD_RATES = {"psnr": "PSNR", "ms_ssim_db": "MS-SSIM", "psnr_hvs_m": "PSNR-HVS-M"}
 METRICS = (("psnr", 2), ("ms_ssim", 4))  # of the tables, with their digits
 
@@ -36,7 +43,9 @@ def curve_table(curve: Sequence[Point], images: str) -> Table:
 
 def rivals_table(curves: dict[str, list[Point]]) -> Table:
     """PSNR and MS-SSIM of all mean curves at the bits per pixel of the first after 1, 2, 4, 8 and 16 iterations."""
-    rates = [(point.setting, point.bpp) for point in next(iter(curves.values())) if point.setting in RATES]
+    rates = [
+        (point.setting, point.bpp) for point in next(iter(curves.values())) if point.setting in REPORTED_ITERATIONS
+    ]
     result = Table(title="PSNR and MS-SSIM at the same bits per pixel")
     result.add_column("iterations\nbpp", overflow="fold")
     for setting, bpp in rates:

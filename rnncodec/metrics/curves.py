@@ -126,7 +126,7 @@ def interpolate(curve: Sequence[Point], metric: str, bpp: float) -> float:
 
 
 def area(curve: Sequence[Point], metric: str, low: float | None, high: float, saturates: bool = False) -> float:
-    """The integral of a metric over bits per pixel, by trapezoids, as in T17.
+    """The integral of a metric over bits per pixel, by trapezoids, as in Toderici et al. 2017.
 
     Args:
         curve: in any order.

@@ -11,7 +11,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
 
-RATES = (1, 2, 4, 8, 16)  # iterations at which pictures are judged and shown
+REPORTED_ITERATIONS = (1, 2, 4, 8, 16)  # iterations at which pictures are judged and shown
 
 # Five scales halve a side four times, and the last one must still hold the 11-tap window.
 MS_SSIM_MIN_SIDE = 11 * 2**4

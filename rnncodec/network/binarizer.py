@@ -11,7 +11,9 @@ BinarizerName = Literal["stochastic", "sign", "noise"]
 
 
 def binarize(y: Tensor, training: bool, method: BinarizerName = "stochastic") -> Tensor:
-    """Features in (-1, 1) to bits, the gradient passed straight through (T16 sec. 3.1; Theis et al. 2017 sec. 2.1).
+    """Features in (-1, 1) to bits, the gradient passed straight through.
+
+    Toderici et al. 2016, sec. 3.1; Theis et al. 2017, sec. 2.1.
 
     Args:
         y: features of any shape.
@@ -42,7 +44,10 @@ class Coded(NamedTuple):
 
 
 class Binarizer(nn.Module):
-    """A 1x1 convolution, tanh and `binarize`: [B, in, H, W] to [B, bits, H, W] of -1 and +1 (T17 sec. 3)."""
+    """A 1x1 convolution, tanh and `binarize`: [B, in, H, W] to [B, bits, H, W] of -1 and +1.
+
+    Toderici et al. 2017, sec. 3.
+    """
 
     def __init__(self, in_channels: int, bits: int, method: BinarizerName = "stochastic") -> None:
         super().__init__()

@@ -25,7 +25,9 @@ class GateConv(nn.Conv2d):
 
 
 class Feedforward(nn.Module):
-    """A convolution with tanh in the form of a cell: the layer of the models without recurrence (T16 sec. 3.2).
+    """A convolution with tanh in the form of a cell: the layer of the models without recurrence.
+
+    Toderici et al. 2016, sec. 3.2.
 
     Args and shapes as for `ConvLSTM`; the state is an empty tuple.
     """
@@ -41,7 +43,7 @@ class Feedforward(nn.Module):
 
 
 class ConvLSTM(nn.Module):
-    """LSTM without peepholes whose products are convolutions (T17 sec. 3.1).
+    """LSTM without peepholes whose products are convolutions (Toderici et al. 2017, sec. 3.1).
 
     Args:
         in_channels: channels of the input.
@@ -77,7 +79,7 @@ class ConvLSTM(nn.Module):
 
 
 class ConvGRU(nn.Module):
-    """GRU with residual connections in its state and its output (T17 sec. 3.1).
+    """GRU with residual connections in its state and its output (Toderici et al. 2017, sec. 3.1).
 
         z = sigmoid(W_z x + U_z h)        r = sigmoid(W_r x + U_r h)
         h' = (1 - z) h + z tanh(W x + U (r h)) + a_h W_h h
@@ -117,7 +119,9 @@ class ConvGRU(nn.Module):
 
 
 class AssociativeConvLSTM(nn.Module):
-    """LSTM with a complex memory that is written to and read by keys (Danihelka et al. 2016; T17 sec. 3.1).
+    """LSTM with a complex memory that is written to and read by keys.
+
+    Danihelka et al. 2016; Toderici et al. 2017, sec. 3.1.
 
     Every tensor of `hidden_channels` holds the real parts in its first half and the imaginary parts in its second.
 

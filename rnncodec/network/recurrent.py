@@ -39,20 +39,22 @@ def pad_to_blocks(x: Tensor, stride: int) -> Tensor:
 
 @dataclass(frozen=True)
 class NetworkConfig:
-    """Shapes and equations of a network; the defaults are the LSTM of T17 with 35.5 M parameters.
+    """Shapes and equations of a network; the defaults are the LSTM of Toderici et al. 2017 with 35.5 M parameters.
 
     Attributes:
-        encoder_cell, decoder_cell: recurrent cell of each side (`none` for the feed-forward models of T16).
+        encoder_cell, decoder_cell: recurrent cell of each side (`none` for the feed-forward models of Toderici et
+            al. 2016).
         reconstruction: `one_shot` predicts the image anew in each iteration, `additive` adds to the previous
-            reconstruction, `residual_scaling` adds and lets a gain network amplify small residuals (T17 sec. 3.2).
+            reconstruction, `residual_scaling` adds and lets a gain network amplify small residuals
+            (Toderici et al. 2017, sec. 3.2).
         binarizer: see `rnncodec.network.binarizer.binarize`.
         bits: bits for each location and iteration.
         encoder_channels: of the first convolution, then of each cell; every layer halves the resolution.
         encoder_hidden_kernels: one for each encoder cell.
         decoder_channels: of the first convolution, then of each cell; every cell is followed by depth-to-space 2.
         decoder_hidden_kernels: one for each decoder cell.
-        patch_size: if above 1, the fully connected models of T16: patches of this size are coded independently,
-            every kernel is 1x1 and no layer changes the resolution.
+        patch_size: if above 1, the fully connected models of Toderici et al. 2016: patches of this size are coded
+            independently, every kernel is 1x1 and no layer changes the resolution.
         gain_channels: of the first four convolutions of the gain network of `residual_scaling`.
     """
 
@@ -139,7 +141,7 @@ class Encoder(nn.Module):
         first = config.encoder_channels[0]
         kernel, stride = (1, 1) if config.patch_size > 1 else (3, 2)
         self.patch_size = config.patch_size
-        # T16 has tanh behind every layer, T17 nothing between the first convolution and the first cell.
+        # Toderici et al. 2016 have tanh behind every layer, in 2017 nothing between the first convolution and cell.
         self.tanh_stem = config.encoder_cell == "none" or config.patch_size > 1
         self.stem = conv(3 * config.patch_size**2, first, kernel, stride)
         self.cells = nn.ModuleList(
@@ -197,7 +199,10 @@ class Decoder(nn.Module):
 
 
 class GainNetwork(nn.Module):
-    """A reconstruction [B, 3, H, W] to the gain of its residual, above 1, one per 32x32 block (T17 sec. 3.2)."""
+    """A reconstruction [B, 3, H, W] to the gain of its residual, above 1, one per 32x32 block.
+
+    Toderici et al. 2017, sec. 3.2.
+    """
 
     def __init__(self, channels: tuple[int, ...]) -> None:
         super().__init__()
@@ -213,7 +218,9 @@ class GainNetwork(nn.Module):
 
 
 class RecurrentCodec(nn.Module):
-    """The progressive codec: each step codes what the earlier steps left over (T16 sec. 3; T17 eq. 1-2).
+    """The progressive codec: each step codes what the earlier steps left over.
+
+    Toderici et al. 2016, sec. 3; Toderici et al. 2017, eq. 1-2.
 
     Attributes:
         in_bfloat16: whether transforms and encoder use products in bfloat16: what only one side computes, the encoder

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric, MetricCollection
 
 from rnncodec.entropy import ContextConfig, ContextModel, code_length, code_nats
-from rnncodec.metrics.distortion import RATES
+from rnncodec.metrics.distortion import REPORTED_ITERATIONS
 from rnncodec.network import LatentBinarizer, LatentConfig, NetworkConfig, RecurrentCodec, Step, pad_to_blocks
 from rnncodec.training.module import CodecTraining, Training
 from rnncodec.weights import load_weights
@@ -55,7 +55,7 @@ def start_context(context: ContextModel, network: RecurrentCodec) -> None:
 
 
 class ContextTraining(Training):
-    """Trains context models for the code length of a frozen codec's bits (T17 sec. 4).
+    """Trains context models for the code length of a frozen codec's bits (Toderici et al. 2017, sec. 4).
 
     All models see the same codes and share no weights: a fair comparison, at the cost of one pass of the codec. The
     best checkpoint is that of the lowest mean of their rates. In mixed precision the codec's bits differ here and there
@@ -113,7 +113,9 @@ class ContextTraining(Training):
         self.iterations = iterations
         self.stride = network.config.stride
         self.bpp = network.config.bits / self.stride**2  # of raw bits, for each iteration
-        self.counts = sorted({k for k in RATES if k < iterations} | {iterations})  # of iterations to be validated
+        self.counts = sorted(
+            {k for k in REPORTED_ITERATIONS if k < iterations} | {iterations}
+        )  # of iterations to be validated
         means: dict[str, Metric | MetricCollection] = {
             f"{name}_{k}": MeanMetric() for name in configs for k in self.counts
         }
@@ -237,7 +239,7 @@ class JointTraining(CodecTraining):
     def validate_rate(self, bits: list[Tensor], cases: list[Tensor | None], distortion: Tensor) -> None:
         rates = self.rates(bits, cases)
         losses = {"val/bpp": rates[-1], "val/loss": self.weighed(distortion, rates)}
-        losses |= {f"val/bpp_{k}": rates[k - 1] for k in RATES if k <= len(rates)}
+        losses |= {f"val/bpp_{k}": rates[k - 1] for k in REPORTED_ITERATIONS if k <= len(rates)}
         self.log_dict(losses, batch_size=1, sync_dist=True)
 
     def weighed(self, distortion: Tensor, rates: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torchmetrics import MeanMetric, Metric, MetricCollection
 
 from rnncodec.data import PatchDataModule
 from rnncodec.metrics.curves import NAN, Point
-from rnncodec.metrics.distortion import RATES, ms_ssim, psnr
+from rnncodec.metrics.distortion import REPORTED_ITERATIONS, ms_ssim, psnr
 from rnncodec.network import (
     LatentConfig,
     NetworkConfig,
@@ -130,10 +130,10 @@ class Training(L.LightningModule):
 
 
 class CodecTraining(Training):
-    """Trains a `RecurrentCodec` on patches for the distortion of all iterations (T17 sec. 3.3).
+    """Trains a `RecurrentCodec` on patches for the distortion of all iterations (Toderici et al. 2017, sec. 3.3).
 
     Args:
-        network: shapes and equations of the network; None for those of T17.
+        network: shapes and equations of the network; None for those of Toderici et al. 2017.
         weights: to start from instead of random ones: a name of shipped weights, or path of a .safetensors file. Their
             network may have fewer channels (see `rnncodec.network.widened`) and another binarizer.
         iterations: steps of the unrolled loop, each weighted equally.
@@ -141,8 +141,8 @@ class CodecTraining(Training):
             have one each; 0 for all. A latent network needs few, since each costs more than an iteration.
         missing: in which share of the training steps of a latent network every location has a random number of groups
             of bits after which nothing is sent.
-        distortion: `l1`, the mean of the L1 of all iterations (T17), or `rmse`, the geometric mean of their root mean
-            square errors: a decibel counts the same in each iteration, however small its error.
+        distortion: `l1`, the mean of the L1 of all iterations (Toderici et al. 2017), or `rmse`, the geometric mean of
+            their root mean square errors: a decibel counts the same in each iteration, however small its error.
         growth: iterations by the training step from which on they are unrolled: {0: 2, 1000: 4, 5000: [4, 8, 16]}. Of
             several, each step draws one. They never exceed `iterations`, which an empty mapping unrolls from the start.
         optimizer: `adam` (the papers'), or `muon`: Muon for the recurrent kernels beside AdamW for the rest.
@@ -201,7 +201,9 @@ class CodecTraining(Training):
             self.network.compile(dynamic=False)
         # MS-SSIM is not defined for small images: these do not count.
         means: dict[str, Metric | MetricCollection] = {
-            f"{name}_{k}": MeanMetric(nan_strategy="ignore") for k in RATES for name in ("psnr", "ms_ssim")
+            f"{name}_{k}": MeanMetric(nan_strategy="ignore")
+            for k in REPORTED_ITERATIONS
+            for name in ("psnr", "ms_ssim")
         }
         self.val_metrics = MetricCollection(means, compute_groups=False)
         # Of the validation that runs, on this rank, and of the last one: for W&B.
@@ -290,7 +292,9 @@ class CodecTraining(Training):
     def loss(self, x: Tensor, steps: list[Step]) -> Tensor:
         """The distortion of the steps of the unrolled loop of which pictures are made."""
         residuals = {t + 1: x - self.network.picture(steps[t].state) for t in self.draws(len(steps))}
-        self.log_dict({f"train/l1_{k}": residuals[k].detach().abs().mean() for k in RATES if k in residuals})
+        self.log_dict(
+            {f"train/l1_{k}": residuals[k].detach().abs().mean() for k in REPORTED_ITERATIONS if k in residuals}
+        )
         return self.mean_distortion([self.error(residual) for residual in residuals.values()])
 
     def error(self, residual: Tensor) -> Tensor:
@@ -307,14 +311,16 @@ class CodecTraining(Training):
         padded = pad_to_blocks(x, self.network.config.stride)
         original, pictures, bits, cases, losses, errors = to_uint8(x), [], [], [], [], []
         with torch.compiler.set_stance("force_eager"):  # every size of image would be compiled anew
-            for k, step in enumerate(self.network.unroll(self.network.analyse(padded), max(RATES)), start=1):
+            for k, step in enumerate(
+                self.network.unroll(self.network.analyse(padded), max(REPORTED_ITERATIONS)), start=1
+            ):
                 bits.append(step.bits)
                 cases.append(step.cases)
                 picture = self.network.picture(step.state)
                 residual = padded - picture
                 losses.append(residual.abs().mean())
                 errors.append(self.error(residual))
-                if k in RATES:
+                if k in REPORTED_ITERATIONS:
                     x_hat = to_uint8(picture[..., :height, :width])
                     qualities = psnr(original, x_hat), ms_ssim(original, x_hat)
                     for name, quality in zip(("psnr", "ms_ssim"), qualities, strict=True):
@@ -330,7 +336,9 @@ class CodecTraining(Training):
         if batch_idx == 0:
             strip = torch.cat([original, *pictures], dim=-1)[0].permute(1, 2, 0).cpu().numpy()
             for logger in self.wandb_loggers():
-                logger.log_image("val/reconstructions", [strip], caption=[f"original, then {RATES} iterations"])
+                logger.log_image(
+                    "val/reconstructions", [strip], caption=[f"original, then {REPORTED_ITERATIONS} iterations"]
+                )
 
     def validate_rate(self, bits: list[Tensor], cases: list[Tensor | None], distortion: Tensor) -> None:
         """What a training that counts bits adds to the validation of an image, given its bits and their cases."""
@@ -339,10 +347,12 @@ class CodecTraining(Training):
         values = self.val_metrics.compute()
         self.val_metrics.reset()
         self.log_dict({f"val/{name}": value for name, value in values.items()})
-        self.log("val/psnr", torch.stack([values[f"psnr_{k}"] for k in RATES]).mean(), prog_bar=True)
+        self.log("val/psnr", torch.stack([values[f"psnr_{k}"] for k in REPORTED_ITERATIONS]).mean(), prog_bar=True)
         bpp = self.network.config.bits / self.network.config.stride**2
-        measures = {k: {name: values[f"{name}_{k}"].item() for name in ("psnr", "ms_ssim")} for k in RATES}
-        self.val_curve = [Point("mean", "", k, NAN, k * bpp, **measures[k]) for k in RATES]
+        measures = {
+            k: {name: values[f"{name}_{k}"].item() for name in ("psnr", "ms_ssim")} for k in REPORTED_ITERATIONS
+        }
+        self.val_curve = [Point("mean", "", k, NAN, k * bpp, **measures[k]) for k in REPORTED_ITERATIONS]
         points = self.gather_points()
         for logger in self.wandb_loggers():
             run = logger.experiment
