@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from filelock import FileLock, Timeout
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from platformdirs import user_cache_path
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -97,8 +98,7 @@ class PatchDataModule(L.LightningDataModule):
         self.tile_size = patch_size if selection == "high_entropy" else tile_size
         self.selection, self.patches_per_image, self.flips = selection, patches_per_image, flips
         self.num_workers, self.seed, self.max_pixels = num_workers, seed, max_pixels
-        user_cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        self.cache_dir = Path(cache_dir) if cache_dir else user_cache / "rnncodec"
+        self.cache_dir = Path(cache_dir) if cache_dir else user_cache_path("rnncodec")
         self.download, self.clic_url = download, clic_url
         self.position = 0
         self._ready = False

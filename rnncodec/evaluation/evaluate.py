@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
+from platformdirs import user_cache_path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -268,11 +269,10 @@ def main(argv: Sequence[str] | None = None, program: str = "evaluate.py") -> int
     )
     parser.add_argument("--save-images", action="store_true", help="write the decoded images and comparisons")
     parser.add_argument("--wandb", metavar="NAME", help="log the results to W&B, as a run of this name")
-    user_cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     parser.add_argument(
         "--cache-dir",
         type=Path,
-        default=user_cache / "rnncodec" / "results",
+        default=user_cache_path("rnncodec") / "results",
         help="folder that remembers what has been measured (default: rnncodec/results in the user's cache folder)",
     )
     args = parser.parse_args(argv)
