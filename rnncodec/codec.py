@@ -49,6 +49,8 @@ class Codec:
     def __init__(
         self, weights: Weights, device: str | torch.device = "cpu", tile: int | None = None, bfloat16: bool = False
     ) -> None:
+        if str(device).split(":")[0] not in ("cpu", "cuda"):  # others lack numbers that the entropy coder needs
+            raise ValueError(f"a codec computes on cpu or cuda, not on {device}")
         self.device = torch.device(device)
         if self.device.type == "cuda" and not torch.cuda.is_available():
             raise ValueError("no CUDA device is available")

@@ -510,3 +510,10 @@ def test_encoder_and_decoder_agree_on_a_gpu(codecs, name):
     with torch.no_grad(), exact():
         steps = list(codec.network.unroll((2 * x.cuda() - 1).contiguous(memory_format=torch.channels_last), 16))
     assert torch.equal(codec.decompress(**compressed), (steps[-1].state.y_hat.clamp(-1, 1) + 1) / 2)
+
+
+@pytest.mark.parametrize("device", ["mps", "xpu:0", "nonsense", torch.device("meta")])
+def test_devices_that_do_not_work_are_refused_by_name(codecs, device):
+    codec = codecs["additive"]
+    with pytest.raises(ValueError, match=f"cpu or cuda, not on {device}"):
+        Codec(Weights(codec.network, "additive", codec.fingerprint, {}), device)
