@@ -106,6 +106,8 @@ class Codec:
         session = self.session(entropy, *self.loop.grid(height, width))  # what it refuses is refused before the work
         if psnr is None:
             planes: Iterable[np.ndarray] = self.loop.encode(pixels, self._check_iterations(iterations), progress)
+            if bpp is None:  # the entropy coder for small images has another number of threads; to alternate takes time
+                planes = list(planes)
         else:
             planes = self.loop.encode_to(psnr, pixels, progress)
         return self._write((plane[0] for plane in planes), session, height, width, bpp)
@@ -171,7 +173,7 @@ class Codec:
         """
         header, count, planes = self._read(data, iterations, max_pixels)
         array = np.empty((header.height, header.width, 3), np.uint8)
-        for _, (y, x), x_hat in self.loop.decode(planes, count, header.height, header.width, progress):
+        for _, (y, x), x_hat in self.loop.decode(list(planes), count, header.height, header.width, progress):
             array[y, x] = to_uint8(x_hat)[0].permute(1, 2, 0).cpu().numpy()
         return Image.fromarray(array)
 
