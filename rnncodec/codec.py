@@ -63,7 +63,6 @@ class Codec:
         self.network.in_bfloat16 = bfloat16
         self.config = weights.network.config
         self.name, self.fingerprint, self.provenance = weights.name, weights.fingerprint, weights.provenance
-        self.tile = tile
         self.loop = Loop(self.network, tile)
         self.max_iterations = self.loop.max_iterations
 

@@ -96,31 +96,25 @@ class Baseline:
             return np.asarray(image.convert("RGB"))
 
 
+def _jpeg(name: str, subsampling: str) -> Baseline:
+    return Baseline(
+        name,
+        f"JPEG {subsampling}",
+        "JPEG",
+        ".jpg",
+        lambda quality: {"quality": int(quality), "optimize": True, "subsampling": subsampling},
+        QUALITIES,
+        range(1, 96),
+        f"JPEG {subsampling}, optimized Huffman tables",
+        library="jpg",
+    )
+
+
 BASELINES = {
     baseline.name: baseline
     for baseline in (
-        Baseline(
-            "jpeg",
-            "JPEG 4:2:0",
-            "JPEG",
-            ".jpg",
-            lambda quality: {"quality": int(quality), "optimize": True, "subsampling": "4:2:0"},
-            QUALITIES,
-            range(1, 96),
-            "JPEG 4:2:0, optimized Huffman tables",
-            library="jpg",
-        ),
-        Baseline(
-            "jpeg444",
-            "JPEG 4:4:4",
-            "JPEG",
-            ".jpg",
-            lambda quality: {"quality": int(quality), "optimize": True, "subsampling": "4:4:4"},
-            QUALITIES,
-            range(1, 96),
-            "JPEG 4:4:4, optimized Huffman tables",
-            library="jpg",
-        ),
+        _jpeg("jpeg", "4:2:0"),
+        _jpeg("jpeg444", "4:4:4"),
         Baseline(
             "jpeg2000",
             "JPEG 2000",

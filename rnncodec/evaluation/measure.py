@@ -90,8 +90,8 @@ def ours(codec: Codec, iterations: int, name: str = "") -> Source:
     # Both change the bits, so they are also part of what is remembered.
     if codec.network.in_bfloat16:
         description += ", in bfloat16"
-    if codec.tile is not None:
-        description += f", in tiles of {codec.tile} pixels"
+    if codec.loop.tile is not None:
+        description += f", in tiles of {codec.loop.tile} pixels"
     name = f"rnncodec-{name or codec.name}"
     return Source(name, name, description, ".png", tuple(range(1, iterations + 1)), run)
 

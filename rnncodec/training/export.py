@@ -24,6 +24,9 @@ from rnncodec.weights import (
     stored,
 )
 
+# What a checkpoint that is none raises while it is taken apart.
+UNREADABLE = (pickle.UnpicklingError, EOFError, KeyError, TypeError, AttributeError, RuntimeError, ValueError)
+
 
 def load_checkpoint(path: str | os.PathLike[str]) -> tuple[RecurrentCodec, dict[str, str]]:
     """The averaged network of a checkpoint that `train.py` wrote, and its provenance; nothing is unpickled.
@@ -50,7 +53,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> tuple[RecurrentCodec, dict[
         }
         if checkpoint.get("started_from"):
             provenance["started_from"] = checkpoint["started_from"]
-    except (pickle.UnpicklingError, EOFError, KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
+    except UNREADABLE as error:
         # PyTorch's message is long and advises to unpickle what should not be.
         raise WeightsError(f"{os.fspath(path)}: not a checkpoint of train.py ({type(error).__name__})") from error
     return network.eval(), provenance
@@ -102,7 +105,7 @@ def add_context(checkpoint: str | os.PathLike[str], path: str | os.PathLike[str]
         model = ContextModel(config)
         model.load_state_dict(state)
         exact = model.quantize()
-    except (pickle.UnpicklingError, EOFError, KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
+    except UNREADABLE as error:
         raise WeightsError(
             f"{os.fspath(checkpoint)}: no context model can be taken from it ({one_line(error)})"
         ) from error
