@@ -1,6 +1,6 @@
-"""The networks and the residual loop that joins them: what an image is to its bits, one step at a time.
+"""The networks, and the residual loop that turns an image into bits one iteration at a time.
 
-Nothing here knows of files, entropy coding, data or training.
+Nothing here depends on files, entropy coding, data or training.
 """
 
 from rnncodec.network.binarizer import Binarizer, BinarizerName, binarize

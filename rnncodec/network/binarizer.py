@@ -1,4 +1,4 @@
-"""From features to bits: the three answers to the missing derivative of quantization, one and the same at inference."""
+"""The binarizer turns features into bits; its three methods differ only in training, where they need a gradient."""
 
 from typing import Any, Literal, NamedTuple
 
@@ -11,7 +11,7 @@ BinarizerName = Literal["stochastic", "sign", "noise"]
 
 
 def binarize(y: Tensor, training: bool, method: BinarizerName = "stochastic") -> Tensor:
-    """Features in (-1, 1) to bits, the gradient passed straight through.
+    """Quantizes features in (-1, 1) to bits, with a straight-through gradient.
 
     Toderici et al. 2016, sec. 3.1; Theis et al. 2017, sec. 2.1.
 
@@ -19,7 +19,7 @@ def binarize(y: Tensor, training: bool, method: BinarizerName = "stochastic") ->
         y: features of any shape.
         training: if false, every method gives the sign, with sign(0) = +1.
         method: `stochastic` draws +1 with probability (1 + y) / 2; `sign` is deterministic; `noise` adds
-            uniform noise as wide as the quantization step, so that only its training values are not bits.
+            uniform noise as wide as the quantization step, so that its values in training are not bits.
 
     Returns:
         A tensor of y's shape holding -1 and +1 (any value in (-2, 2) for `noise` in training).
@@ -32,9 +32,9 @@ def binarize(y: Tensor, training: bool, method: BinarizerName = "stochastic") ->
 
 
 class Coded(NamedTuple):
-    """Bits [B, bits, H, W], what they say to the decoder, and what is known after them.
+    """Bits [B, bits, H, W], the decoder's input that follows from them, and the binarizer's state after them.
 
-    Of latent networks also the case of each bit, uint8 [B, bits, H, W]: what both sides knew before it.
+    Latent networks add the case of each bit, uint8 [B, bits, H, W], see `Questions`.
     """
 
     bits: Tensor
@@ -58,5 +58,5 @@ class Binarizer(nn.Module):
         return self.values(binarize(torch.tanh(self.features(x)), self.training, self.method))
 
     def values(self, bits: Tensor, state: None = None) -> Coded:
-        """What the bits say to the decoder: themselves."""
+        """The decoder's input, which is the bits themselves."""
         return Coded(bits, bits)

@@ -1,4 +1,4 @@
-"""Convolutional recurrent cells; each call computes one step and takes and returns its state as a value."""
+"""Convolutional recurrent cells, which compute one step for each call and take and return their state as a value."""
 
 from typing import Literal
 
@@ -15,7 +15,7 @@ def conv(in_channels: int, out_channels: int, kernel_size: int, stride: int = 1)
 
 
 class GateConv(nn.Conv2d):
-    """A convolution that computes several gates of equal width, which Muon treats one by one."""
+    """A convolution that computes several gates of equal width, which the Muon optimizer updates separately."""
 
     def __init__(
         self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, bias: bool = True, gates: int = 1
@@ -25,11 +25,11 @@ class GateConv(nn.Conv2d):
 
 
 class Feedforward(nn.Module):
-    """A convolution with tanh in the form of a cell: the layer of the models without recurrence.
+    """A convolution with tanh that has the interface of a cell, for models without recurrence.
 
     Toderici et al. 2016, sec. 3.2.
 
-    Args and shapes as for `ConvLSTM`; the state is an empty tuple.
+    Arguments and shapes are those of `ConvLSTM`; the state is an empty tuple.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class Feedforward(nn.Module):
 
 
 class ConvLSTM(nn.Module):
-    """LSTM without peepholes whose products are convolutions (Toderici et al. 2017, sec. 3.1).
+    """LSTM without peepholes, with convolutions for its matrix products (Toderici et al. 2017, sec. 3.1).
 
     Args:
         in_channels: channels of the input.
@@ -62,7 +62,7 @@ class ConvLSTM(nn.Module):
         super().__init__()
         self.input = GateConv(in_channels, 4 * hidden_channels, kernel_size, stride, gates=4)
         self.hidden = GateConv(hidden_channels, 4 * hidden_channels, hidden_kernel_size, bias=False, gates=4)
-        with torch.no_grad():  # remember by default (Jozefowicz et al. 2015)
+        with torch.no_grad():  # forget gates start open (Jozefowicz et al. 2015)
             assert self.input.bias is not None
             self.input.bias[hidden_channels : 2 * hidden_channels] += 1.0
 
@@ -85,8 +85,7 @@ class ConvGRU(nn.Module):
         h' = (1 - z) h + z tanh(W x + U (r h)) + a_h W_h h
         output = h' + a_x W_x x
 
-    Args and shapes as for `ConvLSTM`; the state is (h,).
-        residual_scale: a_h and a_x.
+    Arguments and shapes are those of `ConvLSTM`; the state is (h,), and `residual_scale` is a_h and a_x.
     """
 
     def __init__(
@@ -100,7 +99,7 @@ class ConvGRU(nn.Module):
     ) -> None:
         super().__init__()
         self.residual_scale = residual_scale
-        # The gates are z, r, candidate, output of the input and z, r, state of the hidden convolution.
+        # Gates of the input convolution: z, r, candidate, output. Gates of the hidden convolution: z, r, W_h h.
         self.input = GateConv(in_channels, 4 * hidden_channels, kernel_size, stride, gates=4)
         self.hidden = GateConv(hidden_channels, 3 * hidden_channels, hidden_kernel_size, bias=False, gates=3)
         self.candidate = GateConv(hidden_channels, hidden_channels, hidden_kernel_size, bias=False)
@@ -119,11 +118,11 @@ class ConvGRU(nn.Module):
 
 
 class AssociativeConvLSTM(nn.Module):
-    """LSTM with a complex memory that is written to and read by keys.
+    """LSTM with an associative memory of complex numbers, which is written and read by keys.
 
     Danihelka et al. 2016; Toderici et al. 2017, sec. 3.1.
 
-    Every tensor of `hidden_channels` holds the real parts in its first half and the imaginary parts in its second.
+    Tensors of `hidden_channels` hold real parts in their first half and imaginary parts in their second half.
 
         i, f, o = sigmoid(W x + U h)                         one real gate for each complex number
         u, k, q = bound(W x + U h)                           value, write key, read key
@@ -131,9 +130,9 @@ class AssociativeConvLSTM(nn.Module):
         h' = o bound(mean over s of P_s q * memory_s')
         bound(v) = v / max(1, |v|)
 
-    Args and shapes as for `ConvLSTM`, `hidden_channels` even; the memory part of the state is
-    [B, copies * hidden, H / stride, W / stride].
-        copies: redundant copies of the memory, each with a fixed random permutation P_s of the keys.
+    Arguments and shapes are those of `ConvLSTM`, but `hidden_channels` is even and the memory part of the state is
+    [B, copies * hidden, H / stride, W / stride]. `copies` is the number of redundant copies of the memory, each with a
+    fixed random permutation P_s of the keys.
     """
 
     permutations: Tensor
@@ -163,13 +162,13 @@ class AssociativeConvLSTM(nn.Module):
 
     @staticmethod
     def bound(real: Tensor, imaginary: Tensor) -> tuple[Tensor, Tensor]:
-        """Complex numbers scaled down to a modulus of at most 1."""
+        """Scales complex numbers down to a modulus of at most 1."""
         # The square is clamped before the root, whose gradient at zero would be infinite.
         scale = torch.rsqrt(torch.clamp(real.square() + imaginary.square(), min=1.0))
         return real * scale, imaginary * scale
 
     def permuted(self, key: Tensor) -> tuple[Tensor, Tensor]:
-        """Real and imaginary part of a key [B, hidden, H, W] for every copy, each [B, copies, hidden / 2, H, W]."""
+        """Bounds a key [B, hidden, H, W] and permutes it for each copy: two parts [B, copies, hidden / 2, H, W]."""
         real, imaginary = self.bound(*key.chunk(2, dim=1))
         return real[:, self.permutations], imaginary[:, self.permutations]
 
@@ -180,7 +179,7 @@ class AssociativeConvLSTM(nn.Module):
         i, f, o, value, write_key, read_key = gates.split(self.splits, dim=1)
         i, f, o = torch.sigmoid(i), torch.sigmoid(f), torch.sigmoid(o)
         real, imaginary = (part * i for part in self.bound(*value.chunk(2, dim=1)))
-        real, imaginary = real[:, None], imaginary[:, None]  # the same value into every copy
+        real, imaginary = real[:, None], imaginary[:, None]  # every copy gets the same value
         key_real, key_imaginary = self.permuted(write_key)
         memory_real = key_real * real - key_imaginary * imaginary
         memory_imaginary = key_real * imaginary + key_imaginary * real

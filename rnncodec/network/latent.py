@@ -1,7 +1,8 @@
-"""The parts of the loop in the latent space: one location for each 16x16 block, bits that answer questions about it.
+"""Encoder, binarizer and decoder of the latent network, whose loop runs on one latent vector for each 16x16 block.
 
-Encoder and decoder are ConvLSTMs that correct what the questions' tables know already: the encoder moves the
-decisions, the decoder moves the latents. Both corrections start at zero.
+Each bit answers a question, see `questions`. Encoder and decoder are ConvLSTMs that correct the questions' tables: the
+encoder's output is added to the residual before it is compared, the decoder's output to the latents. Both corrections
+start at zero.
 """
 
 from collections.abc import Callable
@@ -15,27 +16,27 @@ from torch import Tensor, nn
 from rnncodec.network.binarizer import Coded
 from rnncodec.network.cells import CellState, ConvLSTM, GateConv
 from rnncodec.network.questions import Answered, Known, Questions, at
-from rnncodec.network.transforms import STRIDE, full_precision, silent
+from rnncodec.network.transforms import STRIDE, full_precision, zero_conv
 
-BAND = 2**12  # locations that the LSTMs work on at once
+BAND = 2**12  # locations that an LSTM computes at once, which bounds its memory
 
 
 @dataclass(frozen=True)
 class LatentConfig:
-    """Shapes of a network whose loop runs in a latent space.
+    """Architecture of a network whose loop runs in a latent space.
 
     Attributes:
-        iterations: passes that there are questions for.
-        bits: questions of each pass.
-        groups: of them; each knows the answers of those before it.
+        iterations: number of passes; each has its own questions.
+        bits: questions, and so bits, of each location in a pass.
+        groups: groups into which these are divided; a group's questions depend on the answers of earlier groups.
         latents: channels of the latent space.
         encoder_channels, decoder_channels: of the hidden states of the two ConvLSTMs.
-        mixed: channels to which the input of a ConvLSTM is reduced, before a 3x3 convolution looks around.
-        around: channels of that convolution.
-        analysis_channels: of the branch of the analysis, at 1/4, 1/8 and 1/16 of the resolution.
-        analysis_blocks: its residual blocks at each of these.
-        synthesis_channels: of the branch of the synthesis, at 1/16, 1/8 and 1/4 of the resolution.
-        synthesis_blocks: its residual blocks at each of these.
+        mixed: channels to which a 1x1 convolution reduces the input of each ConvLSTM.
+        around: channels of a 3x3 convolution of these, which sees the neighboring locations.
+        analysis_channels: of the nonlinear branch of the analysis, at 1/4, 1/8 and 1/16 of the resolution.
+        analysis_blocks: residual blocks of this branch at each resolution.
+        synthesis_channels: of the nonlinear branch of the synthesis, at 1/16, 1/8 and 1/4 of the resolution.
+        synthesis_blocks: residual blocks of this branch at each resolution.
     """
 
     iterations: int = 24
@@ -52,7 +53,7 @@ class LatentConfig:
     synthesis_blocks: int = 2
 
     def __post_init__(self) -> None:
-        for field in fields(self):  # configs and checkpoints hold lists
+        for field in fields(self):  # configs and checkpoints contain lists
             if isinstance(getattr(self, field.name), list):
                 object.__setattr__(self, field.name, tuple(getattr(self, field.name)))
         values = [getattr(self, field.name) for field in fields(self)]
@@ -65,7 +66,7 @@ class LatentConfig:
 
     @property
     def stride(self) -> int:
-        """Side in pixels of the block of one location."""
+        """Side in pixels of the block that one location stands for."""
         return STRIDE
 
 
@@ -77,7 +78,7 @@ class EncoderState(NamedTuple):
 
 
 class Asked(NamedTuple):
-    """What is known before a pass, its number, and how many groups each location has received, long [B, H, W]."""
+    """The number of a pass, what is known before it, and how many groups each location has received, long [B, H, W]."""
 
     iteration: Tensor
     known: Known
@@ -85,7 +86,7 @@ class Asked(NamedTuple):
 
 
 class Answers(NamedTuple):
-    """What the bits of a pass add to the latents [B, C, H, W]; `iteration` and `received` as in `Asked`, after it."""
+    """What a pass adds to the latents [B, C, H, W], its number, and the groups received after it, long [B, H, W]."""
 
     added: Tensor
     iteration: Tensor
@@ -93,14 +94,14 @@ class Answers(NamedTuple):
 
 
 class DecoderState(NamedTuple):
-    """Groups received, long [B, H, W], and the state of the cell."""
+    """The groups that each location has received, long [B, H, W], and the state of the cell."""
 
     received: Tensor
     cell: CellState
 
 
 class LookAround(nn.Module):
-    """A reduction of the channels and, beside it, a 3x3 convolution of it: the input of a cell of 1x1 convolutions."""
+    """Computes the input of a cell with 1x1 kernels: reduced channels, and a 3x3 convolution of them."""
 
     def __init__(self, in_channels: int, config: LatentConfig) -> None:
         super().__init__()
@@ -113,7 +114,7 @@ class LookAround(nn.Module):
 
 
 class LatentEncoder(nn.Module):
-    """A ConvLSTM: the residual [B, C, H, W] to what moves the decisions, [B, bits, H, W]."""
+    """A ConvLSTM that computes from the residual [B, C, H, W] an offset for each decision, [B, bits, H, W]."""
 
     def __init__(self, config: LatentConfig) -> None:
         super().__init__()
@@ -122,11 +123,11 @@ class LatentEncoder(nn.Module):
         self.bias = nn.Parameter(torch.zeros(config.iterations, config.around))
         self.look = LookAround(config.latents, config)
         self.cell = ConvLSTM(config.mixed + config.around, config.encoder_channels, 1, 1)
-        self.output = silent(config.encoder_channels, config.bits, 1)
+        self.output = zero_conv(config.encoder_channels, config.bits, 1)
 
     def forward(self, residual: Tensor, state: EncoderState | None) -> tuple[Tensor, EncoderState]:
         iteration, cell = state or EncoderState(torch.zeros((), dtype=torch.long, device=residual.device), None)
-        scale, bias = _columns(at(self.scale, iteration)), _columns(at(self.bias, iteration))
+        scale, bias = _per_channel(at(self.scale, iteration)), _per_channel(at(self.bias, iteration))
 
         def band(residual: Tensor, *cell: Tensor) -> tuple[Tensor, ...]:
             hidden, new_cell = self.cell(self.look(residual / scale, bias), cell or None)
@@ -137,7 +138,7 @@ class LatentEncoder(nn.Module):
 
 
 class LatentBinarizer(nn.Module):
-    """Bits by questions: what the encoder says moves the decisions, tables say what an answer adds to the latents."""
+    """Decides the bits by questions, with the encoder's offsets, and looks up what each answer adds to the latents."""
 
     def __init__(self, config: LatentConfig) -> None:
         super().__init__()
@@ -152,7 +153,7 @@ class LatentBinarizer(nn.Module):
         return Asked(torch.zeros((), dtype=torch.long, device=device), known, received)
 
     def forward(self, features: Tensor, residual: Tensor, state: Asked | None, limit: Tensor | None = None) -> Coded:
-        """The bits of a pass, [B, bits, H, W] of -1 and +1; 0 beyond the limit of groups of a location [B, H, W]."""
+        """Codes a pass to bits [B, bits, H, W] of -1 and +1, or 0 in groups beyond a location's limit [B, H, W]."""
         asked = self._asked(state, len(residual), *residual.shape[2:])
         with full_precision(residual):
             left = None if limit is None else limit - asked.received
@@ -160,7 +161,7 @@ class LatentBinarizer(nn.Module):
         return self._coded(asked, answered)
 
     def values(self, bits: Tensor, state: Asked | None) -> Coded:
-        """What the bits of a pass say to the decoder."""
+        """The decoder's input for the bits of a pass."""
         asked = self._asked(state, len(bits), *bits.shape[2:])
         with full_precision(bits):
             return self._coded(asked, self.questions.values(asked.iteration, asked.known, bits.float()))
@@ -173,7 +174,7 @@ class LatentBinarizer(nn.Module):
 
 
 class LatentDecoder(nn.Module):
-    """A ConvLSTM that corrects the latents after the answers of each pass."""
+    """A ConvLSTM that corrects the latents after each pass."""
 
     def __init__(self, config: LatentConfig) -> None:
         super().__init__()
@@ -181,7 +182,7 @@ class LatentDecoder(nn.Module):
         self.received = nn.Embedding(config.iterations * config.groups + 1, config.around)
         self.look = LookAround(2 * config.latents, config)
         self.cell = ConvLSTM(config.mixed + config.around, config.decoder_channels, 1, 1)
-        self.output = silent(config.decoder_channels, config.latents, 1)
+        self.output = zero_conv(config.decoder_channels, config.latents, 1)
         nn.init.zeros_(self.received.weight)
 
     def forward(
@@ -189,7 +190,7 @@ class LatentDecoder(nn.Module):
     ) -> tuple[Tensor, DecoderState]:
         """What a pass adds to the latents, [B, C, H, W], given their sum so far."""
         added, iteration, received = answers
-        scale = _columns(at(self.scale, iteration))
+        scale = _per_channel(at(self.scale, iteration))
 
         def band(added: Tensor, y_hat: Tensor, received: Tensor, *cell: Tensor) -> tuple[Tensor, ...]:
             bias = self.received(received[:, 0]).permute(0, 3, 1, 2)
@@ -203,9 +204,9 @@ class LatentDecoder(nn.Module):
 
 
 def by_rows(part: Callable[..., tuple[Tensor, ...]], *maps: Tensor) -> tuple[Tensor, ...]:
-    """What a part that sees one location to each side makes of maps [B, C, H, W], of large ones in bands of rows.
+    """Applies `part`, which may see one location to each side, to maps [B, C, H, W], large ones in bands of rows.
 
-    What lies between the part's layers, several times as large as what it takes and gives, is then small.
+    The bands save memory: activations within `part` are several times as large as its inputs and outputs.
     """
     height, width = maps[0].shape[2:]
     rows = max(1, BAND // width)
@@ -215,12 +216,12 @@ def by_rows(part: Callable[..., tuple[Tensor, ...]], *maps: Tensor) -> tuple[Ten
     for top in range(0, height, rows):
         above, core = min(top, 1), slice(top, min(top + rows, height))
         found = part(*(x[:, :, top - above : core.stop + 1] for x in maps))
-        if not whole:  # channels last
+        if not whole:  # channels last in memory
             whole = [x.new_empty(len(x), height, width, x.shape[1]).permute(0, 3, 1, 2) for x in found]
         for x, band in zip(whole, found, strict=True):
             x[:, :, core] = band[:, :, above : above + core.stop - core.start]
     return tuple(whole)
 
 
-def _columns(values: Tensor) -> Tensor:
+def _per_channel(values: Tensor) -> Tensor:
     return values.view(-1, 1, 1)

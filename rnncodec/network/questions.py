@@ -1,12 +1,12 @@
-"""The questions that a pass asks of the latent space: is a channel's residual above a threshold? Bits are the answers.
+"""Quantizes latents by questions: each bit says whether a channel's residual is above a threshold.
 
-The threshold, and the two values of which the answer adds one, are looked up by what encoder and decoder both know:
-the case of a question. It is made of the last three answers on the question's channel in its block, and of the
-activity around: what the answers so far have cost, here and in the four blocks beside. A question with an unlikely yes
-costs a tenth of a bit where nothing happens; a plain sign would cost a full one everywhere.
+Tables give the threshold, and two values of which the answer adds one to the latent. Their index is the *case* of the
+question, which encoder and decoder both know. It combines the last three answers on the same channel and block, the
+*history*, with the *activity*: what the answers so far have cost in this block and its four neighbors. Where activity
+is low, a question with an unlikely yes costs about a tenth of a bit; a plain sign would cost a full bit everywhere.
 
-Cases come from bits by whole numbers alone, so that every machine finds the same ones. Thresholds and values are
-floats: they decide what is sent and what a picture looks like, never how a file is read.
+Cases follow from bits by integer arithmetic, so that they are the same on every machine. Thresholds and values are
+floats: they affect which bits are sent and what an image looks like, but never how a file is read.
 """
 
 import math
@@ -18,32 +18,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-HISTORIES = 15  # none, one, two or three answers: the nodes of a binary tree, whose last level keeps the last three
+HISTORIES = 15  # nodes of a binary tree: no answer yet, one, two, or the last three
 ACTIVITIES = 5
 CASES = HISTORIES * ACTIVITIES
 UNIT = 256  # costs are counted in 1/256 bit
-QUIET = 10  # the first components say how bright a block is, not how busy
-REST = 2.0  # blocks without any residual that are added to each case, so that a rare one does not say too much
-SPREADS = (0.0, 1.0, -1.0, 1.7, -1.7)  # candidates for a threshold: standard deviations from the mean of a case
+QUIET = 10  # channels whose costs are not counted as activity: they describe brightness rather than texture
+PSEUDO_COUNT = 2.0  # blocks of residual 0 that are added to each case, to limit the values of rare cases
+SPREADS = (0.0, 1.0, -1.0, 1.7, -1.7)  # candidate thresholds, in standard deviations from the mean of a case
 
 Answer = Callable[[int, Tensor], Tensor]
-"""Answers a group of questions, given its number and the cases [B, K / groups, H, W], by bits of that shape."""
+"""Gives the bits of a group of questions from its number and its cases; bits and cases are [B, K / groups, H, W]."""
 
 
 def at(table: Tensor, iteration: Tensor) -> Tensor:
-    """The row of a table whose number is a scalar on its device, of which Python never asks the value."""
+    """The row of a table for a scalar on its device, without copying the scalar to the CPU."""
     return table.index_select(0, iteration.reshape(1)).squeeze(0)
 
 
 class Known(NamedTuple):
-    """What both sides know between two groups: uint8 [B, C, H, W], and whole numbers in float64 [B, 1, H, W]."""
+    """What both sides know between two groups: history uint8 [B, C, H, W], activity whole float64 [B, 1, H, W]."""
 
     history: Tensor
     activity: Tensor
 
 
 class Answered(NamedTuple):
-    """What a pass has told: bits and their cases [B, K, H, W], what they add [B, C, H, W], what is known after it."""
+    """Bits of a pass and their cases [B, K, H, W], what they add to latents [B, C, H, W], what is known after it."""
 
     bits: Tensor
     case: Tensor
@@ -52,13 +52,13 @@ class Answered(NamedTuple):
 
 
 class Questions(nn.Module):
-    """The questions of every pass, in groups; each group's cases depend on the answers of all groups before it.
+    """The questions of every pass, in groups; the cases of a group depend on the answers of all groups before it.
 
     Args:
-        channels: of the latent space.
-        iterations: passes there are questions for.
-        bits: questions of a pass.
-        groups: of a pass.
+        channels: C, of the latent space.
+        iterations: number of passes.
+        bits: K, questions of a pass.
+        groups: groups of questions of a pass.
     """
 
     channel: Tensor
@@ -69,7 +69,7 @@ class Questions(nn.Module):
         super().__init__()
         self.channels, self.groups = channels, groups
         size = bits // groups
-        # The channel each question asks about, what each answer costs in each case, and where activities begin.
+        # The channel of each question, the cost of each answer in each case, and the limits between activities.
         self.register_buffer("channel", torch.zeros(iterations, groups, size, dtype=torch.long))
         self.register_buffer("cost", torch.zeros(iterations, groups, size * CASES * 2, dtype=torch.int32))
         self.register_buffer("edges", torch.zeros(iterations, groups, ACTIVITIES - 1, dtype=torch.int32))
@@ -89,9 +89,9 @@ class Questions(nn.Module):
         return known.history.index_select(1, at(self.channel, iteration)[group]).long() * ACTIVITIES + activity
 
     def told(self, iteration: Tensor, group: int, known: Known, case: Tensor, bits: Tensor) -> Known:
-        """What is known after a group has been answered; a bit of 0 was never sent and tells nothing.
+        """What is known after a group has been answered; a bit of 0 was not sent and changes nothing.
 
-        The history is written over, since a copy for each group would take longer than all else here.
+        The history is updated in place, because a copy for each group would take longer than everything else here.
         """
         channel = at(self.channel, iteration)[group]
         spent = _rows(at(self.cost, iteration)[group], 2 * _places(case) + (bits > 0))
@@ -106,7 +106,7 @@ class Questions(nn.Module):
 
         Args:
             iteration: number of the pass, from 0, a long scalar.
-            known: before it.
+            known: what is known before the pass.
             answer: gives bits of -1 and +1, and 0 where nothing was sent.
 
         Returns:
@@ -122,23 +122,23 @@ class Questions(nn.Module):
         return torch.cat(bits, 1), torch.cat(cases, 1), known
 
     def look_up(self, table: Tensor, case: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Thresholds, means and half differences of the values [B, k, H, W] from a table [k * CASES, 3]."""
+        """Thresholds, means and half differences of the values, each [B, k, H, W], from a table [k * CASES, 3]."""
         threshold, mean, half = F.embedding(_places(case), table).unbind(-1)
         return threshold, mean, half
 
     def ask(
         self, iteration: Tensor, known: Known, residual: Tensor, offset: Tensor, left: Tensor | None = None
     ) -> Answered:
-        """Answers the questions of a pass by a residual.
+        """Answers the questions of a pass from the residual.
 
-        The gradient is that of the ramp between the two values: straight through near the threshold, none beyond.
+        The gradient is that of a ramp between the two values: straight-through near the threshold, zero beyond.
 
         Args:
             iteration: number of the pass, from 0, a long scalar.
-            known: before it.
+            known: what is known before the pass.
             residual: [B, C, H, W].
             offset: added to the residual before it is compared, [B, K, H, W].
-            left: how many groups of this pass and later ones are still sent, long [B, H, W]; bits beyond are 0.
+            left: how many groups of this and later passes are still sent, long [B, H, W]; the other bits are 0.
         """
         channel, offsets = at(self.channel, iteration), offset.chunk(self.groups, 1)
 
@@ -155,12 +155,12 @@ class Questions(nn.Module):
         return self._answered(iteration, known, decide)
 
     def values(self, iteration: Tensor, known: Known, bits: Tensor) -> Answered:
-        """Answers the questions of a pass by bits [B, K, H, W] of -1 and +1, and 0 where nothing was sent.
+        """Answers the questions of a pass with given bits.
 
         Args:
             iteration: number of the pass, from 0, a long scalar.
-            known: before it.
-            bits: of all groups.
+            known: what is known before the pass.
+            bits: [B, K, H, W] of -1 and +1, and 0 where nothing was sent.
         """
         groups = bits.chunk(self.groups, 1)
         return self._answered(iteration, known, lambda group, *_: groups[group])
@@ -168,7 +168,7 @@ class Questions(nn.Module):
     def _answered(
         self, iteration: Tensor, known: Known, decide: Callable[[int, Tensor, Tensor, list[Tensor]], Tensor]
     ) -> Answered:
-        """Asks a pass; `decide` gives the bits of a group, threshold, half difference, and what has been added."""
+        """Asks a pass; `decide` gives bits from group, thresholds, half differences, and what earlier groups added."""
         tables, added = at(self.table, iteration).chunk(self.groups), list[Tensor]()
 
         def answer(group: int, case: Tensor) -> Tensor:
@@ -183,19 +183,19 @@ class Questions(nn.Module):
         return Answered(bits, case, latents, known)
 
     def odds(self) -> Tensor:
-        """Log odds of a yes by the costs alone, [iterations, K, CASES]: where a context model starts."""
+        """Log odds of a yes that follow from the costs, [iterations, K, CASES]; a context model starts from them."""
         cost = self.cost.view(len(self.cost), -1, CASES, 2)
         return (cost[..., 0] - cost[..., 1]) * (math.log(2) / UNIT)
 
     @torch.no_grad()
     def learn(self, y: Tensor, weight: Tensor, selection: int = 2**14, price: float = 0.2) -> Tensor:
-        """Finds the questions by a greedy search: in each group those that save most error for their bits.
+        """Finds the questions by a greedy search: each group takes those that save the most squared error per bit.
 
         Args:
             y: latents of training images, [B, C, H, W].
-            weight: squared error of a picture for a squared error of 1 of each channel, [C].
-            selection: blocks that decide which channels are asked about; all of them decide on the tables.
-            price: bits that a question costs beside its entropy; little of it finds questions of few bits.
+            weight: squared error of the image for a squared error of 1 in each channel, [C].
+            selection: number of blocks from which channels are chosen; the tables are computed from all blocks.
+            price: bits added to the entropy of a question; a small price favors questions of low entropy.
 
         Returns:
             Standard deviation of each channel's residual before each pass, [iterations, C].
@@ -211,7 +211,7 @@ class Questions(nn.Module):
             for group in range(self.groups):
                 around = _around(known.activity).flatten()
                 self.edges[t, group] = torch.quantile(around[:: max(1, len(around) // 2**16)], parts).round().long()
-                self.channel[t, group, :] = 0  # whose cases are then those of
+                self.channel[t, group, :] = 0  # any channel: only the activity of its cases is used
                 history = known.history.transpose(0, 1).flatten(1)[:, some].long()
                 activity = self.case(iteration, group, known)[:, 0].flatten()[some] % ACTIVITIES
                 statistics = _Statistics(history * ACTIVITIES + activity, residual[:, some])
@@ -235,14 +235,14 @@ class Questions(nn.Module):
 
 
 class _Statistics:
-    """Counts and sums of residuals [k, N] in their cases [k, N]."""
+    """Counts, sums, means and standard deviations of residuals [k, N] by their cases [k, N]."""
 
     def __init__(self, case: Tensor, residual: Tensor) -> None:
         self.questions, self.blocks = residual.shape
         self.place = (case + CASES * torch.arange(len(case), device=case.device)[:, None]).flatten()
         self.residual = residual.flatten()
         self.count, self.sum = self._total(torch.ones_like(self.residual)), self._total(self.residual)
-        self.mean = self.sum / (self.count + REST)
+        self.mean = self.sum / (self.count + PSEUDO_COUNT)
         square = self._total(self.residual.square()) / self.count.clamp(min=1)
         self.deviation = (square - self.mean.square()).clamp(min=0).sqrt()
 
@@ -250,14 +250,14 @@ class _Statistics:
         return torch.bincount(self.place, values.double(), self.questions * CASES).view(self.questions, CASES)
 
     def split(self, spread: Tensor) -> "_Split":
-        """The residuals divided at so many deviations from the mean of each case."""
+        """Divides the residuals of each case at `spread` standard deviations from their mean."""
         threshold = (self.mean + spread * self.deviation).float()
         above = (self.residual > threshold.flatten()[self.place]).float()
         return _Split(self, threshold, self._total(above), self._total(above * self.residual))
 
 
 class _Split(NamedTuple):
-    """Residuals divided by a threshold: of each case [k, CASES] how many are above, and their total."""
+    """Residuals divided by a threshold: for each case [k, CASES], how many are above it, and their sum."""
 
     all: _Statistics
     threshold: Tensor
@@ -265,9 +265,9 @@ class _Split(NamedTuple):
     total: Tensor
 
     def score(self, weight: Tensor, price: float) -> Tensor:
-        """Squared error saved for each bit, [k]."""
+        """Squared error that each question saves per bit, [k]."""
         below, rest = self.all.count - self.above, self.all.sum - self.total
-        saved = self.total.square() / (self.above + REST) + rest.square() / (below + REST)
+        saved = self.total.square() / (self.above + PSEUDO_COUNT) + rest.square() / (below + PSEUDO_COUNT)
         entropy = (
             torch.xlogy(self.all.count, self.all.count)
             - torch.xlogy(self.above, self.above)
@@ -277,19 +277,19 @@ class _Split(NamedTuple):
 
     def table(self) -> Tensor:
         """Threshold, mean and half difference of the two values, [k, CASES, 3]."""
-        high = self.total / (self.above + REST)
-        low = (self.all.sum - self.total) / (self.all.count - self.above + REST)
+        high = self.total / (self.above + PSEUDO_COUNT)
+        low = (self.all.sum - self.total) / (self.all.count - self.above + PSEUDO_COUNT)
         return torch.stack([self.threshold.double(), (high + low) / 2, (high - low) / 2], -1).float()
 
     def cost(self) -> Tensor:
-        """What a no and a yes cost in 1/256 bit, [k, CASES, 2]; counts begin at a half."""
+        """Costs of a no and a yes in 1/256 bit, [k, CASES, 2]; 0.5 is added to each count."""
         counts = torch.stack([self.all.count - self.above, self.above], -1) + 0.5
         return (-UNIT * (counts / counts.sum(-1, keepdim=True)).log2()).round().long()
 
 
 @lru_cache(maxsize=8)
 def _after(device: torch.device) -> Tensor:
-    """The history after each case and an answer to it: no, not sent, or yes, uint8 [CASES * 3]."""
+    """The history after each case and answer (no, not sent, yes), uint8 [CASES * 3]."""
     before = torch.arange(CASES)[:, None] // ACTIVITIES
     yes = torch.arange(2)
     answered = torch.where(before < 7, 2 * before + 1 + yes, 7 + (2 * (before - 7) + yes) % 8)
@@ -297,17 +297,17 @@ def _after(device: torch.device) -> Tensor:
 
 
 def _rows(table: Tensor, index: Tensor) -> Tensor:
-    """Entries of a table [n] by numbers of any shape: faster than indexing."""
+    """Entries of a table [n] for an index of any shape; faster than `table[index]`."""
     return table.index_select(0, index.flatten()).view(index.shape)
 
 
 def _places(case: Tensor) -> Tensor:
-    """Rows in a flattened table [k, CASES] of cases [B, k, H, W]."""
+    """Indices of cases [B, k, H, W] into a flattened table [k, CASES]."""
     return case + CASES * torch.arange(case.shape[1], device=case.device).view(-1, 1, 1)
 
 
 def _around(activity: Tensor) -> Tensor:
-    """Four times a block's activity and once that of those beside it, its own again beyond the border."""
+    """Four times the activity of each block plus that of its four neighbors; its own stands in for missing ones."""
     padded = F.pad(activity, (1, 1, 1, 1), mode="replicate")
     beside = padded[..., 1:-1, :-2] + padded[..., 1:-1, 2:] + padded[..., :-2, 1:-1] + padded[..., 2:, 1:-1]
     return 4 * activity + beside

@@ -4,8 +4,8 @@
           (once)             ▲      state t                            state t     ▲      │       (where wanted)
                              └───────────────── y_hat of step t-1 ─────────────────┴──────┘
 
-Training, encoding and decoding all run `RecurrentCodec.forward`, one step, in a loop: `unroll`. The papers' networks
-run it on pixels, where y is x; a `LatentConfig` makes a network whose loop runs on one vector for each 16x16 block.
+Training, encoding and decoding all repeat the same step, `RecurrentCodec.forward`. The papers' networks run the loop on
+pixels, where y is x; a `LatentConfig` makes a network whose loop runs on one vector for each 16x16 block.
 """
 
 from collections.abc import Iterator, Mapping
@@ -27,19 +27,19 @@ ReconstructionName = Literal["one_shot", "additive", "residual_scaling"]
 
 
 def to_uint8(x: Tensor) -> Tensor:
-    """Images in [-1, 1], clamped, to the nearest 8-bit values."""
+    """Clamps images to [-1, 1] and converts them to the nearest 8-bit values."""
     return ((x.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
 def pad_to_blocks(x: Tensor, stride: int) -> Tensor:
-    """Images [B, 3, H, W], their last row and column repeated until both sides are multiples of the stride."""
+    """Repeats the last row and column of images [B, 3, H, W] until both sides are multiples of the stride."""
     height, width = x.shape[-2:]
     return F.pad(x, (0, -width % stride, 0, -height % stride), mode="replicate")
 
 
 @dataclass(frozen=True)
 class NetworkConfig:
-    """Shapes and equations of a network; the defaults are the LSTM of Toderici et al. 2017 with 35.5 M parameters.
+    """Architecture of a network; the defaults are the LSTM of Toderici et al. 2017 with 35.5 M parameters.
 
     Attributes:
         encoder_cell, decoder_cell: recurrent cell of each side (`none` for the feed-forward models of Toderici et
@@ -50,12 +50,12 @@ class NetworkConfig:
         binarizer: see `rnncodec.network.binarizer.binarize`.
         bits: bits for each location and iteration.
         encoder_channels: of the first convolution, then of each cell; every layer halves the resolution.
-        encoder_hidden_kernels: one for each encoder cell.
+        encoder_hidden_kernels: side of the hidden kernel of each encoder cell.
         decoder_channels: of the first convolution, then of each cell; every cell is followed by depth-to-space 2.
-        decoder_hidden_kernels: one for each decoder cell.
+        decoder_hidden_kernels: side of the hidden kernel of each decoder cell.
         patch_size: if above 1, the fully connected models of Toderici et al. 2016: patches of this size are coded
             independently, every kernel is 1x1 and no layer changes the resolution.
-        gain_channels: of the first four convolutions of the gain network of `residual_scaling`.
+        gain_channels: of all convolutions but the last of the gain network of `residual_scaling`.
     """
 
     encoder_cell: CellName = "lstm"
@@ -71,7 +71,7 @@ class NetworkConfig:
     gain_channels: tuple[int, ...] = (32, 32, 32, 32)
 
     def __post_init__(self) -> None:
-        for field in fields(self):  # configs and checkpoints hold lists
+        for field in fields(self):  # configs and checkpoints contain lists
             if isinstance(getattr(self, field.name), list):
                 object.__setattr__(self, field.name, tuple(getattr(self, field.name)))
         for name, names in (
@@ -100,21 +100,21 @@ class NetworkConfig:
 
     @property
     def stride(self) -> int:
-        """Side in pixels of the block of one location of the code."""
+        """Side in pixels of the block that one location stands for."""
         return self.patch_size if self.patch_size > 1 else 2 ** len(self.encoder_channels)
 
 
 def network_config(values: Mapping[str, Any]) -> NetworkConfig | LatentConfig:
-    """The config that plain values describe: only that of a latent network has `latents`.
+    """Builds a config from plain values; those of a latent network contain `latents`.
 
     Raises:
-        ValueError, TypeError: they describe none.
+        ValueError, TypeError: the values are not those of a config.
     """
     return (LatentConfig if "latents" in values else NetworkConfig)(**values)
 
 
 class State(NamedTuple):
-    """What one step hands to the next: states of the parts (the encoder's is None in a decoder) and y_hat."""
+    """The state after a step: those of the parts (the encoder's is None in a decoder), and y_hat."""
 
     encoder: Any
     binarizer: Any
@@ -123,9 +123,9 @@ class State(NamedTuple):
 
 
 class Step(NamedTuple):
-    """What one iteration yields: bits [B, bits, H / stride, W / stride] and the state, of which a picture is made.
+    """The result of a step: bits [B, bits, H / stride, W / stride], and the state, from which `picture` makes images.
 
-    Of latent networks also the case of each bit, uint8 [B, bits, H / stride, W / stride], see `Questions`.
+    Latent networks add the case of each bit, uint8 [B, bits, H / stride, W / stride], see `Questions`.
     """
 
     bits: Tensor
@@ -141,7 +141,7 @@ class Encoder(nn.Module):
         first = config.encoder_channels[0]
         kernel, stride = (1, 1) if config.patch_size > 1 else (3, 2)
         self.patch_size = config.patch_size
-        # Toderici et al. 2016 have tanh behind every layer, in 2017 nothing between the first convolution and cell.
+        # Toderici et al. 2016 have tanh after every layer, Toderici et al. 2017 none after the first convolution.
         self.tanh_stem = config.encoder_cell == "none" or config.patch_size > 1
         self.stem = conv(3 * config.patch_size**2, first, kernel, stride)
         self.cells = nn.ModuleList(
@@ -199,7 +199,7 @@ class Decoder(nn.Module):
 
 
 class GainNetwork(nn.Module):
-    """A reconstruction [B, 3, H, W] to the gain of its residual, above 1, one per 32x32 block.
+    """Computes from a reconstruction [B, 3, H, W] the gain of its residual, above 1, one per 32x32 block.
 
     Toderici et al. 2017, sec. 3.2.
     """
@@ -218,16 +218,16 @@ class GainNetwork(nn.Module):
 
 
 class RecurrentCodec(nn.Module):
-    """The progressive codec: each step codes what the earlier steps left over.
+    """The progressive codec network: each step codes the residual that the earlier steps left.
 
     Toderici et al. 2016, sec. 3; Toderici et al. 2017, eq. 1-2.
 
     Attributes:
-        in_bfloat16: whether transforms and encoder use products in bfloat16: what only one side computes, the encoder
-            for its decisions and whoever decodes for a picture. What both must agree on, the loop, stays as it is.
+        in_bfloat16: whether transforms and encoder compute in bfloat16. Only one side needs their results; binarizer
+            and decoder, on which both sides must agree, keep their precision.
     """
 
-    # Of the papers' kind or of the latent one; what one part hands to the next is for that one alone.
+    # Any, because pixel and latent networks have different parts with different states.
     transforms: Any
     encoder: Any
     binarizer: Any
@@ -268,18 +268,19 @@ class RecurrentCodec(nn.Module):
         bits: Tensor | None = None,
         limit: Tensor | None = None,
     ) -> Step:
-        """One step: codes the residual of an analysed image, or decodes given bits.
+        """Computes one step: codes the residual of an analysed image, or decodes given bits.
 
             b_t = B(E_t(g_t (y - y_hat_{t-1})))        y_hat_t = D_t(b_t) / g_t + gamma y_hat_{t-1}
 
-        gamma is 0 in one-shot reconstruction and 1 otherwise; g_t is 1 but in residual scaling.
+        gamma is 0 in one-shot reconstruction and 1 otherwise; g_t is 1 except in residual scaling.
 
         Args:
-            state: of the step before; None at the first.
-            y: what `analyse` made of images to encode.
+            state: after the previous step; None at the first.
+            y: the images to encode, after `analyse`.
             bits: or the bits of this step to decode, [B, bits, H / stride, W / stride] of -1 and +1, or 0 where nothing
                 was sent (latent networks only).
-            limit: groups of bits that each location may have, long [B, H / stride, W / stride]; None for no limit.
+            limit: the most groups of bits that each location gets in all steps, long [B, H / stride, W / stride]
+                (latent networks only); None for no limit.
         """
         gain = self.gain(state.y_hat) if self.gain is not None and state is not None else None
         if bits is None:
@@ -288,8 +289,8 @@ class RecurrentCodec(nn.Module):
             coded, encoder_state = self.binarizer.values(bits, state.binarizer if state else None), None
         decoder_state, y_hat = (state.decoder, state.y_hat) if state else (None, None)
         output, decoder_state = self.decoder(coded.values, decoder_state, y_hat)
-        coded = coded._replace(values=None)  # of a large image, the sum needs the room
-        y_hat = output.float()  # the sum over iterations stays exact under mixed precision
+        coded = coded._replace(values=None)  # frees memory, which the sum of a large image needs
+        y_hat = output.float()  # keeps the sum over iterations in float32 under mixed precision
         if gain is not None:
             y_hat = y_hat / gain
         if state is not None and self.sums:
@@ -299,29 +300,29 @@ class RecurrentCodec(nn.Module):
     def _code(
         self, state: State | None, y: Tensor | None, gain: Tensor | None, limit: Tensor | None
     ) -> tuple[Coded, Any]:
-        """Bits for the residual, and the state of the encoder."""
+        """Codes the residual; gives the bits and the new state of the encoder."""
         if y is None:
             raise ValueError("a step needs an image to encode or bits to decode")
         residual = y if state is None else y - state.y_hat
         if gain is not None:
             residual = residual * gain
-        with self._own():
+        with self._precision():
             features, encoder_state = self.encoder(residual, state.encoder if state else None)
         return self.binarizer(features, residual, state.binarizer if state else None, limit), encoder_state
 
     def analyse(self, x: Tensor) -> Tensor:
-        """Images [B, 3, H, W] in [-1, 1], H and W multiples of the stride, to what the loop runs on."""
-        with self._own():
+        """Transforms images [B, 3, H, W] in [-1, 1], H and W multiples of the stride, to y, the input of the loop."""
+        with self._precision():
             return self.transforms.analyse(x)
 
-    def _own(self) -> AbstractContextManager[Any]:
-        """The arithmetic of what one side computes for itself."""
+    def _precision(self) -> AbstractContextManager[Any]:
+        """A context with the precision of what only one side computes."""
         if self.in_bfloat16:
             return torch.autocast(next(self.parameters()).device.type, torch.bfloat16)
         return nullcontext()
 
     def unroll(self, y: Tensor, iterations: int, limit: Tensor | None = None) -> Iterator[Step]:
-        """The steps that encode what `analyse` gave; limit as above."""
+        """Yields the steps that encode y, the output of `analyse`; `limit` as in `forward`."""
         state = None
         for _ in range(iterations):
             step = self(state, y=y, limit=limit)
@@ -329,13 +330,13 @@ class RecurrentCodec(nn.Module):
             yield step
 
     def picture(self, state: State, window: Window = WHOLE) -> Tensor:
-        """The images that a decoder shows in a state, [B, 3, H, W], roughly in [-1, 1]; or a window of their blocks."""
-        with self._own():
+        """Makes the images of a state, [B, 3, H, W], roughly in [-1, 1], or of a window of their blocks."""
+        with self._precision():
             return self.transforms.synthesise(state.y_hat, state.decoder, window)
 
     @torch.no_grad()
     def start(self, x: Tensor) -> None:
-        """Sets a latent network to what images tell without gradients: principal components, questions and scales.
+        """Initializes a latent network from images, without gradients: principal components, questions and scales.
 
         Args:
             x: images to train on, [N, 3, H, W] in [-1, 1], sides multiples of 16.
@@ -349,7 +350,7 @@ class RecurrentCodec(nn.Module):
         self.decoder.scale.copy_(deviations)
 
     def started(self) -> list[nn.Parameter]:
-        """The parameters that `start` sets and training should change slowly; none in pixel networks."""
+        """The parameters set by `start` that training should change slowly; none in pixel networks."""
         if not isinstance(self.transforms, LatentTransforms):
             return []
         linear = self.transforms.analysis.linear, self.transforms.synthesis.linear
@@ -358,17 +359,17 @@ class RecurrentCodec(nn.Module):
 
 @torch.no_grad()
 def widened(network: RecurrentCodec, config: NetworkConfig | LatentConfig) -> RecurrentCodec:
-    """The same function with more channels, from which training can go on (as Chen et al. 2016 do for other networks).
+    """A network with more channels that computes the same function, to continue training (after Chen et al. 2016).
 
-    No old channel listens to a new one yet. A new one listens to all: its weights are noise about as large as the
-    old ones, for the old channels mixed in equal parts with an old channel's weights.
+    Old channels have zero weights for new inputs. New channels have random weights about as large as the old ones; for
+    old inputs, these are mixed in equal parts with the weights of an old channel.
 
     Args:
-        network: whose channels become the first ones.
-        config: with at least as many channels of every layer; another binarizer may follow, all else is the same.
+        network: its channels become the first ones.
+        config: at least as many channels in every layer; the binarizer may differ, all else is the same.
 
     Raises:
-        ValueError: the config asks for more than that, or for more channels of an associative LSTM or a latent network.
+        ValueError: the config differs in anything else, or widens an associative LSTM or a latent network.
     """
     if isinstance(network.config, LatentConfig) or isinstance(config, LatentConfig):
         if config != network.config:
@@ -394,7 +395,7 @@ def widened(network: RecurrentCodec, config: NetworkConfig | LatentConfig) -> Re
         twins = torch.arange(more) % out
         kernel[:, :out, channels:] = 0
         kernel[:, :out, :channels] = start
-        # By itself the noise gives a sum over all inputs the variance of the sum over the old ones.
+        # With this scale, a sum over all inputs has the variance of the old sum over the old inputs.
         scale = start.square().mean((1, 2, 3, 4), keepdim=True).sqrt() * (channels / kernel.shape[2]) ** 0.5
         kernel[:, out:] = torch.randn_like(kernel[:, out:]) * scale
         kernel[:, out:, :channels] = (kernel[:, out:, :channels] + start[:, twins]) / 2**0.5

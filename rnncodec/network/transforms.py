@@ -1,7 +1,7 @@
-"""From pixels to the latent space of the loop and back: principal components, with nonlinear branches beside them.
+"""Transforms between pixels and the latent space: principal components plus nonlinear branches.
 
-Both transforms start as linear ones, the largest principal components of 16x16 blocks, because their branches end in
-layers of zeros. A network that begins as a decent codec learns in minutes what takes others hours.
+Both transforms start as linear ones, with the largest principal components of 16x16 blocks, because the last layers of
+their branches are zero. A network that starts as a decent codec needs much less training.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -18,20 +18,20 @@ if TYPE_CHECKING:
     from rnncodec.network.latent import DecoderState
 
 STRIDE = 16  # side in pixels of the block of one location
-SHUFFLE = 4  # the branches work from 1/4 of the resolution down
+SHUFFLE = 4  # the branches work at 1/4 of the resolution and below
 
 Window = tuple[slice, slice]
 WHOLE = slice(None), slice(None)
 
 
 def full_precision(x: Tensor) -> AbstractContextManager[Any]:
-    """What is computed within, on the device of a tensor, is not converted by autocast."""
+    """A context in which autocast is off on the device of a tensor."""
     device = x.device.type
     return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
-def silent(in_channels: int, out_channels: int, kernel_size: int) -> nn.Conv2d:
-    """A convolution that starts by saying nothing, so that what stands beside it starts as it is."""
+def zero_conv(in_channels: int, out_channels: int, kernel_size: int) -> nn.Conv2d:
+    """A convolution that starts at zero, so that a branch which ends in it adds nothing at first."""
     layer = conv(in_channels, out_channels, kernel_size)
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(cast(Tensor, layer.bias))
@@ -53,12 +53,12 @@ class Residual(nn.Module):
 
 
 class Analysis(nn.Module):
-    """Images [B, 3, H, W] to latents [B, C, H / 16, W / 16].
+    """Transforms images [B, 3, H, W] to latents [B, C, H / 16, W / 16].
 
     Args:
         latents: C.
         channels: of the branch at 1/4, 1/8 and 1/16 of the resolution.
-        blocks: residual blocks at each.
+        blocks: residual blocks at each resolution.
     """
 
     def __init__(self, latents: int, channels: tuple[int, ...], blocks: int) -> None:
@@ -72,10 +72,10 @@ class Analysis(nn.Module):
             )
             for before, after in pairwise([*channels, 0])
         )
-        self.output = silent(channels[-1], latents, 1)
+        self.output = zero_conv(channels[-1], latents, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        with full_precision(x):  # eight bits of a mantissa are too few for an image
+        with full_precision(x):  # bfloat16 is too coarse for an image
             y = self.linear(x.float())
         branch = self.stem(F.pixel_unshuffle(x, SHUFFLE))
         for scale in self.scales:
@@ -84,21 +84,21 @@ class Analysis(nn.Module):
 
 
 class Synthesis(nn.Module):
-    """Latents [B, C, H, W], the decoder's hidden state and what it has received to images [B, 3, 16 H, 16 W].
+    """Transforms latents [B, C, H, W] and the decoder's hidden state to images [B, 3, 16 H, 16 W].
 
     Args:
         latents: C.
         hidden: channels of the decoder's hidden state.
-        counts: how many groups of bits a location may have received.
+        counts: the most groups of bits that a location can have received.
         channels: of the branch at 1/16, 1/8 and 1/4 of the resolution.
-        blocks: residual blocks at each.
+        blocks: residual blocks at each resolution.
     """
 
     def __init__(self, latents: int, hidden: int, counts: int, channels: tuple[int, ...], blocks: int) -> None:
         super().__init__()
         self.linear = nn.ConvTranspose2d(latents, 3, STRIDE, STRIDE)
         self.stem = GateConv(latents, channels[0], 1)
-        self.hidden = silent(hidden, channels[0], 1)
+        self.hidden = zero_conv(hidden, channels[0], 1)
         self.received = nn.Embedding(counts + 1, channels[0])
         nn.init.zeros_(self.received.weight)
         self.scales = nn.ModuleList(
@@ -108,10 +108,10 @@ class Synthesis(nn.Module):
             )
             for before, after in pairwise([*channels, 0])
         )
-        self.output = silent(channels[-1], 3 * SHUFFLE**2, 3)
+        self.output = zero_conv(channels[-1], 3 * SHUFFLE**2, 3)
 
     def forward(self, y_hat: Tensor, hidden: Tensor, received: Tensor) -> Tensor:
-        """Images, not limited to [-1, 1]; received counts groups of bits, long [B, H, W]."""
+        """Images, not limited to [-1, 1]; `received` is the number of groups of bits received, long [B, H, W]."""
         with full_precision(y_hat):
             x_hat = self.linear(y_hat.float())
         branch = self.stem(y_hat) + self.hidden(hidden) + self.received(received).permute(0, 3, 1, 2)
@@ -121,7 +121,7 @@ class Synthesis(nn.Module):
 
 
 class Pixels(nn.Module):
-    """The transforms of the papers' networks, whose loop runs on the pixels: none, so that no window is ever cut."""
+    """The identity, for networks whose loop runs on pixels; it ignores `window`, which always covers all of `y_hat`."""
 
     halos = 0, 0
 
@@ -136,7 +136,7 @@ class LatentTransforms(nn.Module):
     """Analysis and synthesis around a loop in the latent space.
 
     Attributes:
-        halos: how many blocks around a block its analysis and its synthesis see.
+        halos: how many blocks beyond a block its analysis and its synthesis see on each side.
     """
 
     def __init__(
@@ -152,8 +152,8 @@ class LatentTransforms(nn.Module):
         super().__init__()
         self.analysis = Analysis(latents, analysis_channels, analysis_blocks)
         self.synthesis = Synthesis(latents, hidden, counts, synthesis_channels, synthesis_blocks)
-        # Pixels that 3x3 convolutions reach: two in each residual block at 1/4, 1/8 and 1/16 of the resolution, one in
-        # the stem of the analysis, in each of its strided layers, and at the end of the synthesis.
+        # Reach of the 3x3 convolutions in pixels: two of them in each residual block at 1/4, 1/8 and 1/16 of the
+        # resolution, one in the stem of the analysis, in each of its strided layers, and at the end of the synthesis.
         self.halos = (
             -(-(4 + 4 + 8 + 2 * (4 + 8 + 16) * analysis_blocks) // STRIDE),
             -(-(4 + 2 * (4 + 8 + 16) * synthesis_blocks) // STRIDE),
@@ -171,18 +171,18 @@ class LatentTransforms(nn.Module):
 
 @torch.no_grad()
 def start_linear(analysis: Analysis, synthesis: Synthesis, x: Tensor) -> Tensor:
-    """Sets both linear transforms to the principal components of images' blocks.
+    """Sets both linear transforms to the principal components of the blocks of images.
 
-    A component with the standard deviation s is multiplied by s ** -1/2, halfway between what keeps distances and what
-    makes all components alike.
+    A component with standard deviation s is multiplied by s ** -1/2, halfway between preserving distances (1) and
+    whitening (1 / s).
 
     Args:
-        analysis: whose linear part is set.
+        analysis: its linear part is set.
         synthesis: likewise.
-        x: images [N, 3, H, W] in [-1, 1], sides multiples of 16; of a few ten thousand blocks at least.
+        x: images [N, 3, H, W] in [-1, 1], sides multiples of 16; at least a few ten thousand blocks.
 
     Returns:
-        Squared error of a picture for a squared error of 1 of each component, [C].
+        Squared error of the image for a squared error of 1 in each component, [C].
     """
     latents = analysis.linear.weight.shape[0]
     size = 3 * STRIDE**2
@@ -194,14 +194,14 @@ def start_linear(analysis: Analysis, synthesis: Synthesis, x: Tensor) -> Tensor:
         count += len(blocks)
     mean = total / count
     variances, vectors = torch.linalg.eigh(square / count - mean.outer(mean))
-    components = vectors.flip(1)[:, :latents].mT  # by falling variance
-    # The sign of an eigenvector is arbitrary: that of its largest value makes it the same everywhere.
+    components = vectors.flip(1)[:, :latents].mT  # in order of decreasing variance
+    # The sign of an eigenvector is arbitrary; a positive largest value makes it the same on every machine.
     components = components * components.gather(1, components.abs().argmax(1, keepdim=True)).sign()
     spread = variances.flip(0)[:latents].clamp(min=1e-12) ** 0.25
     kernels = components.view(latents, 3, STRIDE, STRIDE)
     analysis.linear.weight.copy_(kernels / spread.view(-1, 1, 1, 1))
     synthesis.linear.weight.copy_(kernels * spread.view(-1, 1, 1, 1))
-    # The mean of each color: that of each pixel of a block would be a pattern.
+    # The mean of each color, because the means of the single pixels of a block would be visible as a pattern.
     color = mean.view(3, -1).mean(1)
     cast(Tensor, synthesis.linear.bias).copy_(color)
     cast(Tensor, analysis.linear.bias).copy_(-(kernels.sum((2, 3)) @ color) / spread)
