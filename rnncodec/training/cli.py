@@ -24,7 +24,7 @@ from rnncodec.training import (
     context,  # noqa: F401 - its classes may be named in a config
     tracking,
 )
-from rnncodec.training.module import Training
+from rnncodec.training.base import Training
 from rnncodec.training.optim import bfloat16_pays
 
 
@@ -76,18 +76,6 @@ class LastCheckpoint(ModelCheckpoint):
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert self.dirpath is not None
         trainer.save_checkpoint(Path(self.dirpath) / f"{self.filename}.ckpt")
-
-
-class TrackedCheckpoints(L.Callback):
-    """Gives W&B the checkpoints when training ends: each of those on the way would stay on disk as a copy."""
-
-    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        assert isinstance(pl_module, Training)
-        files = [
-            path for name in ("last", "best") if (path := Path(trainer.default_root_dir) / f"{name}.ckpt").exists()
-        ]
-        for logger in pl_module.wandb_loggers():
-            tracking.log_files(logger.experiment, "checkpoints", files)
 
 
 class CodecCLI(LightningCLI):
@@ -150,7 +138,7 @@ class CodecCLI(LightningCLI):
             ),
         ]
         if config.trainer.logger is not False:
-            callbacks += [LearningRateMonitor("step"), TrackedCheckpoints()]
+            callbacks.append(LearningRateMonitor("step"))
         if config.trainer.enable_progress_bar is not False:
             callbacks.append(RichProgressBar())
         kwargs["callbacks"] = [*callbacks, *(self._get(self.config_init, "trainer").get("callbacks") or [])]

@@ -1,19 +1,19 @@
 """Training of context models: on the codes of a frozen codec, or together with a codec that learns predictable bits."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 import wandb
 from torch import Tensor, nn
-from torchmetrics import MeanMetric, Metric, MetricCollection
 
 from rnncodec.entropy import ContextConfig, ContextModel, code_length, code_nats
 from rnncodec.metrics.distortion import REPORTED_ITERATIONS
 from rnncodec.network import LatentBinarizer, LatentConfig, NetworkConfig, RecurrentCodec, Step, pad_to_blocks
-from rnncodec.training.module import CodecTraining, Training
+from rnncodec.training.base import Training, Validated
+from rnncodec.training.module import CodecTraining
 from rnncodec.weights import load_weights
 
 
@@ -116,10 +116,6 @@ class ContextTraining(Training):
         self.counts = sorted(
             {k for k in REPORTED_ITERATIONS if k < iterations} | {iterations}
         )  # of iterations to be validated
-        means: dict[str, Metric | MetricCollection] = {
-            f"{name}_{k}": MeanMetric() for name in configs for k in self.counts
-        }
-        self.val_metrics = MetricCollection(means, compute_groups=False)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
@@ -152,30 +148,26 @@ class ContextTraining(Training):
         self.log_dict({f"train/{name}": length for name, length in lengths.items()}, prog_bar=True)
         return torch.stack(list(lengths.values())).sum()
 
-    def validation_step(self, x: Tensor, batch_idx: int) -> None:
+    def validation_step(self, x: Tensor, batch_idx: int) -> Validated:
         with torch.autocast(x.device.type, enabled=False):
             codes = self.codes(x)
+        values = {}
         for name, context in zip(self.contexts, self._models(), strict=True):
-            each = code_nats(*predicted(context, *codes)).mean((1, 2, 3, 4)) / math.log(2)
-            for k in self.counts:  # bits per pixel of the first k iterations
-                self.val_metrics[f"{name}_{k}"].update(each[:k].sum() * self.bpp)
+            each = code_nats(*predicted(context, *codes)).mean((1, 2, 3, 4)) / math.log(2) * self.bpp
+            # Bits per pixel of the first k iterations.
+            values |= {f"bpp_{name}_{k}": each[:k].sum().item() for k in self.counts}
+        values["bpp"] = sum(values[f"bpp_{name}_{self.iterations}"] for name in self.contexts) / len(self.contexts)
+        return {"values": values, "points": [], "pictures": None}
 
-    def on_validation_epoch_end(self) -> None:
-        values = self.val_metrics.compute()
-        self.val_metrics.reset()
-        self.log_dict({f"val/bpp_{name}": value for name, value in values.items()})
-        totals = torch.stack([values[f"{name}_{self.iterations}"] for name in self.contexts])
-        self.log("val/bpp", totals.mean(), prog_bar=True)
+    def charts(self, means: Mapping[str, float]) -> dict[str, Any]:
         curve = [
-            [name, k * self.bpp, 1 - values[f"{name}_{k}"].item() / (k * self.bpp)]
+            [name, k * self.bpp, 1 - means[f"bpp_{name}_{k}"] / (k * self.bpp)]
             for name in self.contexts
             for k in self.counts
         ]
-        for logger in self.wandb_loggers():
-            table = wandb.Table(["model", "raw bpp", "saved"], curve)
-            logger.experiment.log(
-                {"rate/saved": wandb.plot.line(table, "raw bpp", "saved", stroke="model", title="share of bits saved")}
-            )
+        table = wandb.Table(["model", "raw bpp", "saved"], curve)
+        line = wandb.plot.line(table, "raw bpp", "saved", stroke="model", title="share of bits saved")
+        return {"rate/saved": line}
 
 
 class JointTraining(CodecTraining):
@@ -236,11 +228,10 @@ class JointTraining(CodecTraining):
         self.log("train/bpp", rates[-1], prog_bar=True)
         return self.weighed(super().loss(x, steps), rates)
 
-    def validate_rate(self, bits: list[Tensor], cases: list[Tensor | None], distortion: Tensor) -> None:
+    def validated_rate(self, bits: list[Tensor], cases: list[Tensor | None], distortion: Tensor) -> dict[str, float]:
         rates = self.rates(bits, cases)
-        losses = {"val/bpp": rates[-1], "val/loss": self.weighed(distortion, rates)}
-        losses |= {f"val/bpp_{k}": rates[k - 1] for k in REPORTED_ITERATIONS if k <= len(rates)}
-        self.log_dict(losses, batch_size=1, sync_dist=True)
+        values = {"bpp": rates[-1].item(), "loss": self.weighed(distortion, rates).item()}
+        return values | {f"bpp_{k}": rates[k - 1].item() for k in REPORTED_ITERATIONS if k <= len(rates)}
 
     def weighed(self, distortion: Tensor, rates: Tensor) -> Tensor:
         """The loss of a distortion and the bits per pixel up to each iteration."""

@@ -1,18 +1,14 @@
-"""Training of the codec network: loss, schedules, guard against divergence, validation on whole images."""
+"""Training of the codec network: what is unrolled, the loss, and validation on whole images."""
 
-import os
 import random
-from dataclasses import asdict, replace
+from collections.abc import Mapping
+from dataclasses import asdict
 from itertools import pairwise
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
-import lightning as L
 import torch
-from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
-from torchmetrics import MeanMetric, Metric, MetricCollection
 
 from rnncodec.data import PatchDataModule
 from rnncodec.metrics.curves import NAN, Point
@@ -27,106 +23,11 @@ from rnncodec.network import (
     to_uint8,
     widened,
 )
+from rnncodec.training.base import Training, Validated, global_seed
 from rnncodec.training.optim import MuonAdamW, parameter_groups
-from rnncodec.training.tracking import curve_charts, log_rates, points_table
 from rnncodec.weights import load_weights
 
 START_BLOCKS = 2**16  # 16x16 blocks from which a latent network starts
-
-
-def global_seed() -> int:
-    """The seed that `lightning.seed_everything` has set."""
-    return int(os.environ.get("PL_GLOBAL_SEED", "0"))
-
-
-class Training(L.LightningModule):
-    """What every training here shares: schedule, seeds, and a guard against gradients that are not finite.
-
-    Attributes:
-        monitor: what decides on the best checkpoint, and whether its `min` or `max` is best.
-
-    Args:
-        learning_rate: of Adam or AdamW.
-        weight_decay: decoupled, of every optimizer.
-        warmup_steps: of the linear rise of all rates.
-        decay_steps: of the linear fall of all rates to zero that ends with `trainer.max_steps`; a number below 1 is a
-            share of them, 0 is for none.
-        max_bad_steps: how many steps in a row with gradients that are not finite are skipped before training stops.
-    """
-
-    monitor: ClassVar[tuple[str, str]]
-
-    def __init__(
-        self, learning_rate: float, weight_decay: float, warmup_steps: int, decay_steps: float, max_bad_steps: int
-    ) -> None:
-        super().__init__()
-        self.learning_rate, self.weight_decay = learning_rate, weight_decay
-        self.warmup_steps, self.decay_steps = warmup_steps, decay_steps
-        self.max_bad_steps = max_bad_steps
-        self.started_from = ""  # the fingerprint of given weights, whose name may stand for others one day
-        self.bad_steps = self.bad_steps_in_a_row = 0
-
-    def plain_hyperparameters(self, **values: Any) -> None:
-        """Makes the saved hyperparameters what the constructor takes: plain values, nothing of the command line's."""
-        for key in ("_instantiator", "_class_path"):
-            self.hparams.pop(key, None)
-        self.hparams.update(values)
-
-    def configure_model(self) -> None:
-        # Constant buffers need no broadcast, which ranks with unequal shares of images would not all take part in.
-        constants = [name for name, _ in self.named_buffers()]
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, constants)
-
-    def scheduled(self, optimizer: torch.optim.Optimizer) -> Any:
-        """The optimizer with its schedule, as Lightning takes it."""
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self.learning_rate_factor)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-    def learning_rate_factor(self, step: int) -> float:
-        """Factor of the learning rates: a linear rise, a plateau, a linear fall that ends at `max_steps`."""
-        factor = min(1.0, (step + 1) / max(1, self.warmup_steps))
-        if self.decay_steps and self.trainer.max_steps > 0:
-            decay = self.decay_steps * (self.trainer.max_steps if self.decay_steps < 1 else 1)
-            factor = min(factor, max(0.0, (self.trainer.max_steps - step) / decay))
-        return factor
-
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        # The random state is a function of the batch, so that a resumed run draws the same bits.
-        number = self.trainer.fit_loop.epoch_loop.total_batch_idx * self.trainer.world_size + self.global_rank
-        torch.manual_seed(global_seed() * 2**32 + number)
-
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        gradients = [p.grad for p in self.parameters() if p.grad is not None]
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))  # pyright: ignore[reportPrivateImportUsage]
-        if torch.isfinite(norm):
-            self.bad_steps_in_a_row = 0
-        else:
-            # Without gradients an optimizer leaves weights and moments as they are.
-            for parameter in self.parameters():
-                parameter.grad = None
-            self.bad_steps += 1
-            self.bad_steps_in_a_row += 1
-            if self.bad_steps_in_a_row > self.max_bad_steps:
-                raise FloatingPointError(f"gradients were not finite in {self.bad_steps_in_a_row} steps in a row")
-        self.log("train/gradient_norm", norm)
-        self.log("train/skipped_steps", float(self.bad_steps))
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["bad_steps"], checkpoint["seed"] = self.bad_steps, global_seed()
-        checkpoint["started_from"] = self.started_from
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.bad_steps = checkpoint["bad_steps"]
-        self.started_from = checkpoint.get("started_from", "")  # not in those of former versions
-
-    @property
-    def tracked(self) -> bool:
-        """Whether there is a W&B logger, on every rank alike."""
-        return any(isinstance(logger, WandbLogger) for logger in self.loggers)
-
-    def wandb_loggers(self) -> list[WandbLogger]:
-        """The W&B loggers of this process; none on ranks above zero."""
-        return [logger for logger in self.loggers if isinstance(logger, WandbLogger) and self.global_rank == 0]
 
 
 class CodecTraining(Training):
@@ -199,16 +100,6 @@ class CodecTraining(Training):
         self.start_learning_rate = start_learning_rate
         if compile:
             self.network.compile(dynamic=False)
-        # MS-SSIM is not defined for small images: these do not count.
-        means: dict[str, Metric | MetricCollection] = {
-            f"{name}_{k}": MeanMetric(nan_strategy="ignore")
-            for k in REPORTED_ITERATIONS
-            for name in ("psnr", "ms_ssim")
-        }
-        self.val_metrics = MetricCollection(means, compute_groups=False)
-        # Of the validation that runs, on this rank, and of the last one: for W&B.
-        self.val_points: list[Point] = []
-        self.val_curve: list[Point] = []
 
     def current_iterations(self, step: int) -> int:
         """Iterations to unroll at a training step: a function of seed and step, so that all ranks draw the same."""
@@ -306,14 +197,16 @@ class CodecTraining(Training):
         stacked = torch.stack(errors)
         return stacked.mean() if self.distortion == "l1" else (stacked.clamp(min=1e-12).log().mean() / 2).exp()
 
-    def validation_step(self, x: Tensor, batch_idx: int) -> None:
+    def validation_step(self, x: Tensor, batch_idx: int) -> Validated:
         height, width = x.shape[-2:]
-        padded = pad_to_blocks(x, self.network.config.stride)
-        original, pictures, bits, cases, losses, errors = to_uint8(x), [], [], [], [], []
+        stride = self.network.config.stride
+        padded = pad_to_blocks(x, stride)
+        raw = self.network.config.bits * (padded.shape[-2] // stride) * (padded.shape[-1] // stride)
+        original, bits, cases, losses, errors = to_uint8(x), [], [], [], []
+        values, points, pictures = {}, [], [original]
         with torch.compiler.set_stance("force_eager"):  # every size of image would be compiled anew
-            for k, step in enumerate(
-                self.network.unroll(self.network.analyse(padded), max(REPORTED_ITERATIONS)), start=1
-            ):
+            steps = self.network.unroll(self.network.analyse(padded), max(REPORTED_ITERATIONS))
+            for k, step in enumerate(steps, start=1):
                 bits.append(step.bits)
                 cases.append(step.cases)
                 picture = self.network.picture(step.state)
@@ -322,58 +215,30 @@ class CodecTraining(Training):
                 errors.append(self.error(residual))
                 if k in REPORTED_ITERATIONS:
                     x_hat = to_uint8(picture[..., :height, :width])
-                    qualities = psnr(original, x_hat), ms_ssim(original, x_hat)
-                    for name, quality in zip(("psnr", "ms_ssim"), qualities, strict=True):
-                        self.val_metrics[f"{name}_{k}"].update(quality)
-                    if self.tracked:
-                        size = sum(plane.numel() for plane in bits) / 8 / len(x)
-                        bpp = 8 * size / (height * width)
-                        means = dict(zip(("psnr", "ms_ssim"), (q.mean().item() for q in qualities), strict=True))
-                        self.val_points.append(Point(self.image_name(batch_idx), "", k, size, bpp, **means))
+                    point = Point(
+                        "",
+                        "",
+                        k,
+                        bytes=k * raw / 8,
+                        bpp=k * raw / (height * width),
+                        psnr=psnr(original, x_hat).mean().item(),
+                        ms_ssim=ms_ssim(original, x_hat).mean().item(),
+                    )
+                    values |= {f"psnr_{k}": point.psnr, f"ms_ssim_{k}": point.ms_ssim}
+                    points.append(point)
                     pictures.append(x_hat)
-        self.log("val/l1", torch.stack(losses).mean(), batch_size=1, sync_dist=True)
-        self.validate_rate(bits, cases, self.mean_distortion(errors))
-        if batch_idx == 0:
-            strip = torch.cat([original, *pictures], dim=-1)[0].permute(1, 2, 0).cpu().numpy()
-            for logger in self.wandb_loggers():
-                logger.log_image(
-                    "val/reconstructions", [strip], caption=[f"original, then {REPORTED_ITERATIONS} iterations"]
-                )
+        values["psnr"] = sum(values[f"psnr_{k}"] for k in REPORTED_ITERATIONS) / len(REPORTED_ITERATIONS)
+        values["l1"] = torch.stack(losses).mean().item()
+        values |= self.validated_rate(bits, cases, self.mean_distortion(errors))
+        return {"values": values, "points": points, "pictures": torch.cat(pictures, dim=-1)[0]}
 
-    def validate_rate(self, bits: list[Tensor], cases: list[Tensor | None], distortion: Tensor) -> None:
-        """What a training that counts bits adds to the validation of an image, given its bits and their cases."""
+    def validated_rate(self, bits: list[Tensor], cases: list[Tensor | None], distortion: Tensor) -> dict[str, float]:
+        """What a training that counts bits adds to the values of an image, given its bits and their cases."""
+        return {}
 
-    def on_validation_epoch_end(self) -> None:
-        values = self.val_metrics.compute()
-        self.val_metrics.reset()
-        self.log_dict({f"val/{name}": value for name, value in values.items()})
-        self.log("val/psnr", torch.stack([values[f"psnr_{k}"] for k in REPORTED_ITERATIONS]).mean(), prog_bar=True)
+    def curve(self, means: Mapping[str, float]) -> list[Point]:
         bpp = self.network.config.bits / self.network.config.stride**2
-        measures = {
-            k: {name: values[f"{name}_{k}"].item() for name in ("psnr", "ms_ssim")} for k in REPORTED_ITERATIONS
-        }
-        self.val_curve = [Point("mean", "", k, NAN, k * bpp, **measures[k]) for k in REPORTED_ITERATIONS]
-        points = self.gather_points()
-        for logger in self.wandb_loggers():
-            run = logger.experiment
-            table = points_table(replace(point, codec=run.name or "") for point in points)
-            run.log({"val/images": table, **curve_charts({run.name or "": self.val_curve})})
-
-    def on_fit_end(self) -> None:
-        for logger in self.wandb_loggers():
-            log_rates(logger.experiment, self.val_curve)
-
-    def image_name(self, batch_idx: int) -> str:
-        """The name of a validation image of this rank, or its number if the data have no names."""
-        number = batch_idx * self.trainer.world_size + self.global_rank
-        data = getattr(self.trainer, "datamodule", None)
-        return data.val_names[number] if isinstance(data, PatchDataModule) else str(number)
-
-    def gather_points(self) -> list[Point]:
-        """The points of the validation images of all ranks, in order of the images' names."""
-        shares: list[Any] = [self.val_points]
-        if self.trainer.world_size > 1 and self.tracked:
-            shares *= self.trainer.world_size
-            torch.distributed.all_gather_object(shares, self.val_points)
-        self.val_points = []
-        return sorted((point for share in shares for point in share), key=lambda point: point.image)
+        return [
+            Point("mean", "", k, NAN, k * bpp, psnr=means[f"psnr_{k}"], ms_ssim=means[f"ms_ssim_{k}"])
+            for k in REPORTED_ITERATIONS
+        ]
