@@ -318,7 +318,7 @@ def _parser() -> argparse.ArgumentParser:
     limit.add_argument("--iterations", metavar="K", type=_positive_int, help="how many to keep")
     limit.add_argument("--bytes", metavar="N", type=_positive_int, help="keep as many as fit in so many bytes")
 
-    sub = add(export, "make a checkpoint of train.py into weights for --weights, in half precision")
+    sub = add(export, "make a checkpoint of a training into weights for --weights, in half precision")
     sub.add_argument("checkpoint", metavar="CHECKPOINT", help="a .ckpt file")
     sub.add_argument("output", metavar="OUT", help="the .safetensors file to write, overwritten if it exists")
     kind = sub.add_mutually_exclusive_group(required=True)
@@ -328,7 +328,9 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     sub = add(rate, "serve a page where people say which of two reconstructions is closer to the original")
-    sub.add_argument("results", metavar="RESULTS", type=Path, help="what evaluate.py --save-images wrote")
+    sub.add_argument(
+        "results", metavar="RESULTS", type=Path, help="the folder that `rnncodec evaluate --save-images` wrote"
+    )
     sub.add_argument("--host", default="127.0.0.1", help="where to listen (default: %(default)s, this computer only)")
     sub.add_argument("--port", metavar="N", type=_port, default=8000, help="0: any free one (default: %(default)s)")
     sub.add_argument(

@@ -73,7 +73,7 @@ class Codec:
         *,
         bpp: float | None = None,
         psnr: float | None = None,
-        entropy: EntropyName | None = None,
+        entropy: EntropyName | Session | None = None,
         progress: Progress | None = None,
     ) -> bytes:
         """Compresses an image; at most one of iterations, bpp and psnr says how far.
@@ -83,8 +83,8 @@ class Codec:
             iterations: at least 1, 16 by default, at most `max_iterations`.
             bpp: as many iterations as keep the whole file within so many bits per pixel.
             psnr: as few iterations as bring the decoded image to so many dB; if none do, all and a warning.
-            entropy: coder of the bits (see `rnncodec.entropy`), or `none` for raw bits; None takes the context model
-                if the weights have one. What a coder does not shorten is stored raw.
+            entropy: coder of the bits (see `rnncodec.entropy`), a new session of it, or `none` for raw bits; None takes
+                the context model if the weights have one. What a coder does not shorten is stored raw.
             progress: is called with the steps done and the steps in all.
 
         Returns:
@@ -116,7 +116,7 @@ class Codec:
         planes: Iterable[np.ndarray],
         height: int,
         width: int,
-        entropy: EntropyName | None = None,
+        entropy: EntropyName | Session | None = None,
         bpp: float | None = None,
     ) -> bytes:
         """The file of bits that this codec has computed; `read_bits` is the way back.
@@ -282,8 +282,10 @@ class Codec:
         planes = (session.decode(*coded)[None] for coded in zip(codings, payloads, strict=True))
         return header, len(payloads), planes
 
-    def session(self, entropy: EntropyName | None, rows: int, columns: int) -> Session:
-        """A new session of an entropy coder; None as in `encode`."""
+    def session(self, entropy: EntropyName | Session | None, rows: int, columns: int) -> Session:
+        """A new session of an entropy coder; None as in `encode`, and a session stays as it is."""
+        if isinstance(entropy, Session):
+            return entropy
         entropy = entropy or ("context" if self.context else "none")
         if entropy in CLASSICAL:
             return CLASSICAL[entropy](self.config.bits, rows, columns)

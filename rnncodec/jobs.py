@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 
 from rnncodec.files import format, images
 from rnncodec.files.format import FormatError, Header
@@ -116,15 +116,19 @@ def do_each(jobs: Sequence[Job], work: Callable[[str, str, Report], str | None])
     return int(failed)
 
 
+def columns() -> tuple[ProgressColumn, ...]:
+    """What a progress bar shows: what is done, how far it is, and how long it will take."""
+    return TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+
+
 @contextmanager
 def _progress(jobs: int) -> Iterator[Callable[[str], Report]]:
     """Bars on standard error if that is a terminal; gives a function that starts the bar of a job."""
     if not (sys.stderr and sys.stderr.isatty()):
         yield lambda source: lambda done, total: None
         return
-    columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     on_terminal = bool(sys.stdout and sys.stdout.isatty())
-    with Progress(*columns, console=Console(stderr=True), transient=True, redirect_stdout=on_terminal) as bars:
+    with Progress(*columns(), console=Console(stderr=True), transient=True, redirect_stdout=on_terminal) as bars:
         files = bars.add_task("files", total=jobs, visible=jobs > 1)
         steps = bars.add_task("", total=None)
         begun = 0

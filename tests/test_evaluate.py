@@ -100,7 +100,7 @@ def test_every_iteration_is_that_of_the_cut_file(weights_with_context, size):
 
 def test_another_picture_from_the_cut_file_is_an_error(weights, monkeypatch):
     codec, x = Codec(load_weights(weights)), data.astronaut()[:32, :32]
-    measure.check_truncated(codec, x, 3)
+    list(measure.ours(codec, 3).run(x, (1, 2, 3)))
     decode = codec.decode
 
     def changed(file, iterations=None):
@@ -110,7 +110,7 @@ def test_another_picture_from_the_cut_file_is_an_error(weights, monkeypatch):
 
     monkeypatch.setattr(codec, "decode", changed)
     with pytest.raises(RuntimeError, match="another picture"):
-        measure.check_truncated(codec, x, 3)
+        list(measure.ours(codec, 3).run(x, (1, 2, 3)))
 
 
 def test_ideal_bytes_are_those_of_the_probabilities(weights_with_context):

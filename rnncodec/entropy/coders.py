@@ -1,4 +1,4 @@
-"""The session of a context model, and all coders by their names."""
+"""`ContextSession`, which codes with a context model, and all coders by name."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -20,7 +20,7 @@ EntropyName = Literal["none", "context", "huffman", "static", "adaptive"]
 
 
 class Band(ABC):
-    """Rows of an image that an exact context model codes without knowing of any others.
+    """A band of rows of an image, which an exact context model codes independently of all others.
 
     Args:
         model: exact.
@@ -33,7 +33,7 @@ class Band(ABC):
 
     @abstractmethod
     def order(self) -> np.ndarray:
-        """The order of coding: indices into the bits [rows, cols, bits], flattened."""
+        """The order of coding, as indices into the flattened bits [rows, cols, bits]."""
 
     @abstractmethod
     def probabilities(self, plane: np.ndarray) -> np.ndarray:
@@ -41,11 +41,11 @@ class Band(ABC):
 
     @abstractmethod
     def decode(self, read: Read) -> np.ndarray:
-        """The bits of the next iteration that `read` gives in the order of coding."""
+        """Decodes the next iteration, whose bits `read` gives in the order of coding."""
 
     @abstractmethod
     def advance(self, plane: np.ndarray) -> None:
-        """Takes note of an iteration before the next one."""
+        """Updates the state with an iteration."""
 
 
 class PlainBand(Band):
@@ -72,7 +72,7 @@ class PlainBand(Band):
         self.iteration += 1
 
     def _prior(self) -> Tensor:
-        """What the model knows of the next iteration before its first bit."""
+        """The prior of the next iteration, which follows from the earlier ones."""
         pending, self.pending = self.pending, []
         for plane in pending:
             self.state = self.model.history(self._signs(plane), self.state)
@@ -84,7 +84,7 @@ class PlainBand(Band):
 
 @contextmanager
 def _threads_for(locations: int) -> Iterator[None]:
-    """Computes small planes in one thread: several would wait for each other, for seconds on a busy machine."""
+    """A context with one thread for small planes: several wait for each other, for seconds on a busy machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1 if locations < GroupedBand.SMALL else threads)
     try:
@@ -99,10 +99,10 @@ class GroupedBand(Band):
     Args:
         model: exact.
         bits, rows, cols: shape of the bits of an iteration.
-        questions: that the bits answer.
+        questions: those that the bits answer.
     """
 
-    SMALL = 2**12  # locations, a megapixel
+    SMALL = 2**12  # locations (a megapixel) below which one thread computes
 
     def __init__(self, model: ContextModel, bits: int, rows: int, cols: int, questions: Questions) -> None:
         super().__init__(model, bits, rows, cols)
@@ -110,7 +110,7 @@ class GroupedBand(Band):
         self.device = model.grouped.odds.device
         self.known = questions.start(torch.empty(1, 0, rows, cols, device=self.device))
         self.memory: Tensor | None = None
-        self.after: tuple[np.ndarray, Any, Tensor] | None = None  # plane, `known` and `memory`: they follow from it
+        self.after: tuple[np.ndarray, Any, Tensor] | None = None  # a plane, and `known` and `memory` after it
 
     def order(self) -> np.ndarray:
         bits, rows, cols = self.shape
@@ -147,7 +147,7 @@ class GroupedBand(Band):
         return signs.permute(1, 2, 0).reshape(-1, self.model.config.groups, self.model.grouped.size)
 
     def _walk(self, answer: Callable[[int, Tensor, Tensor], Tensor]) -> tuple[Pass, np.ndarray]:
-        """Goes through the next iteration with bits from `answer` (group, squares, logits), and gives these, too."""
+        """Computes the next iteration, with bits from `answer(group, squares, logits)`; gives the pass and the bits."""
         (bits, rows, cols), groups = self.shape, self.model.config.groups
         found = torch.zeros(groups, rows * cols, bits // groups, device=self.device)
 
@@ -173,13 +173,16 @@ class GroupedBand(Band):
 class ContextSession(Session):
     """The range coder with the probabilities of an exact context model (Toderici et al. 2017, sec. 4).
 
-    Large planes are coded in bands of rows that know nothing of each other, which bounds the working memory. There
-    remain the states, up to 16 bytes for each channel and location.
+    Large planes are coded in independent bands of rows, which bounds the working memory. The states still take up to 16
+    bytes for each channel and location.
+
+    Attributes:
+        ideal_bits: for each encoded iteration, its code length by the probabilities alone, which no coder can beat.
 
     Args:
         model: from `ContextModel.quantize`, on the device that is to compute.
         bits, rows, cols: shape of the bits of an iteration.
-        questions: that the bits answer, for a model of the grouped kind, on the same device.
+        questions: those that the bits answer, on the same device, for a model of the grouped kind.
 
     Raises:
         ValueError: there are questions for a model of another kind, or none for one of the grouped kind.
@@ -193,7 +196,8 @@ class ContextSession(Session):
     ) -> None:
         super().__init__(bits, rows, cols)
         if (questions is not None) != (model.config.kind == "grouped"):
-            raise ValueError("questions are for context models of the grouped kind, which cannot do without")
+            raise ValueError("questions are for context models of the grouped kind, which need them")
+        self.ideal_bits: list[float] = []
         height = max(1, self.BAND // cols)
         self.bands: list[tuple[slice, Band]] = []
         for top in range(0, rows, height):
@@ -207,17 +211,12 @@ class ContextSession(Session):
         """P(1) * SCALE of every bit of the next iteration, int [bits, rows, cols]."""
         return np.concatenate([band.probabilities(plane[:, rows]) for rows, band in self.bands], axis=1)
 
-    def ideal_bits(self, plane: np.ndarray) -> float:
-        """The code length of the next iteration by the model's probabilities alone, which no coder can beat."""
-        p = self.probabilities(plane) / SCALE
-        self._advance(plane)
-        return float(-np.log2(np.where(plane, p, 1 - p)).sum())
-
     def _encode(self, plane: np.ndarray) -> bytes:
         probabilities, coder = self.probabilities(plane), RangeEncoder()
         for rows, band in self.bands:
             order = band.order()
             coder.write(*(a[:, rows].transpose(1, 2, 0).ravel()[order] for a in (probabilities, plane)))
+        self.ideal_bits.append(float(-np.log2(np.where(plane, probabilities, SCALE - probabilities) / SCALE).sum()))
         return coder.finish()
 
     @torch.inference_mode()

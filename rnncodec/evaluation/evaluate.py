@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from platformdirs import user_cache_path
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 
 import rnncodec
 from rnncodec.codec import MAX_ITERATIONS, Codec
@@ -18,7 +18,6 @@ from rnncodec.evaluation.measure import (
     Memory,
     Source,
     baseline,
-    check_truncated,
     coded_sizes,
     entropy_coders,
     measured_points,
@@ -30,6 +29,7 @@ from rnncodec.evaluation.report import write_report
 from rnncodec.evaluation.results import Results
 from rnncodec.files.format import NAME_PATTERN
 from rnncodec.files.images import find_images, load_image, one_line, save_image
+from rnncodec.jobs import columns
 from rnncodec.metrics.curves import Point, from_json
 
 PUBLISHED = Path(__file__).with_name("published")
@@ -118,9 +118,7 @@ def evaluate(
             place.mkdir(parents=True, exist_ok=True)
     points: list[Point] = []
     sheets: dict[str, Path] = {}
-    unchecked = dict(named)
-    columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=progress or Console(quiet=True)) as bar:
+    with Progress(*columns(), console=progress or Console(quiet=True)) as bar:
         task = bar.add_task("", total=len(paths))
         for i, (path, name) in enumerate(zip(paths, unique_names(paths), strict=True)):
             pictures = folder / "pictures" / name if folder is not None and save_images else None
@@ -137,9 +135,6 @@ def evaluate(
                         settings = tuple(sorted({*settings, *matched}))
                     measured += measured_points(name, source, settings, x, where, memory, save)
                     bar.advance(task, 1 / len(sources))
-                for key in list(unchecked):
-                    check_truncated(unchecked[key], x, counts[key])
-                    del unchecked[key]
                 if compared_coders:
                     bar.update(task, description=f"{name}: entropy coders")
                     bits = codec.read_bits(codec.encode(x, count, entropy="none"))

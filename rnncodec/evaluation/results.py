@@ -70,13 +70,13 @@ class Results:
         return {name: np.mean(each, axis=0) for name, each in self.sizes.items()}
 
     @cached_property
-    def images(self) -> tuple[int, str]:
-        """How many images these are means of, and what is a mean of fewer."""
+    def images(self) -> str:
+        """What the means are of: so many images, and MS-SSIM of fewer where some are too small for it."""
         mine = [point for point in self.points if point.codec == self.sources[0].name]
         count = len({point.image for point in mine})
         large = len({point.image for point in mine if not np.isnan(point.ms_ssim)})
         exception = f", MS-SSIM of the {large} with sides of at least {MS_SSIM_MIN_SIDE}" if large < count else ""
-        return count, exception
+        return f"{count} image{'s' * (count > 1)}{exception}"
 
     @property
     def files(self) -> list[str]:
@@ -86,9 +86,8 @@ class Results:
 
     def write(self, folder: Path) -> None:
         """Writes points, means, summaries and figures to a folder."""
-        count, exception = self.images
         for source in self.sources:
-            description = f"{source.description}; whole files, mean of {count} images{exception}"
+            description = f"{source.description}; whole files, mean of {self.images}"
             text = to_json(self.curves[source.name], source.name, description)
             atomic_write(folder / f"{source.name}.json", text.encode())
         atomic_write(folder / "points.csv", to_csv(self.points).encode())
@@ -109,8 +108,7 @@ class Results:
         if self.sizes:
             console.print(coder_table(self.mean_sizes))
         first, *rest = self.drawn
-        count, exception = self.images
-        console.print(curve_table(self.drawn[first], f"{count} image{'s' * (count > 1)}{exception}"))
+        console.print(curve_table(self.drawn[first], self.images))
         if rest:
             console.print(rivals_table(self.drawn))
             console.print(area_table(self.summaries))

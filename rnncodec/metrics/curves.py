@@ -191,7 +191,8 @@ def to_csv(points: Iterable[Point]) -> str:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(field.name for field in fields(Point))
     for point in points:
-        row = replace(point, setting=f"{point.setting:g}")  # a number of iterations is a whole one
+        size = int(point.bytes) if float(point.bytes).is_integer() else point.bytes  # of a mean it may not be
+        row = replace(point, setting=f"{point.setting:g}", bytes=size)  # a number of iterations is a whole one
         writer.writerow("" if value != value else value for value in astuple(row))
     return text.getvalue()
 

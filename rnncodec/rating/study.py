@@ -107,7 +107,9 @@ class Study:
         self.seed = seed
         points = [point for point in read_points(results) if point.picture]
         if not points:
-            raise ValueError(f"{results / 'points.csv'}: no row has a picture; evaluate.py --save-images makes them")
+            raise ValueError(
+                f"{results / 'points.csv'}: no row has a picture; `rnncodec evaluate --save-images` makes them"
+            )
         self.comparisons = match(points, rates)
         self.checks = []  # the original of each image against its worst reconstruction
         for image in sorted({comparison.image for comparison in self.comparisons}):

@@ -29,23 +29,18 @@ UNREADABLE = (pickle.UnpicklingError, EOFError, KeyError, TypeError, AttributeEr
 
 
 def load_checkpoint(path: str | os.PathLike[str]) -> tuple[RecurrentCodec, dict[str, str]]:
-    """The averaged network of a checkpoint that `train.py` wrote, and its provenance; nothing is unpickled.
+    """The averaged network of a checkpoint of a training, and its provenance; nothing is unpickled.
 
     Raises:
         WeightsError: it is no such checkpoint.
         OSError: it cannot be read.
     """
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        settings = checkpoint["hyper_parameters"]
-        with torch.device("meta"):
-            network = RecurrentCodec(network_config_of(json.loads(json.dumps(settings["network"]))))
-        prefix = "network."
-        state = {key: tensor for key, tensor in checkpoint["state_dict"].items() if key.startswith(prefix)}
-        network.load_state_dict({key[len(prefix) :]: tensor for key, tensor in state.items()}, assign=True)
+        checkpoint = _load(path)
+        network = _network(checkpoint)
         provenance = {
             "steps": str(checkpoint["global_step"]),
-            "settings": canonical(_shared(settings)),
+            "settings": canonical(_shared(checkpoint["hyper_parameters"])),
             "data": canonical(checkpoint["PatchDataModule"]),
             "seed": str(checkpoint["seed"]),
             "torch": torch.__version__,
@@ -55,8 +50,26 @@ def load_checkpoint(path: str | os.PathLike[str]) -> tuple[RecurrentCodec, dict[
             provenance["started_from"] = checkpoint["started_from"]
     except UNREADABLE as error:
         # PyTorch's message is long and advises to unpickle what should not be.
-        raise WeightsError(f"{os.fspath(path)}: not a checkpoint of train.py ({type(error).__name__})") from error
-    return network.eval(), provenance
+        raise WeightsError(f"{os.fspath(path)}: not a checkpoint of a training ({type(error).__name__})") from error
+    return network, provenance
+
+
+def _load(path: str | os.PathLike[str]) -> dict[str, Any]:
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _network(checkpoint: Mapping[str, Any]) -> RecurrentCodec:
+    """The averaged network of a checkpoint."""
+    with torch.device("meta"):
+        network = RecurrentCodec(network_config_of(json.loads(json.dumps(checkpoint["hyper_parameters"]["network"]))))
+    network.load_state_dict(_under(checkpoint, "network."), assign=True)
+    return network.eval()
+
+
+def _under(checkpoint: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """The part of a checkpoint's state whose keys begin with a prefix, without it."""
+    state: dict[str, Any] = checkpoint["state_dict"]
+    return {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
 
 
 def _shared(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -81,7 +94,7 @@ def add_context(checkpoint: str | os.PathLike[str], path: str | os.PathLike[str]
         raise WeightsError(f"{os.fspath(path)}: no such weights file to add a context model to")
     weights = load_weights(Path(path).absolute())
     try:
-        loaded = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        loaded = _load(checkpoint)
         settings = json.loads(json.dumps(loaded["hyper_parameters"]))
         record = {"model": name, "steps": loaded["global_step"], "seed": loaded["seed"], "settings": _shared(settings)}
         if "contexts" in settings:
@@ -90,14 +103,14 @@ def add_context(checkpoint: str | os.PathLike[str], path: str | os.PathLike[str]
             configs, prefix, trained_on = settings["contexts"], f"contexts.{name}.", settings["fingerprint"]
         else:
             configs, prefix = {"context": settings["context"]}, "context."
-            network, _ = load_checkpoint(checkpoint)
+            network = _network(loaded)
             trained_on = fingerprint(canonical(asdict(network.config)), stored(network)).hex()
         if name not in configs:
             raise ValueError(f"no context model {name!r}, there are: {', '.join(configs)}")
         if trained_on != weights.fingerprint.hex():
             raise ValueError(f"trained on the codec {trained_on}, not on {os.fspath(path)}")
         config = context_config_of(configs[name], weights.network.config)
-        state = {k[len(prefix) :]: v for k, v in loaded["state_dict"].items() if k.startswith(prefix)}
+        state = _under(loaded, prefix)
         with torch.device("meta"):  # nothing large is made of a config before the tensors are of its shapes
             shapes = {key: tensor.shape for key, tensor in ContextModel(config).state_dict().items()}
         if shapes != {key: tensor.shape for key, tensor in state.items()}:
