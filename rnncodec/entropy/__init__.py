@@ -1,7 +1,7 @@
-"""Entropy coding of the bits of an iteration, without loss.
+"""Lossless entropy coding of the bits of each iteration.
 
-Context models say how likely each bit is, exactly on every machine; the range coder and the classical coders write it.
-Nothing here knows of networks, images or training.
+Context models compute the probability of each bit, identically on every machine, for the range coder. The classical
+coders need no model. Nothing here depends on networks, images or training.
 """
 
 from rnncodec.entropy.classical import AdaptiveSession, HuffmanSession, RawSession, StaticSession, huffman_lengths

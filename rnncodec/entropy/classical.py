@@ -26,10 +26,10 @@ class RawSession(Session):
 
 
 class HuffmanSession(Session):
-    """Canonical Huffman codes of four bits of a location at a time (Song 2007), with a code book for each iteration."""
+    """Canonical Huffman codes of four bits of a location at a time, with a code book for each iteration (Song 2007)."""
 
     coding = HUFFMAN
-    LONGEST = 15  # bits of a code of 16 symbols, so that a length takes four
+    LONGEST = 15  # the most bits of a code for 16 symbols, so that a length fits in four
 
     def __init__(self, bits: int, rows: int, cols: int) -> None:
         super().__init__(bits, rows, cols)
@@ -52,7 +52,7 @@ class HuffmanSession(Session):
         lengths = flat[: 8 * size].reshape(-1, 4) @ (1 << np.arange(4)[::-1])
         if len(lengths) < 1 << self.group or (2.0 ** -lengths[lengths > 0].astype(float)).sum() > 1:
             raise FormatError("the code book of an entropy-coded payload is corrupt")
-        # What the next 15 bits begin with, for every value they may have: a symbol and the length of its code.
+        # For every value of the next 15 bits: the symbol that they begin with, and the length of its code.
         book = [(0, 0)] * (1 << self.LONGEST)
         for symbol, code in canonical_codes(lengths).items():
             count = 1 << (self.LONGEST - len(code))
@@ -91,7 +91,7 @@ def huffman_lengths(counts: np.ndarray) -> np.ndarray:
 
 
 def canonical_codes(lengths: np.ndarray) -> dict[int, str]:
-    """Codes in ascending order of length, then of symbol, each the one before plus 1, shifted to its own length."""
+    """Canonical codes: in order of length, then symbol, each is the previous one plus 1, shifted to its own length."""
     codes, code, before = {}, 0, 0
     for length, symbol in sorted((int(length), symbol) for symbol, length in enumerate(lengths) if length):
         code <<= length - before
@@ -101,17 +101,17 @@ def canonical_codes(lengths: np.ndarray) -> dict[int, str]:
 
 
 class StaticSession(Session):
-    """The range coder with one probability for each channel, a byte at the beginning of each iteration (Song 2007)."""
+    """The range coder with one probability for each channel, each stored as a byte before the code (Song 2007)."""
 
     coding = STATIC
 
-    def _chances(self, shares: np.ndarray) -> np.ndarray:
+    def _probabilities(self, shares: np.ndarray) -> np.ndarray:
         return np.tile(shares.astype(np.int64) * (SCALE // 256), self.shape[1] * self.shape[2])
 
     def _encode(self, plane: np.ndarray) -> bytes:
         shares = np.clip(np.round(plane.mean((1, 2)) * 256), 1, 255).astype(np.uint8)
         coder = RangeEncoder()
-        coder.write(self._chances(shares), plane.transpose(1, 2, 0).ravel())
+        coder.write(self._probabilities(shares), plane.transpose(1, 2, 0).ravel())
         return shares.tobytes() + coder.finish()
 
     def _decode(self, payload: bytes) -> np.ndarray:
@@ -120,16 +120,15 @@ class StaticSession(Session):
         if len(shares) < bits or not shares.all():
             raise FormatError("an entropy-coded payload is corrupt")
         coder = RangeDecoder(payload[bits:])
-        plane = coder.read(self._chances(shares)).reshape(rows, cols, bits).transpose(2, 0, 1)
+        plane = coder.read(self._probabilities(shares)).reshape(rows, cols, bits).transpose(2, 0, 1)
         coder.finish()
         return plane
 
 
 class AdaptiveSession(Session):
-    """The range coder with probabilities that are counted on both sides: of each channel, given its left and upper bit.
+    """The range coder with adaptive probabilities: of each channel, given its bits to the left and above.
 
-    An estimate of Krichevsky and Trofimov for each channel and context, which begins anew in every iteration (Song
-    2007).
+    They are estimates of Krichevsky and Trofimov, counted anew in every iteration by encoder and decoder (Song 2007).
     """
 
     coding = ADAPTIVE
@@ -151,11 +150,11 @@ class AdaptiveSession(Session):
         return plane
 
     def _walk(self, code: Code) -> np.ndarray:
-        """Visits the locations line by line and gives what `code` gave for each."""
+        """Visits the locations row by row; gives the bits that `code` gave for each."""
         bits, rows, cols = self.shape
         channels = np.arange(bits)
-        ones = np.ones((bits, 4), np.int64)  # counts of half an occurrence
-        total = np.full((bits, 4), 2, np.int64)
+        ones = np.ones((bits, 4), np.int64)  # of each channel and context: twice the ones so far, plus 1
+        total = np.full((bits, 4), 2, np.int64)  # twice the bits so far, plus 2
         plane = np.zeros((rows + 1, cols + 1, bits), bool)
         for y in range(1, rows + 1):
             for x in range(1, cols + 1):

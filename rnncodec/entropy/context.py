@@ -1,15 +1,15 @@
-"""The context model: the probability of every bit given those before it, learned in floats, then exact on any machine.
+"""The context model, which computes the probability of every bit given those before it.
 
     bits of iteration t-1 ──► history (ConvLSTM over iterations) ──► prior ─┐
                                                                             ├──► predictor ──► P(bit = +1)
     bits of iteration t that are known already ─────────────────────────────┘
 
-Two predictors fill in the last box. The sequential one is the BinaryRNN of Toderici et al. 2017 (sec. 4), which knows
-all locations above and to the left. The parallel one reveals an iteration in a few passes, each of which predicts a
-group of channels on one color of a checkerboard. `rnncodec.entropy.grouped` has a third kind, for bits that answer
+There are two predictors. The sequential one is the BinaryRNN of Toderici et al. 2017 (sec. 4), which knows the
+locations above and to the left. The parallel one codes an iteration in a few passes, each of which predicts a group of
+channels on one color of a checkerboard. `rnncodec.entropy.grouped` has a third kind of model, for bits that answer
 questions.
 
-`ContextModel.quantize` makes a model exact, as `rnncodec.entropy.exact` explains, to code with.
+A model is trained in floats. `ContextModel.quantize` makes it exact to code with, see `rnncodec.entropy.exact`.
 """
 
 import copy
@@ -37,12 +37,12 @@ class ContextConfig:
     """Shape of a context model.
 
     Attributes:
-        kind: `sequential`, the BinaryRNN, or `parallel`; or `grouped`, for a network whose bits answer questions.
+        kind: `sequential` (the BinaryRNN), `parallel`, or `grouped`, for a network whose bits answer questions.
         bits: of one location in one iteration.
         channels: of every hidden layer.
-        iterations: 0 to share the predictor among all iterations, or for how many each has its own (later ones take
-            the last), as all of the grouped kind have.
-        groups: of channels that the parallel predictor reveals one after the other; or that questions are asked in.
+        iterations: number of iterations with their own predictor (later ones use the last), or 0 for one that all
+            share; the grouped kind needs at least 1.
+        groups: of channels that the parallel predictor codes one after the other, or of questions.
     """
 
     kind: ContextName = "sequential"
@@ -68,7 +68,7 @@ class Memory(NamedTuple):
 
 
 class History(Layer):
-    """What all earlier iterations say about the next one: a ConvLSTM over iterations (Toderici et al. 2017, sec. 4)."""
+    """A ConvLSTM over iterations, which gives the prior of the next one (Toderici et al. 2017, sec. 4)."""
 
     def __init__(self, config: ContextConfig) -> None:
         super().__init__()
@@ -86,7 +86,7 @@ class History(Layer):
         return Memory(*self.lstm(gates, state.memory if state else None))
 
     def look(self, state: Memory | None, like: Tensor) -> Tensor:
-        """The prior [B, channels, H, W] of the next iteration; `like` has B, H and W for the first one."""
+        """The prior [B, channels, H, W] of the next iteration; for the first, `like` gives B, H and W."""
         if state is None:
             batch, _, height, width = like.shape
             hidden = like.new_zeros(batch, self.prior.weight.shape[1], height, width)
@@ -96,9 +96,10 @@ class History(Layer):
 
 
 class Sequential(Layer):
-    """The BinaryRNN of Toderici et al. 2017: given all locations above and to the left, those of one are independent.
+    """The BinaryRNN of Toderici et al. 2017 (sec. 4): predicts each location from those above and to the left.
 
-    A masked 7x7 convolution over the bits, an LSTM that runs down the lines, two 1x1 convolutions.
+    The bits of a location are independent given these. The layers are a masked 7x7 convolution over the bits, an LSTM
+    that runs down the lines, and two 1x1 convolutions.
     """
 
     REACH = 3  # locations that the convolution sees to each side
@@ -136,12 +137,12 @@ class Sequential(Layer):
             yield y, wave - slope * y
 
     def order(self, bits: int, height: int, width: int) -> np.ndarray:
-        """The order of coding: indices into the bits [H, W, bits], flattened."""
+        """The order of coding, as indices into the flattened bits [H, W, bits]."""
         places = torch.cat([y * width + x for y, x in self.waves(height, width)])
         return (places[:, None] * bits + torch.arange(bits)).flatten().numpy()
 
     def decode(self, prior: Tensor, bits: int, read: Read) -> Tensor:
-        """The bits [1, bits, H, W] that `read` gives, group by group in the order of coding."""
+        """Decodes bits [1, bits, H, W], which `read` gives group by group in the order of coding."""
         (_, channels, height, width), r = prior.shape, self.REACH
         plane = prior.new_zeros(bits, height + 2 * r, width + 2 * r)
         features = prior.new_zeros(2 * channels, height, width + 2)
@@ -168,7 +169,7 @@ class Sequential(Layer):
 class Parallel(Layer):
     """Predicts an iteration in 2 passes for each group of channels, the black and the white squares of a checkerboard.
 
-    Every pass knows the bits of all passes before it, everywhere.
+    Each pass knows the bits of all earlier passes at all locations.
     """
 
     def __init__(self, config: ContextConfig) -> None:
@@ -201,10 +202,10 @@ class Parallel(Layer):
         return torch.arange(bits)[:, None, None] // (bits // self.groups) * 2 + color
 
     def _pass(self, turn: int, known: Tensor, from_prior: Tensor) -> Tensor:
-        """Logits of all bits given the known ones (0 stands for an unknown one)."""
+        """Logits of all bits given the known ones; 0 stands for an unknown bit."""
         bias = self.turn[turn][:, None, None]
         if self.exact:
-            groups = max(1, (turn + 1) // 2)  # nothing is known of the others
+            groups = max(1, (turn + 1) // 2)  # no bit of the others is known
             known = known[:, : known.shape[1] // self.groups * groups]
         x = self.known(known) + from_prior + bias
         return self.output(self.tanh(self.middle(self.tanh(x))))
@@ -220,11 +221,11 @@ class Parallel(Layer):
         return logits
 
     def order(self, bits: int, height: int, width: int) -> np.ndarray:
-        """The order of coding: indices into the bits [H, W, bits], flattened."""
+        """The order of coding, as indices into the flattened bits [H, W, bits]."""
         return torch.argsort(self.turns(bits, height, width).permute(1, 2, 0).flatten(), stable=True).numpy()
 
     def decode(self, prior: Tensor, bits: int, read: Read) -> Tensor:
-        """The bits [1, bits, H, W] that `read` gives, pass by pass in the order of coding."""
+        """Decodes bits [1, bits, H, W], which `read` gives pass by pass in the order of coding."""
         turns = self.turns(bits, *prior.shape[2:]).to(prior.device).permute(1, 2, 0)
         known = prior.new_zeros(*prior.shape[2:], bits)
         from_prior = self.prior(prior)
@@ -237,14 +238,14 @@ class Parallel(Layer):
 
 
 class ContextModel(nn.Module):
-    """A context model in floats, to be trained, or exact, to code with (Toderici et al. 2017, sec. 4)."""
+    """A context model, which computes in floats for training or exactly for coding (Toderici et al. 2017, sec. 4)."""
 
     def __init__(self, config: ContextConfig | None = None) -> None:
         super().__init__()
         self.config = config = config or ContextConfig()
         if config.kind == "grouped":
             if not config.iterations:
-                raise ValueError("the grouped kind needs the number of iterations, each of which asks other questions")
+                raise ValueError("the grouped kind needs the number of iterations, because each has its own questions")
             self.grouped = Grouped(config.bits, config.groups, config.channels, config.iterations)
             return
         self.history = History(config)
@@ -263,17 +264,17 @@ class ContextModel(nn.Module):
             cases: of the bits, uint8 of the same shape, for the grouped kind.
 
         Raises:
-            ValueError: the grouped kind has no cases, or another has some.
+            ValueError: cases are missing for the grouped kind, or given for another.
         """
         if (cases is not None) != (self.config.kind == "grouped"):
-            raise ValueError("cases are for context models of the grouped kind, which cannot do without")
+            raise ValueError("cases are for context models of the grouped kind, which need them")
         if cases is not None:
             return self.grouped(planes, cases)
         state, priors = None, []
         for t, bits in enumerate(planes):
             priors.append(self.history.look(state, bits))
             state = self.history(bits, state) if t + 1 < len(planes) else None
-        # Iterations that share a predictor go through it as one batch: on a GPU many small kernels take longer.
+        # Iterations that share a predictor go through it as one batch, because many small kernels are slower on a GPU.
         own = min(len(self.predictors) - 1, len(planes))
         logits = [self.predictor(t)(planes[t], priors[t])[None] for t in range(own)]
         if own < len(planes):
@@ -284,12 +285,12 @@ class ContextModel(nn.Module):
     def quantize(self) -> "ContextModel":
         """An exact copy of a trained model.
 
-        It is float64, though float32 holds all its values: nothing converts that behind one's back, neither autocast
-        nor the bfloat16 and TF32 that libraries may use within products. The grouped kind is float32, more than twice
+        It is float64, though float32 holds all its values, because float64 is not converted by autocast, nor to the
+        bfloat16 or TF32 that libraries may use within products. The grouped kind is float32, which is more than twice
         as fast, because its factors are small enough for both.
 
         Raises:
-            ValueError: a weight is not finite, or so many are so large that sums would not be exact.
+            ValueError: a weight is not finite, or weights are too large for exact sums.
         """
         model = copy.deepcopy(self).double().eval().requires_grad_(False)
         if not all(parameter.isfinite().all() for parameter in model.parameters()):
@@ -310,7 +311,7 @@ class ContextModel(nn.Module):
 
     @classmethod
     def from_integers(cls, config: ContextConfig, integers: Mapping[str, Tensor]) -> "ContextModel":
-        """The exact model of what `integers` gave, from whatever source, if names and shapes are right.
+        """Builds an exact model from integers, which may come from any source; names and shapes must be right.
 
         Raises:
             ValueError: sums would not be exact.
@@ -325,9 +326,9 @@ class ContextModel(nn.Module):
 
 
 def code_nats(logits: Tensor, planes: Tensor) -> Tensor:
-    """Code length in nats of each bit of planes of -1 and +1, and of 0 where none was sent, which costs nothing.
+    """Code length in nats of each bit of planes of -1 and +1, and 0 where none was sent, which costs nothing.
 
-    It has a gradient to both (Toderici et al. 2017, sec. 4).
+    It is differentiable in both arguments (Toderici et al. 2017, sec. 4).
     """
     return torch.where(planes == 0, 0.0, F.softplus(-logits.float() * planes.float()))
 
@@ -335,6 +336,6 @@ def code_nats(logits: Tensor, planes: Tensor) -> Tensor:
 def code_length(logits: Tensor, planes: Tensor) -> Tensor:
     """Mean code length in bits for each bit of planes as in `code_nats` (Toderici et al. 2017, sec. 4).
 
-    It has a gradient to both.
+    It is differentiable in both arguments.
     """
     return code_nats(logits, planes).mean() / math.log(2)

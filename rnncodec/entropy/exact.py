@@ -1,9 +1,9 @@
-"""Layers with exact sums: the same bits out on any machine, whatever the order in which it adds.
+"""Layers with exact arithmetic, whose results are the same on every machine.
 
-A coder needs the very same probabilities on both sides, which floating-point sums do not give: their value depends on
-their order. `Layer.quantize` therefore moves weights and activations to a grid of powers of two, so coarse that no sum
-of a layer needs more than the 24 bits of a float32. All sums are then exact, so that order, batch, threads and device
-no longer matter; what is not a sum is rounded to the grid or looked up in a table.
+Encoder and decoder need identical probabilities, but a floating-point sum depends on the order of its terms. An exact
+layer therefore has weights and activations on a grid of powers of two, so coarse that no sum needs more than the 24
+bits of a float32. All sums are then exact, so that order, batch, threads and device no longer matter. Everything else
+is rounded to the grid or looked up in a table.
 """
 
 import math
@@ -17,13 +17,11 @@ from torch import Tensor, nn
 
 STEP = 2.0**-8  # grid of activations and of the sums that go into a table
 MEMORY_STEP = 2.0**-12  # grid of LSTM memories, finer because they accumulate
-SPAN = (
-    8.0  # tables end at +-8, where tanh and the sigmoid have come to their limits on the grid; memories end there, too
-)
+SPAN = 8.0  # limit of tables and memories: there, tanh and sigmoid have reached their limits on the grid
 MANTISSA = 24  # bits that a float32 holds exactly
-WEIGHT = 2**11  # largest weight in units of its grid: what TF32 would hold exactly, too
+WEIGHT = 2**11  # largest weight in units of its grid, which even TF32 represents exactly
 SCALE = 2**16  # probabilities are integers over this
-BAND = 2**24  # values in the columns of a convolution that are laid out at once
+BAND = 2**24  # values of the unfolded input of a convolution at once, which bounds its memory
 
 
 def table(function: Callable[[np.ndarray], np.ndarray], scale: float) -> Tensor:
@@ -42,16 +40,16 @@ PROBABILITY = table(lambda x: np.round(_sigmoid(x) * SCALE), 1).to(torch.int32) 
 
 
 def halves(whole: Tensor) -> Tensor:
-    """Whole numbers within +-2^8 as int8 in a new first dimension: a fourth of them, rounded down, and the rest."""
+    """Splits whole numbers within +-2^8 into int8 [2, ...]: a fourth of them, rounded down, and the remainder."""
     high = (whole / 4).floor_()
     return torch.stack([high, whole - 4 * high]).to(torch.int8)
 
 
 def product(factors: Tensor, weights: Tensor) -> Tensor:
-    """Sums of products of whole numbers, exact while they stay below 2^24, [n, outputs].
+    """The matrix product of whole numbers, [n, outputs], exact while sums stay below 2^24.
 
     Args:
-        factors: their `halves`, one below the other, int8 [2 n, inputs].
+        factors: `halves` of the left matrix, one below the other, int8 [2 n, inputs].
         weights: int8 [inputs, outputs].
     """
     if _int8_is_exact(factors.device):  # several times as fast as in floats
@@ -63,7 +61,7 @@ def product(factors: Tensor, weights: Tensor) -> Tensor:
 
 @lru_cache(maxsize=8)
 def _int8_is_exact(device: torch.device) -> bool:
-    """Whether products of int8 are right here: on processors without instructions for them, sums of two saturate."""
+    """Whether a device multiplies int8 matrices exactly: without instructions for it, sums of two products saturate."""
     if device.type != "cpu":
         return False
     largest = torch.tensor([127, -128, 127, -127], dtype=torch.int8)
@@ -80,19 +78,19 @@ def _int8_is_exact(device: torch.device) -> bool:
 
 
 class Layer(nn.Module):
-    """A module that computes in floats, or exactly once it has been quantized."""
+    """A module that computes in floats until it is quantized, and exactly afterwards."""
 
     exact = False
 
     def quantize(self) -> None:
-        """Moves the layer's own weights to their grid."""
+        """Rounds the layer's own weights to their grid."""
 
     def integers(self) -> dict[str, Tensor]:
         """The layer's own weights, once quantized, as integers."""
         return {}
 
     def load_integers(self, integers: Mapping[str, Tensor]) -> None:
-        """Takes what `integers` gave."""
+        """Sets the layer's own weights to what `integers` gave."""
 
     def _lookup(self, values: Tensor, x: Tensor) -> Tensor:
         index = (x.clamp(-SPAN, SPAN) / STEP).long() + int(SPAN / STEP)
@@ -105,20 +103,20 @@ class Layer(nn.Module):
         return self._lookup(SIGMOID, x) if self.exact else torch.sigmoid(x)
 
     def lstm(self, gates: Tensor, memory: Tensor | None, dim: int = 1) -> tuple[Tensor, Tensor]:
-        """Gates (input, forget, output, candidate) and the memory before to the hidden state and the memory after."""
+        """Computes hidden state and memory from gates (input, forget, output, candidate) and the previous memory."""
         i, f, o, j = gates.chunk(4, dim)
         new = self.sigmoid(i) * self.tanh(j)
         if memory is not None:
             new = new + self.sigmoid(f) * memory
         if self.exact:
-            # f and the memory have 8 and 15 bits, their product on a grid of 2^-20 stays below 2^3: 24 with i j.
+            # f has 8 bits and the memory 15: their product is below 2^3 on a grid of 2^-20. The sum with i j takes 24.
             new = snap(new, MEMORY_STEP).clamp(-SPAN, SPAN)
         hidden = self.sigmoid(o) * self.tanh(snap(new, STEP) if self.exact else new)
         return (snap(hidden, STEP) if self.exact else hidden), new
 
 
 def snap(x: Tensor, step: float) -> Tensor:
-    """The nearest multiple of a power of two, halves to even: exact wherever it is computed."""
+    """Rounds to the nearest multiple of a power of two, halves to even; this is exact on every machine."""
     return (x / step).round() * step
 
 
@@ -128,7 +126,7 @@ class Conv(Layer):
     Args:
         in_channels, out_channels: of the convolution.
         kernel: odd height and width.
-        visible: bool of the kernel's size, what the mask lets through; None for all.
+        visible: bool of the kernel's size, the weights that the mask keeps; None for all.
     """
 
     def __init__(
@@ -145,18 +143,18 @@ class Conv(Layer):
         self.padding = (kernel[0] // 2, kernel[1] // 2)
         mask = torch.ones(kernel) if visible is None else visible.float()
         self.register_buffer("mask", mask, persistent=False)
-        with torch.no_grad():  # the variance of the sum as if nothing were hidden
+        with torch.no_grad():  # keeps the variance that the sum has without a mask
             self.weight.mul_(mask * (mask.numel() / mask.sum()).sqrt())
 
     mask: Tensor
     exponent: int  # of the grid of the weights, once they are quantized
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, in, H, W] to [B, out, H, W]; of an exact layer, input channels that are left out at the end are zeros."""
+        """Convolves [B, in, H, W] to [B, out, H, W]; an exact layer takes missing last input channels as zeros."""
         if not self.exact:
             return F.conv2d(x, self.weight * self.mask, self.bias, padding=self.padding)
         # As a matrix product, because libraries may convolve by transforms that are not exact; in bands of rows,
-        # because its columns take so much more memory than x.
+        # because the unfolded input takes much more memory than x.
         (batch, _, height, width), (down, across) = x.shape, self.padding
         x = F.pad(x, (across, across, down, down))
         rows = max(1, BAND // (batch * width * self.weight[0].numel()))
@@ -167,16 +165,16 @@ class Conv(Layer):
         return torch.cat(bands, dim=2)
 
     def at(self, columns: Tensor) -> Tensor:
-        """The exact output [..., out, N] at N locations, around which `columns` [..., in * kernel, N] lie."""
+        """The exact output [..., out, N] at N locations from the unfolded input around them, [..., in * kernel, N]."""
         out = self.weight.flatten(1)[:, : columns.shape[-2]] @ columns
         return snap(out if self.bias is None else out + self.bias[:, None], STEP)
 
     @torch.no_grad()
     def quantize(self) -> None:
-        """Moves the weights to the finest grid on which no sum leaves the 24 bits of a float32."""
+        """Rounds the weights to the finest grid on which no sum needs more than the 24 bits of a float32."""
         self.weight.mul_(self.mask)
         total = self.weight.flatten(1).abs().sum(1) + (0 if self.bias is None else self.bias.abs())
-        # A row of n weights may grow by n / 2 steps when it is rounded; a bit of margin covers that.
+        # Rounding may add n / 2 steps to the sum of n weights; one bit of margin covers that.
         room = math.log2(2.0**MANTISSA * STEP / max(total.max().item(), STEP)) - 1
         largest = max(self.weight.abs().max().item(), STEP)
         self.exponent = math.floor(min(room, math.log2(WEIGHT / largest), 16))
@@ -187,14 +185,14 @@ class Conv(Layer):
 
     @torch.no_grad()
     def integers(self) -> dict[str, Tensor]:
-        """The quantized weights as integers, and the exponent of their grid: they are 2^-exponent times these."""
+        """The quantized weights as integers, and the exponent of their grid: a weight is its integer * 2^-exponent."""
         scale = 2.0**self.exponent
         integers = {"weight": (self.weight * scale).short(), "exponent": torch.tensor(self.exponent, dtype=torch.int8)}
         return integers if self.bias is None else integers | {"bias": (self.bias * scale).int()}
 
     @torch.no_grad()
     def load_integers(self, integers: Mapping[str, Tensor]) -> None:
-        """Takes what `integers` gave, from whatever source.
+        """Sets the weights to given integers, which may come from any source.
 
         Raises:
             ValueError: sums would not be exact.
@@ -216,6 +214,6 @@ class Conv(Layer):
 
 
 def probability(logits: Tensor) -> Tensor:
-    """P(+1) * SCALE of logits on the grid, int32, never 0 and never SCALE."""
+    """P(+1) * SCALE of logits on the grid, int32 between 0 and SCALE, exclusive."""
     index = (logits / STEP).add_(SPAN / STEP).clamp_(0, 2 * SPAN / STEP).int()
     return PROBABILITY.to(logits.device).index_select(0, index.flatten()).view(logits.shape)

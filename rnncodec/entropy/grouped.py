@@ -1,17 +1,17 @@
-"""The context model of a latent network: tables give the odds of each bit, a small network corrects them.
+"""The context model of a latent network: tables give the log odds of each bit, and a small network corrects them.
 
-A pass asks its questions in groups; each has a case that earlier bits decide, and a table of log odds by cases is a
-good model already. What is left is in the *surprises*: a bit, 1 or 0, minus its probability by the table. A group is
-coded on the black squares of a checkerboard, then on the white ones, and every turn knows all surprises before it:
+A pass asks its questions in groups. Earlier bits decide the case of each question, and a table of log odds by case is
+already a good model. The network sees the *surprises*: each bit, 1 or 0, minus its probability by the table. A group is
+coded in two turns, on the black and then on the white squares of a checkerboard. Each turn knows all earlier surprises:
 
     surprises of earlier passes ──► running sum ──► clip ──► prior ──┐
                                                                      ├──► clip ──► middle ──► clip ──► logits - odds
     surprises of this pass so far ──► running sum of convolutions ───┘
 
-Each pass has weights of its own, because its questions are others. An exact model computes the same in whole numbers,
-in units of 1/256; each turn adds no more than what has become known since the one before, and only on its own squares.
-Weights have 7 bits and a sign, surprises two more: in two parts they are int8, which processors multiply several times
-as fast as floats, and no sum leaves the 24 bits of a float32.
+Each pass has its own weights, because it has its own questions. An exact model computes the same in whole numbers, in
+units of 1/256. Each turn then adds only what has become known since the previous one, and only on its own squares.
+Weights have 7 bits and a sign, surprises two bits more. Split into two parts, they are int8, which processors multiply
+several times as fast as floats. No sum needs more than the 24 bits of a float32.
 """
 
 import math
@@ -29,14 +29,14 @@ CASES = 75  # of a question
 UNIT = int(1 / STEP)
 FACTOR = 2**7 - 1  # largest weight in units of its grid
 SIDE = 3  # of the convolutions' kernels
-SQUARES = 512  # locations whose columns are laid out at once, which fits a cache
+SQUARES = 512  # locations whose surroundings are gathered at once, so that they fit a cache
 
 Tell = Callable[[int, Tensor, Tensor], Tensor]
-"""Gives bits [n, S] of -1, 0 and +1 for the color and the squares [n] of a turn, and their logits in whole numbers."""
+"""Gives the bits of a turn, [n, S] of -1, 0 and +1, from its color, its squares [n], and the logits [n, S]."""
 
 
 class Questions(Protocol):
-    """What asks the questions of the passes: it knows the case of each from the bits before it."""
+    """The interface to the questions of a latent network, which computes the case of each from earlier bits."""
 
     def start(self, like: Tensor) -> Any:
         """What is known before the first pass, for a tensor [B, C, H, W]."""
@@ -54,13 +54,13 @@ class Questions(Protocol):
 
 
 class Grid(NamedTuple):
-    """The locations of a batch of planes, numbered through.
+    """The numbers of the N locations of a batch of planes, by color of a checkerboard.
 
     Attributes:
-        squares: of the black and of the white ones the numbers [n], row by row.
-        around: of the locations around each of them, and itself in the middle, the numbers [2, n, SIDE * SIDE], row by
-            row; the number of all locations where there is none. Then the same of the second half of a table that has
-            one row more than there are locations in each half.
+        squares: for black and for white, the numbers [n] of the locations of this color, row by row.
+        around: for black and for white, the numbers [2, n, SIDE * SIDE] of the 3x3 locations around each, row by row.
+            They are indices into the two parts of a table, of N + 1 rows each, whose last row is for locations beyond
+            the border.
     """
 
     squares: list[Tensor]
@@ -69,7 +69,7 @@ class Grid(NamedTuple):
 
 @lru_cache(maxsize=8)
 def grid(batch: int, height: int, width: int, device: torch.device) -> Grid:
-    """The grid of planes of one size."""
+    """The grid of planes of a given size."""
     number = torch.arange(batch * height * width).view(batch, height, width)
     padded = F.pad(number, [SIDE // 2] * 4, value=number.numel())
     around = padded.unfold(1, SIDE, 1).unfold(2, SIDE, 1).reshape(-1, SIDE * SIDE)
@@ -84,7 +84,7 @@ class Maps(Layer):
 
     Args:
         shape: of the weights, [iterations, ..., inputs, outputs].
-        gain: standard deviation of an output for inputs of 1 each.
+        gain: initial standard deviation of an output for inputs of variance 1.
     """
 
     def __init__(self, shape: tuple[int, ...], gain: float) -> None:
@@ -93,16 +93,16 @@ class Maps(Layer):
         self.exponent = [0] * shape[0]  # of the grid of an iteration's weights, once they are quantized
 
     def whole(self, t: int) -> Tensor:
-        """The quantized weights of an iteration as whole numbers, 2^exponent times what they are."""
+        """The quantized weights of an iteration as whole numbers, which are the weights times 2^exponent."""
         return self.map[t] * 2.0 ** self.exponent[t]
 
-    def at(self, t: int, total: Tensor) -> Tensor:
-        """Sums of products with `whole` weights in units of the inputs, rounded."""
+    def rescale(self, t: int, total: Tensor) -> Tensor:
+        """Converts sums of products with `whole` weights to the units of the inputs, rounded."""
         return (total * 2.0 ** -self.exponent[t]).round_()
 
     @torch.no_grad()
     def quantize(self) -> None:
-        """Moves the weights to the finest grid on which no sum leaves the 24 bits of a float32."""
+        """Rounds the weights to the finest grid on which no sum needs more than the 24 bits of a float32."""
         for t, weights in enumerate(self.map):
             size = weights.shape[-2]
             total = weights.abs().sum(-2).max().item() / (2.0**MANTISSA * STEP - size / 2)
@@ -118,7 +118,7 @@ class Maps(Layer):
 
     @torch.no_grad()
     def load_integers(self, integers: Mapping[str, Tensor]) -> None:
-        """Takes what `integers` gave, from whatever source.
+        """Sets the weights to given integers, which may come from any source.
 
         Raises:
             ValueError: sums would not be exact.
@@ -137,13 +137,13 @@ class Maps(Layer):
 
 
 class Grouped(Layer):
-    """Corrects the odds of the tables; weights are [iterations, ...] and later iterations take the last.
+    """The tables of log odds and the network that corrects them; parameters are [iterations, ...].
 
     Args:
         bits: of one location in one iteration.
-        groups: that they are asked in.
+        groups: groups into which these are divided.
         channels: of every hidden layer.
-        iterations: that have weights of their own.
+        iterations: number of iterations with their own weights; later ones use the last.
     """
 
     SHIFTS = ("odds", "turn", "shift", "level")  # parameters on the grid of activations
@@ -164,12 +164,12 @@ class Grouped(Layer):
         self.prior = Maps((iterations, channels, channels), 0.5)
 
     def own(self, iteration: int) -> int:
-        """Whose weights an iteration takes."""
+        """The index of the weights that an iteration uses."""
         return min(iteration, len(self.odds) - 1)
 
     @torch.no_grad()
     def start_odds(self, odds: Tensor) -> None:
-        """Starts from log odds of a yes [iterations, bits, CASES], as the questions know them."""
+        """Initializes the tables with log odds of a yes, [iterations, bits, CASES], from the questions."""
         self.odds.copy_(odds.clamp(-SPAN, SPAN))
 
     @torch.no_grad()
@@ -190,7 +190,7 @@ class Grouped(Layer):
             getattr(self, name).copy_(integers[name] * STEP)
 
     def forward(self, planes: Tensor, cases: Tensor) -> Tensor:
-        """Logits of P(+1) for every bit of all iterations, each given the bits before it.
+        """Computes the logits of P(+1) for every bit of all iterations, each given the bits before it.
 
         Args:
             planes: bits [T, B, bits, H, W] of -1 and +1, and 0 where none was sent.
@@ -209,7 +209,7 @@ class Grouped(Layer):
         columns = _columns(surprise.permute(0, 1, 3, 4, 2))  # [T, N, taps, bits]
         by_group = columns.unflatten(-1, (groups, -1)).permute(0, 3, 1, 2, 4)
         kernel = self.known.map[own].view(count, groups, SIDE * SIDE, self.size, -1)
-        # What a group's own color says of it, and what the other color says, to be seen in its second turn.
+        # What a location sees of each group on its own color and on the other; white squares see the latter at once.
         same, other = (by_group[..., i::2, :].flatten(-2) @ kernel[:, :, i::2].flatten(2, 3) for i in range(2))
         total = same + other
         white = ((torch.arange(height)[:, None] + torch.arange(width)) % 2).to(self.turn)
@@ -225,15 +225,15 @@ class Grouped(Layer):
         return odds + correction.permute(0, 2, 1, 5, 3, 4).flatten(2, 3)
 
     def _places(self, case: Tensor, dim: int) -> Tensor:
-        """Where a case's odds are among those of an iteration, if bits go along a dimension of the cases."""
+        """Indices of cases into the flattened odds of an iteration; `dim` is the dimension of the bits."""
         shape = [1] * case.ndim
         shape[dim] = -1
         return case + CASES * torch.arange(case.shape[dim], device=case.device).view(shape)
 
-    # In whole numbers: [locations, channels], locations of all planes of a batch numbered through
+    # Exact arithmetic in whole numbers: tensors are [locations, channels], of all planes of a batch
 
     def _exact_forward(self, planes: Tensor, cases: Tensor) -> Tensor:
-        """As `forward`, with the probabilities of files."""
+        """Computes `forward` exactly, with the probabilities that files are coded with."""
         batch, _, height, width = planes.shape[1:]
         memory, logits = None, []
         for iteration, (bits, case) in enumerate(zip(planes, cases, strict=True)):
@@ -252,7 +252,7 @@ def _rows(planes: Tensor) -> Tensor:
 
 
 def _columns(maps: Tensor) -> Tensor:
-    """What is around each location of maps [T, B, H, W, C], with zeros beyond the border: [T, B * H * W, taps, C]."""
+    """The 3x3 locations around each of maps [T, B, H, W, C], zeros beyond the border: [T, B * H * W, taps, C]."""
     height, width = maps.shape[2:4]
     padded = F.pad(maps, (0, 0) + (SIDE // 2,) * 4)
     taps = [padded[:, :, y : y + height, x : x + width] for y in range(SIDE) for x in range(SIDE)]
@@ -261,7 +261,7 @@ def _columns(maps: Tensor) -> Tensor:
 
 def _other_color(like: Tensor) -> Tensor:
     """Which taps of a kernel see the other color, bool [SIDE * SIDE, 1, 1]."""
-    return (torch.arange(SIDE * SIDE, device=like.device) % 2 > 0).view(-1, 1, 1)  # the rows' sides are odd
+    return (torch.arange(SIDE * SIDE, device=like.device) % 2 > 0).view(-1, 1, 1)  # they alternate, because SIDE is odd
 
 
 class Pass:
@@ -285,19 +285,19 @@ class Pass:
         self.middle, self.output = model.middle.whole(t), model.output.whole(t)
         self.other = _other_color(self.known)
         self.sums = [self.odds.new_zeros(len(squares), width) for squares in self.grid.squares]
-        # `halves` of surprises. The last row of both is that of no location. Recent ones are of the last group known on
-        # each square.
+        # `halves` of the surprises of all groups, and of the last group known on each square. The last row is for
+        # locations beyond the border.
         self.surprises = known.new_zeros(2, count + 1, model.groups, model.size)
         self.recent = known.new_zeros(2, count + 1, model.size)
         self.logits: list[Tensor] = []  # of each group, black squares first
         self.prior = None
         if memory is not None:
             remembered = (memory + model.level[t] * UNIT).clamp_(-UNIT, UNIT)
-            prior = model.prior.at(t, remembered @ model.prior.whole(t))
+            prior = model.prior.rescale(t, remembered @ model.prior.whole(t))
             self.prior = [prior[squares] for squares in self.grid.squares]
 
     def group(self, group: int, case: Tensor, tell: Tell) -> None:
-        """Goes through the two turns of a group of bits, whose cases are [locations, S]."""
+        """Computes the two turns of a group, whose cases are [locations, S]."""
         model, t = self.model, self.t
         places = model._places(case, 1) + CASES * model.size * group
         odds, expected = (
@@ -313,10 +313,10 @@ class Pass:
                 for first in range(0, len(here), SQUARES):
                     band = slice(first, first + SQUARES)
                     sums[band] += self._around(self.recent, around[:, band], weights)
-            x = model.known.at(t, sums).add_(self.turn[2 * group + color])
+            x = model.known.rescale(t, sums).add_(self.turn[2 * group + color])
             x = (x if self.prior is None else x.add_(self.prior[color])).clamp_(-UNIT, UNIT)
-            x = model.middle.at(t, x @ self.middle[group]).add_(self.shift[group]).clamp_(-UNIT, UNIT)
-            logits = model.output.at(t, x @ self.output[group]).add_(odds.index_select(0, here))
+            x = model.middle.rescale(t, x @ self.middle[group]).add_(self.shift[group]).clamp_(-UNIT, UNIT)
+            logits = model.output.rescale(t, x @ self.output[group]).add_(odds.index_select(0, here))
             bits = tell(color, here, logits).to(logits.dtype)
             surprise = ((bits + 1) * (UNIT // 2) - expected.index_select(0, here)) * bits.abs()
             self.recent.index_copy_(1, here, halves(surprise))
@@ -325,12 +325,12 @@ class Pass:
         self.surprises[:, :, group] = self.recent
 
     def all_logits(self) -> Tensor:
-        """The logits of all groups, once they have had their turns, [locations, bits]."""
+        """The logits of all groups after their turns, [locations, bits]."""
         logits = torch.cat(self.logits, 1)
         return torch.empty_like(logits).index_copy_(0, torch.cat(self.grid.squares), logits)
 
     def remember(self) -> Tensor:
-        """What the next pass needs, [locations, channels]."""
+        """The memory for the next pass, [locations, channels]."""
         model, surprises = self.model, self.surprises.flatten(2)
         memory = self.odds.new_zeros(surprises.shape[1] - 1, model.level.shape[1])
         weights = model.remember.whole(self.t).to(torch.int8)
@@ -338,10 +338,10 @@ class Pass:
             for first in range(0, len(squares), SQUARES):
                 band = slice(first, first + SQUARES)
                 memory[squares[band]] = self._around(surprises, around[:, band], weights).to(memory)
-        memory = model.remember.at(self.t, memory)
+        memory = model.remember.rescale(self.t, memory)
         return memory if self.memory is None else memory.add_(self.memory).clamp_(-(2**16), 2**16)
 
     def _around(self, surprises: Tensor, around: Tensor, weights: Tensor) -> Tensor:
-        """Sums of products with surprises, int8 [2, locations + 1, S], around squares [2, n, SIDE * SIDE]."""
+        """Weighted sums of surprises, int8 [2, locations + 1, S], over the locations `around` [2, n, SIDE * SIDE]."""
         columns = surprises.flatten(0, 1).index_select(0, around.flatten())
         return product(columns.view(-1, len(weights)), weights)

@@ -1,7 +1,7 @@
-"""The range coder, and the session in which every coder works.
+"""The range coder, and `Session`, the interface of all coders.
 
-Every coder works through the iterations of one image in order, as a `Session`: what an iteration of bits [bits, rows,
-cols] becomes depends on the earlier iterations and on nothing else, so that a file can be cut after any of them.
+A session codes the iterations of one image in order. The payload of an iteration, bits [bits, rows, cols], depends only
+on this and earlier iterations, so that a file can be cut after any of them.
 """
 
 from abc import ABC, abstractmethod
@@ -17,26 +17,26 @@ BERNOULLI = stream.model.Bernoulli(perfect=False)
 
 
 class RangeEncoder:
-    """Collects bits with their probabilities and codes them at once; `RangeDecoder` is the other side."""
+    """Collects bits with their probabilities and codes them all at the end; `RangeDecoder` decodes them."""
 
     def __init__(self) -> None:
         self.bits: list[np.ndarray] = []
         self.probabilities: list[np.ndarray] = []
 
     def write(self, probabilities: np.ndarray, bits: np.ndarray) -> None:
-        """Takes bits, bool [n], and P(1) * SCALE of each, int [n] between 0 and SCALE, exclusive."""
+        """Adds bits, bool [n], and P(1) * SCALE of each, int [n] between 0 and SCALE, exclusive."""
         self.bits.append(bits)
         self.probabilities.append(probabilities)
 
     def finish(self) -> bytes:
-        """The code of all bits."""
+        """Codes all bits."""
         coder = stream.queue.RangeEncoder()
         coder.encode(np.concatenate(self.bits).astype(np.int32), BERNOULLI, np.concatenate(self.probabilities) / SCALE)
         return coder.get_compressed().astype("<u4").tobytes()
 
 
 class RangeDecoder:
-    """Gives the bits back, in groups of any size, for the same probabilities."""
+    """Decodes the bits, in groups of any size, given the same probabilities."""
 
     def __init__(self, payload: bytes) -> None:
         if len(payload) % 4:
@@ -47,7 +47,7 @@ class RangeDecoder:
         """The next bits, bool [n], given P(1) * SCALE of each.
 
         Raises:
-            FormatError: no encoder gives such a code.
+            FormatError: the payload is corrupt.
         """
         try:
             return self._coder.decode(BERNOULLI, probabilities / SCALE).astype(bool)
@@ -55,10 +55,10 @@ class RangeDecoder:
             raise FormatError("an entropy-coded payload is corrupt") from error
 
     def finish(self) -> None:
-        """Makes sure that nothing is left.
+        """Checks that the whole payload has been read.
 
         Raises:
-            FormatError: something is.
+            FormatError: something is left.
         """
         if not self._coder.maybe_exhausted():
             raise FormatError("an entropy-coded payload is corrupt")
@@ -77,17 +77,17 @@ class Session(ABC):
         self.shape = bits, rows, cols
 
     def encode(self, plane: np.ndarray) -> tuple[int, bytes]:
-        """Coding and payload of the next iteration, bool [bits, rows, cols]; raw if that is shorter."""
+        """Codes the next iteration, bool [bits, rows, cols]; gives coding and payload, raw if coding saves nothing."""
         raw, coded = pack_bits(plane), self._encode(plane)
         self._advance(plane)
-        # The header says how long a coded payload is.
+        # A coded payload takes a length field in the header, too.
         return (self.coding, coded) if 0 < len(coded) < len(raw) - length_size(len(raw)) else (RAW, raw)
 
     def decode(self, coding: int, payload: bytes) -> np.ndarray:
-        """The bits of the next iteration, bool [bits, rows, cols].
+        """Decodes the next iteration to bool [bits, rows, cols].
 
         Raises:
-            FormatError: the payload is none that `encode` gives, or of another coder.
+            FormatError: the payload is corrupt, or of another coder.
         """
         if coding not in (RAW, self.coding):
             raise FormatError(f"coding {coding} where {self.coding} was expected")
@@ -103,5 +103,5 @@ class Session(ABC):
     def _decode(self, payload: bytes) -> np.ndarray:
         """The plane of a payload."""
 
-    def _advance(self, plane: np.ndarray) -> None:  # noqa: B027 - most coders remember nothing
-        """Takes note of an iteration before the next one."""
+    def _advance(self, plane: np.ndarray) -> None:  # noqa: B027 - most coders have no state
+        """Updates the state with an iteration."""
