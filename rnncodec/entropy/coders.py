@@ -162,7 +162,7 @@ class GroupedBand(Band):
 
         with torch.autocast(self.device.type, enabled=False):
             current = Pass(self.model.grouped, self.iteration, self.memory, (1, rows, cols))
-            number = torch.tensor(self.model.grouped.own(self.iteration), device=self.device)
+            number = torch.tensor(self.model.grouped.index(self.iteration), device=self.device)
             signs, _, known = self.questions.walk(number, self.known, of_group)
             memory = current.remember()
         plane = (signs[0] > 0).cpu().numpy()
@@ -177,7 +177,7 @@ class ContextSession(Session):
     bytes for each channel and location.
 
     Attributes:
-        ideal_bits: for each encoded iteration, its code length by the probabilities alone, which no coder can beat.
+        ideal_bits: the code length of each encoded iteration in bits, under the model's probabilities.
 
     Args:
         model: from `ContextModel.quantize`, on the device that is to compute.

@@ -163,7 +163,7 @@ class Grouped(Layer):
         self.level = nn.Parameter(torch.rand(iterations, channels) / 2)
         self.prior = Maps((iterations, channels, channels), 0.5)
 
-    def own(self, iteration: int) -> int:
+    def index(self, iteration: int) -> int:
         """The index of the weights that an iteration uses."""
         return min(iteration, len(self.odds) - 1)
 
@@ -200,7 +200,7 @@ class Grouped(Layer):
             with torch.autocast(planes.device.type, enabled=False):
                 return self._exact_forward(planes, cases)
         count, batch, bits, height, width = planes.shape
-        groups, own = self.groups, torch.tensor([self.own(t) for t in range(count)], device=planes.device)
+        groups, own = self.groups, torch.tensor([self.index(t) for t in range(count)], device=planes.device)
         places = self._places(cases, 2) + bits * CASES * own.view(-1, 1, 1, 1, 1)
         odds = F.embedding(places, self.odds.view(-1, 1)).squeeze(-1)
         surprise = torch.where(planes == 0, 0, (planes + 1) / 2 - torch.sigmoid(odds))
@@ -275,7 +275,7 @@ class Pass:
     """
 
     def __init__(self, model: Grouped, iteration: int, memory: Tensor | None, shape: tuple[int, int, int]) -> None:
-        self.model, self.t, self.memory = model, model.own(iteration), memory
+        self.model, self.t, self.memory = model, model.index(iteration), memory
         self.grid = grid(*shape, model.odds.device)
         count, width, t = math.prod(shape), model.turn.shape[-1], self.t
         self.odds, self.turn, self.shift = (bias[t] * UNIT for bias in (model.odds.flatten(1), model.turn, model.shift))
