@@ -28,7 +28,7 @@ def load(
     Args:
         name_or_path: the name of weights that come with the package, or the path of a `.safetensors` file.
         device: where to compute, `cpu` or `cuda`.
-        bfloat16: whether to compute in bfloat16 what encoder and decoder need not agree on.
+        bfloat16: whether to compute in bfloat16 where encoder and decoder need not agree, see `Codec`.
 
     Raises:
         ValueError: there are no such weights, they are damaged, or the device is not available.
@@ -46,6 +46,6 @@ def __getattr__(name: str) -> Any:
 
         return Codec
     if name == "evaluate":
-        # By name, as every room may import the package, but those below not the evaluation.
+        # By name, because every module imports this package, but most must not depend on the evaluation.
         return import_module("rnncodec.evaluation.evaluate").evaluate
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

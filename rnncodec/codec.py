@@ -1,4 +1,4 @@
-"""Images to compressed files and back with one trained network: any size, any device, in tiles if memory is short."""
+"""Encodes images of any size to compressed files and decodes them, with one trained network."""
 
 import copy
 import warnings
@@ -21,7 +21,7 @@ from rnncodec.weights import Weights, WeightsError
 
 
 class Compressed(TypedDict):
-    """Bare payloads of a batch: a string for each image and iteration, and the height and width of the images."""
+    """Payloads of a batch: a string for each image and iteration, and the height and width of the images."""
 
     strings: list[list[bytes]]
     shape: tuple[int, int]
@@ -36,11 +36,11 @@ class Codec:
         weights: from `rnncodec.weights.load_weights`; their network moves to the device.
         device: where to compute, `cpu` or `cuda`.
         tile: side in pixels, rounded up to whole blocks, of the tiles that images are cut into; None cuts only images
-            whose activations would take more than 2 GiB. Files do not depend on it beyond the choice of bits along
-            borders, and decoded images only in the last bits of floating-point sums.
-        bfloat16: compute in bfloat16 what encoder and decoder need not agree on: the encoder's decisions, and of latent
-            networks the transforms. Files decode everywhere all the same. Faster on GPUs and on processors with
-            instructions for it; pictures change by about a thousandth of a dB.
+            whose activations would take more than 2 GiB. Tiles change files only in the choice of bits along borders,
+            and decoded images only in the last bits of floating-point sums.
+        bfloat16: compute in bfloat16 where encoder and decoder need not agree: the encoder's decisions, and the
+            transforms of latent networks. Files still decode everywhere. It is faster on GPUs and on processors with
+            instructions for it; images change by about a thousandth of a dB.
 
     Raises:
         ValueError: the device is not available.
@@ -49,7 +49,7 @@ class Codec:
     def __init__(
         self, weights: Weights, device: str | torch.device = "cpu", tile: int | None = None, bfloat16: bool = False
     ) -> None:
-        if str(device).split(":")[0] not in ("cpu", "cuda"):  # others lack numbers that the entropy coder needs
+        if str(device).split(":")[0] not in ("cpu", "cuda"):  # others lack float64, which the entropy coder needs
             raise ValueError(f"a codec computes on cpu or cuda, not on {device}")
         self.device = torch.device(device)
         if self.device.type == "cuda" and not torch.cuda.is_available():
@@ -59,7 +59,7 @@ class Codec:
         self.context = weights.context and weights.context.to(self.device)
         self.context_fingerprint = weights.context_fingerprint
         network = weights.network.eval().to(self.device).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-        self.network = copy.copy(network)  # the same parameters, but arithmetic of this codec's own
+        self.network = copy.copy(network)  # shares the parameters, but not `in_bfloat16`
         self.network.in_bfloat16 = bfloat16
         self.config = weights.network.config
         self.name, self.fingerprint, self.provenance = weights.name, weights.fingerprint, weights.provenance
@@ -76,19 +76,19 @@ class Codec:
         entropy: EntropyName | Session | None = None,
         progress: Progress | None = None,
     ) -> bytes:
-        """Compresses an image; at most one of iterations, bpp and psnr says how far.
+        """Compresses an image; at most one of iterations, bpp and psnr sets the target.
 
         Args:
             image: PIL image of any mode, uint8 array [H, W, 3], or tensor [3, H, W] in [0, 1], rounded to 8 bits.
             iterations: at least 1, 16 by default, at most `max_iterations`.
-            bpp: as many iterations as keep the whole file within so many bits per pixel.
-            psnr: as few iterations as bring the decoded image to so many dB; if none do, all and a warning.
+            bpp: bits per pixel of the whole file; it gets as many iterations as fit.
+            psnr: PSNR of the decoded image in dB; the file gets as few iterations as reach it, or all with a warning.
             entropy: coder of the bits (see `rnncodec.entropy`), a new session of it, or `none` for raw bits; None takes
-                the context model if the weights have one. What a coder does not shorten is stored raw.
-            progress: is called with the steps done and the steps in all.
+                the context model if the weights have one. Iterations that a coder does not shorten are stored raw.
+            progress: is called with the number of steps done and the number of all steps.
 
         Returns:
-            The bytes of a file, see the specification of the format.
+            The bytes of a file, see FORMAT.md.
 
         Raises:
             ValueError: the image or the target is not as above, or not even one iteration fits bpp.
@@ -102,10 +102,10 @@ class Codec:
         pixels = torch.from_numpy(array).permute(2, 0, 1)[None]
         if bpp is not None and not bpp > 0:
             raise ValueError(f"bpp must be positive, not {bpp}")
-        session = self.session(entropy, *self.loop.grid(height, width))  # what it refuses is refused before the work
+        session = self.session(entropy, *self.loop.grid(height, width))  # before the work, as it may raise
         if psnr is None:
             planes: Iterable[np.ndarray] = self.loop.encode(pixels, self._check_iterations(iterations), progress)
-            if bpp is None:  # the entropy coder for small images has another number of threads; to alternate takes time
+            if bpp is None:  # to alternate takes time: the entropy coding of small images changes the number of threads
                 planes = list(planes)
         else:
             planes = self.loop.encode_to(psnr, pixels, progress)
@@ -119,24 +119,24 @@ class Codec:
         entropy: EntropyName | Session | None = None,
         bpp: float | None = None,
     ) -> bytes:
-        """The file of bits that this codec has computed; `read_bits` is the way back.
+        """Writes bits that this codec has computed as a file; `read_bits` reads them.
 
         Args:
-            planes: bool [bits, rows, columns] for each iteration; no more are taken than fit bpp.
+            planes: bool [bits, rows, columns] for each iteration; those that do not fit into bpp are left out.
             height: of the image in pixels.
             width: of the image in pixels.
             entropy: as in `encode`.
-            bpp: stop before the whole file takes more bits per pixel.
+            bpp: the most bits per pixel of the whole file.
 
         Raises:
-            ValueError: not even one iteration fits.
+            ValueError: not even one iteration fits into bpp.
         """
         return self._write(planes, self.session(entropy, *self.loop.grid(height, width)), height, width, bpp)
 
     def _write(
         self, planes: Iterable[np.ndarray], session: Session, height: int, width: int, bpp: float | None
     ) -> bytes:
-        """As `write_bits`, in a session that is new."""
+        """Does `write_bits` with a new session."""
         entries: list[Iteration] = []
         payloads: list[bytes] = []
         for plane in planes:
@@ -157,17 +157,17 @@ class Codec:
         max_pixels: int = MAX_PIXELS,
         progress: Progress | None = None,
     ) -> Image.Image:
-        """Decompresses a file, or what is there of it.
+        """Decompresses a file, which may have been cut.
 
         Args:
-            data: the bytes of a file, which may have been cut anywhere behind the first iteration.
-            iterations: decode only so many; None decodes all that are complete, with a warning if some are not.
+            data: the bytes of a file, at least as far as the end of the first iteration.
+            iterations: how many to decode; None decodes all that are complete, with a warning if some are not.
             max_pixels: larger images are refused before anything is allocated for them.
-            progress: is called with the steps done and the steps in all.
+            progress: is called with the number of steps done and the number of all steps.
 
         Raises:
             WeightsError: the file needs other weights.
-            FormatError: the data is corrupt, too large, no such file or without a complete iteration.
+            FormatError: the data is not an .rnc file, corrupt, too large, or without a complete iteration.
             ValueError: the file has fewer complete iterations than asked for.
         """
         header, count, planes = self._read(data, iterations, max_pixels)
@@ -177,7 +177,7 @@ class Codec:
         return Image.fromarray(array)
 
     def decode_tensor(self, data: bytes, iterations: int | None = None, *, max_pixels: int = MAX_PIXELS) -> Tensor:
-        """As `decode`, but gives a tensor [3, H, W] in [0, 1], in steps of 1 / 255, on the codec's device."""
+        """Decompresses like `decode` to a tensor [3, H, W] in [0, 1], in steps of 1 / 255, on the codec's device."""
         array = np.asarray(self.decode(data, iterations, max_pixels=max_pixels))
         return torch.tensor(array, device=self.device).permute(2, 0, 1) / 255
 
@@ -187,10 +187,10 @@ class Codec:
         """Decompresses a file once and yields the image of every iteration, uint8 [H, W, 3]; arguments as in `decode`.
 
         Raises:
-            ValueError: as `decode`, before the first image; a FormatError may come with the iteration that is corrupt.
+            ValueError: as in `decode`, before the first image; a FormatError may also come at a corrupt iteration.
         """
         header, count, planes = self._read(data, iterations, max_pixels)
-        arrays: dict[int, np.ndarray] = {}  # of one iteration after the other, unless the loop runs in tiles
+        arrays: dict[int, np.ndarray] = {}  # of one iteration at a time, unless the loop runs in tiles
         for t, (y, x), x_hat in self.loop.decode(planes, count, header.height, header.width, None, every=True):
             if t not in arrays:
                 arrays[t] = np.empty((header.height, header.width, 3), np.uint8)
@@ -199,7 +199,7 @@ class Codec:
                 yield arrays.pop(t)
 
     def compress(self, x: Tensor, iterations: int = MAX_ITERATIONS) -> Compressed:
-        """Codes a batch to bare payloads, without header and checksums.
+        """Codes a batch to raw payloads, without header and checksums.
 
         Args:
             x: [B, 3, H, W] in [0, 1].
@@ -222,12 +222,12 @@ class Codec:
         """Decodes what `compress` gave: [B, 3, H, W] in [0, 1], on the codec's device.
 
         Args:
-            strings: for each image its payloads; may hold fewer iterations than were coded.
+            strings: the payloads of each image; there may be fewer than were coded.
             shape: height and width of the images.
-            iterations: decode only so many.
+            iterations: how many to decode; None decodes all.
 
         Raises:
-            ValueError: the payloads do not fit the shape, or there are fewer than asked for.
+            ValueError: the payloads do not fit the shape, or are fewer than asked for.
         """
         counts = {len(payloads) for payloads in strings}
         if len(counts) != 1 or counts == {0}:
@@ -251,7 +251,7 @@ class Codec:
         return x
 
     def read_bits(self, data: bytes, iterations: int | None = None, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-        """The bits of a file, or of what is there of it, bool [iterations, bits, rows, columns].
+        """Reads the bits of a file, which may have been cut, bool [iterations, bits, rows, columns].
 
         Arguments and errors as in `decode`.
         """
@@ -278,12 +278,12 @@ class Codec:
             raise WeightsError(
                 f"the file needs the weights {header.weights!r} with the context model {header.context.hex()}; {loaded}"
             )
-        session = self.session(NAMES[max(codings)], header.rows, header.cols)  # raw is 0, of the others there is one
+        session = self.session(NAMES[max(codings)], header.rows, header.cols)  # RAW is 0; there is at most one other
         planes = (session.decode(*coded)[None] for coded in zip(codings, payloads, strict=True))
         return header, len(payloads), planes
 
     def session(self, entropy: EntropyName | Session | None, rows: int, columns: int) -> Session:
-        """A new session of an entropy coder; None as in `encode`, and a session stays as it is."""
+        """A new session of an entropy coder, chosen as in `encode`; a given session is returned as it is."""
         if isinstance(entropy, Session):
             return entropy
         entropy = entropy or ("context" if self.context else "none")
@@ -333,7 +333,7 @@ class Codec:
 
 
 def _as_array(image: Image.Image | np.ndarray | Tensor) -> np.ndarray:
-    """Whatever `Codec.encode` takes as uint8 [H, W, 3]."""
+    """Converts any image that `Codec.encode` takes to uint8 [H, W, 3]."""
     if isinstance(image, Image.Image):
         return to_rgb(image)
     if isinstance(image, Tensor):

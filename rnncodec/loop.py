@@ -1,4 +1,4 @@
-"""Images of any size to the bits of a network and back: its loop in tiles, its transforms in windows."""
+"""Runs a network on images of any size: its loop in tiles, its transforms in windows."""
 
 import math
 import warnings
@@ -13,16 +13,16 @@ from rnncodec import tiling
 from rnncodec.network import LatentConfig, RecurrentCodec, State, pad_to_blocks, to_uint8
 from rnncodec.tiling import MAX_ITERATIONS, MAX_SIDE, Box, Tile, inside, windows
 
-WINDOW = 1024  # pixels, side of what the transforms of a latent network work on at once, without its halo
+WINDOW = 1024  # pixels, side of the windows of the transforms of a latent network, without halo
 
 Progress = Callable[[int, int], None]
 
 
 class Loop:
-    """A network that codes whole images; training runs the same steps on patches.
+    """Encodes and decodes whole images with a network; training runs the same steps on patches.
 
     Args:
-        network: on its device.
+        network: the network, on its device.
         tile: side of the tiles in pixels, see `Codec`.
     """
 
@@ -32,11 +32,11 @@ class Loop:
         self.max_iterations = self.config.iterations if isinstance(self.config, LatentConfig) else MAX_ITERATIONS
 
     def encode(self, images: Tensor, iterations: int, progress: Progress | None) -> Iterator[np.ndarray]:
-        """The bits of images [B, 3, H, W], bool [B, bits, rows, columns] for each iteration."""
+        """Yields the bits of images [B, 3, H, W], bool [B, bits, rows, columns] for each iteration."""
         height, width = images.shape[-2:]
         areas = self.tiles(height, width)
-        if len(areas) == 1:  # an iteration costs nothing before it is asked for
-            with exact():  # not around `yield`, where it would be in force for the caller, too
+        if len(areas) == 1:  # an iteration is computed only when it is asked for
+            with exact():  # not around `yield`, where it would apply to the caller, too
                 steps = self.network.unroll(self._input(images, areas[0].area), iterations)
             for t in range(iterations):
                 with exact():
@@ -55,7 +55,7 @@ class Loop:
         yield from planes
 
     def encode_to(self, target: float, image: Tensor, progress: Progress | None) -> np.ndarray:
-        """As `encode`, for one image and with the fewest iterations that reach a PSNR."""
+        """Encodes one image like `encode`, with the fewest iterations that reach a PSNR, or all with a warning."""
         if not target > 0 or math.isinf(target):
             raise ValueError(f"psnr must be a positive number of dB, not {target}")
         height, width = image.shape[-2:]
@@ -68,7 +68,7 @@ class Loop:
         def decibel(error: int) -> float:
             return 10 * math.log10(255**2 * image.numel() / error) if error else math.inf
 
-        if len(areas) == 1:  # the encoder's reconstruction is the decoder's
+        if len(areas) == 1:  # the encoder already has the decoder's reconstruction
             found = []
             with exact():
                 for t, step in enumerate(self.network.unroll(self._input(image, areas[0].area), most)):
@@ -105,9 +105,9 @@ class Loop:
         progress: Progress | None,
         every: bool = False,
     ) -> Iterator[tuple[int, Box, Tensor]]:
-        """Decodes `count` iterations [B, bits, rows, columns]; gives the iteration, a box in pixels and its x_hat.
+        """Decodes `count` iterations [B, bits, rows, columns]; yields iterations, boxes in pixels and their x_hat.
 
-        Only of the last iteration, or of `every` one.
+        These are of the last iteration only, or of all if `every` is set.
         """
         areas = self.tiles(height, width)
         if len(areas) > 1:
@@ -126,7 +126,7 @@ class Loop:
                         yield t, box, x_hat
 
     def _pictures(self, state: State, tile: Tile, height: int, width: int) -> Iterator[tuple[Box, Tensor]]:
-        """What a state of a tile shows: boxes of an image in pixels, and their x_hat."""
+        """Reconstructs a tile from its state: yields boxes of the image in pixels, and their x_hat."""
         stride, halo = self.config.stride, self.network.transforms.halos[1]
         for area, core in windows(*tile.area, halo, self._window()):
             kept = tuple(
@@ -147,7 +147,7 @@ class Loop:
             yield (box[0], box[1]), x_hat[..., y, x]
 
     def _input(self, images: Tensor, area: Box) -> Tensor:
-        """What the loop runs on, of an area of images whose last pixels are repeated up to whole blocks."""
+        """The input of the loop for an area of images, in blocks."""
         halo, grid = self.network.transforms.halos[0], self.grid(*images.shape[-2:])
         cuts = windows(*area, halo, self._window(), grid)
         if cuts[0][0] == area:
@@ -163,7 +163,7 @@ class Loop:
         return whole.contiguous(memory_format=torch.channels_last)
 
     def _pixels(self, images: Tensor, area: Box) -> Tensor:
-        """An area of images in [-1, 1], their last pixels repeated up to whole blocks."""
+        """The pixels of an area of images in [-1, 1]; the last ones are repeated up to whole blocks."""
         stride = self.config.stride
         rows, columns = area
         x = images[..., rows.start * stride : rows.stop * stride, columns.start * stride : columns.stop * stride]
@@ -172,13 +172,13 @@ class Loop:
         return pad_to_blocks(x, stride).contiguous(memory_format=torch.channels_last)
 
     def _window(self) -> int:
-        """Blocks, a side, that the transforms work on at once."""
+        """Side of the windows of the transforms, in blocks."""
         if isinstance(self.config, LatentConfig):
             return math.ceil((self.tile or WINDOW) / self.config.stride)
         return MAX_SIDE
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
-        """Rows and columns of the code of an image."""
+        """Rows and columns of the blocks of an image."""
         return math.ceil(height / self.config.stride), math.ceil(width / self.config.stride)
 
     def tiles(self, height: int, width: int) -> list[Tile]:
@@ -187,7 +187,7 @@ class Loop:
 
 @contextmanager
 def exact() -> Iterator[None]:
-    """No gradients, and float32 in full: encoder and decoder must agree, and tilings differ as little as can be."""
+    """A context without gradients or TF32: encoder and decoder must agree, and tilings differ as little as possible."""
     with (
         torch.inference_mode(),
         torch.backends.cudnn.flags(

@@ -1,6 +1,6 @@
-"""How images are cut where memory is short: tiles of the loop, windows of the transforms, halos of what they see.
+"""Cuts large images to save memory: tiles for the loop, windows for the transforms, with halos for what they see.
 
-Tiles depend on the size of an image and on the network alone, so that every prefix of a file decodes alike.
+Tiles depend only on the size of an image and on the network, so that every prefix of a file decodes alike.
 """
 
 import math
@@ -8,11 +8,11 @@ from typing import NamedTuple
 
 from rnncodec.network import LatentConfig, NetworkConfig, Window
 
-MAX_ITERATIONS = 16  # of a network in pixels, and of any that is not told otherwise
+MAX_ITERATIONS = 16  # of a network whose loop runs on pixels; the default of all networks
 MAX_SIDE = 65535  # pixels of an image, two bytes in the header of a file
-MEMORY = 2 * 2**30  # bytes of activations above which an image is cut, on every machine, as tiles leave traces
+MEMORY = 2 * 2**30  # bytes of activations above which an image is cut, on every machine, because tiles affect results
 MIN_CORE = 256  # pixels; smaller tiles would spend nearly all their time on halos
-MAP = 2**18  # blocks that the loop of a latent network holds at once, 67 megapixels; more are coded in bands of rows
+MAP = 2**18  # blocks (67 megapixels) above which the loop of a latent network runs on bands of rows
 
 Box = Window
 
@@ -25,13 +25,14 @@ class Tile(NamedTuple):
 
 
 def tiles(config: NetworkConfig | LatentConfig, rows: int, columns: int, side: int | None = None) -> list[Tile]:
-    """The tiles of an image of so many blocks.
+    """The tiles of an image of `rows` x `columns` blocks.
 
     Args:
-        config: of the network; the states of a latent one are small, so that only its transforms are cut, in `windows`.
+        config: of the network. The states of a latent one are small: its tiles are bands of rows, without halos.
         rows: of blocks of the image.
-        columns: likewise.
-        side: of a tile in pixels; None cuts only images whose activations would take more than MEMORY.
+        columns: of blocks of the image.
+        side: of a tile in pixels; None cuts only images whose activations would take more than MEMORY. Latent networks
+            ignore it.
     """
     if isinstance(config, LatentConfig):
         height = max(1, MAP // columns)
@@ -50,7 +51,7 @@ def tiles(config: NetworkConfig | LatentConfig, rows: int, columns: int, side: i
 
 
 def activation_bytes(config: NetworkConfig) -> float:
-    """Roughly how much memory one pixel takes while its tile is coded: the state, and the largest cell at work."""
+    """Estimates the bytes that one pixel takes while its tile is coded: states, and activations of the largest cell."""
     layers = len(config.decoder_hidden_kernels)
     patches = config.patch_size > 1
     cells = []  # channels for each pixel, of each cell
@@ -58,7 +59,7 @@ def activation_bytes(config: NetworkConfig) -> float:
         ("encoder", config.encoder_channels[1:], config.encoder_cell),
         ("decoder", config.decoder_channels[1:], config.decoder_cell),
     ):
-        copies = 2 if recurrent == "associative_lstm" else 1  # several of its memory, but one of its gates
+        copies = 2 if recurrent == "associative_lstm" else 1  # several copies of the memory, but one of the gates
         for i, width in enumerate(widths):
             scale = config.stride if patches else 2 ** (i + 2 if side == "encoder" else layers - i)
             cells.append(copies * width / scale**2)
@@ -66,18 +67,18 @@ def activation_bytes(config: NetworkConfig) -> float:
 
 
 def receptive_field(config: NetworkConfig) -> tuple[int, int]:
-    """How far the decoder sees: the halo in pixels that makes a tile independent of what is beyond, and its grid.
+    """The receptive field of the decoder: the halo that makes a tile independent of its surroundings, and its blocks.
 
-    A cell at a scale of s pixels sees, through its 3x3 input kernel, one location further, s pixels; all cells of the
-    stack do so once on the way from the bits to the image. A hidden kernel k sees (k - 1) / 2 locations further for
-    each earlier iteration (twice that in a GRU, whose reset gate and candidate follow each other), and the gain network
-    of residual scaling one block of its own for each. Each step back in time takes one of these ways, so that the
-    farthest is 15 times the widest:
+    A cell at a scale of s pixels sees one location further, s pixels, through its 3x3 input kernel. All cells do so
+    once between the bits and the image. For each earlier iteration, a hidden kernel k sees (k - 1) / 2 locations
+    further (twice that in a GRU, whose reset gate and candidate follow each other), and the gain network of residual
+    scaling one of its own blocks. Each step back in time takes one of these paths, and the longest takes the widest 15
+    times:
 
-        halo = sum of s + (16 - 1) max(s (k - 1) / 2, gain block), rounded up to the grid
+        halo = sum of s + (16 - 1) max(s (k - 1) / 2, gain block), rounded up to whole blocks
 
     Returns:
-        The halo and the size of the blocks (of the code, and of the gain network) that tiles must not divide.
+        In pixels: the halo, and the side of the blocks (of code and gain network) that tiles must not divide.
     """
     patches = config.patch_size > 1
     layers = len(config.decoder_hidden_kernels)
@@ -100,9 +101,9 @@ def receptive_field(config: NetworkConfig) -> tuple[int, int]:
 def windows(
     rows: slice, columns: slice, halo: int, side: int, grid: tuple[int, int] | None = None
 ) -> list[tuple[Box, Box]]:
-    """Squares of blocks that cover an area: each with a halo, and without.
+    """Squares of `side` blocks that cover an area: each with a halo, and without.
 
-    Halos reach as far as the area, or as the grid that it is part of.
+    Halos end at the border of the area, or of the grid if one is given.
     """
 
     def cuts(whole: slice, first: int, last: int) -> list[tuple[slice, slice]]:
@@ -115,7 +116,7 @@ def windows(
 
 
 def inside(tile: Tile) -> Box:
-    """The core of a tile, counted from the corner of its area."""
+    """The core of a tile, relative to the corner of its area."""
     y, x = (
         slice(core.start - area.start, core.stop - area.start) for core, area in zip(tile.core, tile.area, strict=True)
     )

@@ -1,4 +1,4 @@
-"""Trained weights as safetensors files: in half precision, named by a fingerprint, checked before they are used."""
+"""Saves and loads trained weights as safetensors files, which a fingerprint identifies."""
 
 import hashlib
 import json
@@ -22,14 +22,14 @@ from rnncodec.network import LatentConfig, NetworkConfig, Questions, RecurrentCo
 PRETRAINED = Path(__file__).parent / "pretrained"
 DEFAULT_NAME = "small"
 
-# A config in a file is a claim about shapes. These bounds keep the network that checks it small, whatever it claims.
+# A config in a file may be malicious. These bounds limit the network that is built to check the file's tensors.
 MAX_WIDTH, MAX_LAYERS, MAX_KERNEL = 2**14, 8, 31
 MAX_QUESTIONS = 2**16
-TYPES = {torch.float32: "F16", torch.int32: "I32", torch.int64: "I64"}  # of a network's tensors in a file
+TYPES = {torch.float32: "F16", torch.int32: "I32", torch.int64: "I64"}  # of a network's tensors, and of these in a file
 
 
 class WeightsError(ValueError):
-    """Weights that are missing, damaged or not the ones a file needs; the message is one line."""
+    """Raised for weights that are missing, damaged or not those that a file needs; the message is one line."""
 
 
 Config = TypeVar("Config", NetworkConfig, LatentConfig, ContextConfig)
@@ -41,10 +41,10 @@ class Weights:
 
     Attributes:
         network: float32, in evaluation mode, on the CPU.
-        name: for people, at most 32 characters.
+        name: a name for people, at most 32 characters.
         fingerprint: 8 bytes that decide whether a compressed file was made with these weights.
         provenance: how the weights came to be (config, data, steps, seed, ...).
-        context: exact model of the bits for entropy coding, or None.
+        context: exact context model for entropy coding, or None.
         context_fingerprint: 8 bytes that decide whether a compressed file was made with this model; zeros for None.
     """
 
@@ -69,7 +69,7 @@ def save_weights(
         path: the file, usually `<name>.safetensors`.
         network: floating-point values are rounded to float16.
         name: up to 32 of A-Z, a-z, 0-9, '.', '_', '-', starting with a letter or digit.
-        provenance: how the weights came to be; text to text.
+        provenance: how the weights came to be, as text by key.
         context: from `ContextModel.quantize`.
 
     Raises:
@@ -99,10 +99,10 @@ def save_weights(
 
 
 def load_weights(path_or_name: str | os.PathLike[str] = DEFAULT_NAME) -> Weights:
-    """Reads weights; nothing is unpickled, and nothing is allocated beyond the size of the file.
+    """Loads weights, without unpickling and without allocating more than the size of the file.
 
     Args:
-        path_or_name: a name from `known_weights()`, or the path of a file, which ends in `.safetensors` or holds a `/`.
+        path_or_name: a name from `known_weights()`, or a path, which ends in `.safetensors` or contains a `/`.
 
     Raises:
         WeightsError: there is no such file or name, or the file is not intact weights of this codec.
@@ -159,7 +159,7 @@ def load_weights(path_or_name: str | os.PathLike[str] = DEFAULT_NAME) -> Weights
 
 
 def stored(network: RecurrentCodec) -> dict[str, torch.Tensor]:
-    """The tensors of a network as a file holds them."""
+    """The tensors of a network as they are in a file."""
     return {
         key: (tensor.half() if tensor.is_floating_point() else tensor).cpu().contiguous()
         for key, tensor in network.state_dict().items()
@@ -167,7 +167,7 @@ def stored(network: RecurrentCodec) -> dict[str, torch.Tensor]:
 
 
 def network_config_of(values: Any) -> NetworkConfig | LatentConfig:
-    """A config of unknown origin of a network: only that of a latent one has `latents`."""
+    """Checks the config of a network, of unknown origin; that of a latent network contains `latents`."""
     if isinstance(values, dict) and "latents" in values:
         config = _config(LatentConfig, values)
         if config.iterations > 255 or config.iterations * config.bits > MAX_QUESTIONS:
@@ -177,7 +177,7 @@ def network_config_of(values: Any) -> NetworkConfig | LatentConfig:
 
 
 def context_config_of(values: Any, network: NetworkConfig | LatentConfig) -> ContextConfig:
-    """A config of unknown origin of a context model for a network."""
+    """Checks the config of a context model for a network, of unknown origin."""
     config = _config(ContextConfig, values)
     if config.bits != network.bits:
         raise ValueError(f"a context model for {config.bits} bits, where the codec has {network.bits}")
@@ -209,7 +209,7 @@ def known_weights() -> dict[str, str]:
             with safe_open(path, framework="pt") as file:
                 known[path.stem] = _metadata(file.metadata(), path)["fingerprint"]
         except (SafetensorError, OSError, WeightsError):
-            continue  # one damaged file must not hide the others; loading it says what is wrong
+            continue  # one damaged file must not hide the others; `load_weights` reports it
     return known
 
 
@@ -217,7 +217,7 @@ def fingerprint(config: str, tensors: Mapping[str, torch.Tensor]) -> bytes:
     """The first 8 bytes of the SHA-256 of the config and every tensor's name, type, shape and little-endian bytes.
 
     Args:
-        config: the JSON text in the file, whose bytes stay what they are when a later version knows more fields.
+        config: the JSON text in the file, because a later version with more fields would write it differently.
         tensors: by name.
     """
     digest = hashlib.sha256(config.encode())
@@ -229,7 +229,7 @@ def fingerprint(config: str, tensors: Mapping[str, torch.Tensor]) -> bytes:
 
 
 def _locate(path_or_name: str | os.PathLike[str]) -> Path:
-    """The file of a name or path."""
+    """The path of the weights of a name or path."""
     path = Path(path_or_name)
     if path.suffix == ".safetensors" or path.name != os.fspath(path_or_name):
         if not path.is_file():
@@ -243,7 +243,7 @@ def _locate(path_or_name: str | os.PathLike[str]) -> Path:
 
 
 def _metadata(metadata: dict[str, str] | None, path: Path) -> dict[str, str]:
-    """The metadata of a file, if all that is needed is there."""
+    """The metadata of a file, checked for completeness."""
     metadata = metadata or {}
     for key in ("name", "config", "provenance", "fingerprint"):
         if key not in metadata:
@@ -254,7 +254,7 @@ def _metadata(metadata: dict[str, str] | None, path: Path) -> dict[str, str]:
 
 
 def _config(kind: type[Config], values: Any) -> Config:
-    """A config from parsed JSON of unknown origin."""
+    """Builds a config from parsed JSON of unknown origin."""
     hints = get_type_hints(kind)
     if not isinstance(values, dict) or not set(values) <= {field.name for field in fields(kind)}:
         raise ValueError(f"the config may have the fields {', '.join(hints)}, and no others")
@@ -276,7 +276,7 @@ def _config(kind: type[Config], values: Any) -> Config:
 
 
 def _check_values(tensors: Mapping[str, torch.Tensor], source: str, network: RecurrentCodec) -> None:
-    """Refuses what is not a number, permutations that are none, and questions that cannot be asked."""
+    """Refuses values that are not finite, invalid permutations, and questions with numbers out of range."""
     questions = {f"{name}." for name, module in network.named_modules() if isinstance(module, Questions)}
     for key, tensor in tensors.items():
         prefix, name = key[: key.rfind(".") + 1], key[key.rfind(".") + 1 :]
@@ -285,7 +285,7 @@ def _check_values(tensors: Mapping[str, torch.Tensor], source: str, network: Rec
                 raise WeightsError(f"{source}: {key} holds values that are not finite in float16")
         elif prefix in questions:
             assert isinstance(network.config, LatentConfig)
-            # Costs are small enough for exact sums, edges are compared with sums of them.
+            # Limited costs keep their sums exact; edges are compared with these sums.
             limits = {"channel": network.config.latents, "cost": 2**20, "edges": 2**31}
             limit = limits[name]
             if int(tensor.min()) < 0 or int(tensor.max()) >= limit:
@@ -295,5 +295,5 @@ def _check_values(tensors: Mapping[str, torch.Tensor], source: str, network: Rec
 
 
 def canonical(value: Any) -> str:
-    """JSON that depends on the value alone."""
+    """Canonical JSON of a value: sorted keys and no spaces."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"))
