@@ -1,1 +1,1 @@
-"""What lies on disk: the .rnc container, and photographs of any kind, read and written. Knows nothing of networks."""
+"""Reads and writes files: the .rnc container and photographs of any kind. Nothing here depends on networks."""

@@ -1,4 +1,4 @@
-"""The .rnc file, byte by byte as FORMAT.md specifies it: a header, then one independent payload for each iteration."""
+"""Reads and writes the .rnc file that FORMAT.md specifies: a header, then one payload for each iteration."""
 
 import io
 import itertools
@@ -17,11 +17,11 @@ CODINGS = (RAW, CONTEXT, HUFFMAN, STATIC, ADAPTIVE)  # those that this program c
 MAX_ITERATIONS = 255  # a byte in the header
 SIZES = struct.Struct(">HH8s")  # width, height, fingerprint
 SHAPE = struct.Struct(">BBB")  # stride, bits, length of the name
-NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,31}")  # safe to print and to look up, whoever wrote it
+NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,31}")  # safe to print and to look up, whatever the source
 
 
 class FormatError(ValueError):
-    """Bytes that are not a sound .rnc file, or values that such a file cannot hold; the message is one line."""
+    """Raised for bytes that are not a valid .rnc file, or values that it cannot hold; the message is one line."""
 
 
 @dataclass(frozen=True)
@@ -46,16 +46,16 @@ class Iteration:
 
 @dataclass(frozen=True)
 class Header:
-    """All that a file says about itself; needs no model to be understood.
+    """The header of a file, which can be read without a model.
 
     Attributes:
         width, height: of the image in pixels, 1..65535.
         fingerprint: 8 bytes that identify the weights that made the file.
         weights: their name, for error messages; up to 32 of A-Z, a-z, 0-9, '.', '_', '-', the first a letter or digit.
-        stride: side in pixels of the block of one location of the code, 1..255.
+        stride: side in pixels of the block that one location stands for, 1..255.
         bits: of one location in one iteration, 1..255.
         iterations: 1 to 255 entries.
-        context: 8 bytes that identify the context model of the payloads coded with one; zeros if there are none.
+        context: 8 bytes that identify the context model; zeros if no payload is coded with one.
 
     Raises:
         FormatError: a value is out of range, or the length of a payload contradicts the geometry.
@@ -94,22 +94,22 @@ class Header:
 
     @property
     def version(self) -> int:
-        """The first version of the format that has what this file needs."""
+        """The lowest version of the format that can hold this file."""
         return RAW_VERSION if all(it.coding == RAW for it in self.iterations) else CODED_VERSION
 
     @property
     def rows(self) -> int:
-        """Rows of the code: height / stride, rounded up."""
+        """Rows of locations: height / stride, rounded up."""
         return _ceil(self.height, self.stride)
 
     @property
     def cols(self) -> int:
-        """Columns of the code: width / stride, rounded up."""
+        """Columns of locations: width / stride, rounded up."""
         return _ceil(self.width, self.stride)
 
     @property
     def raw_length(self) -> int:
-        """Bytes of a raw payload, and the most that any payload takes."""
+        """Bytes of a raw payload, which no payload exceeds."""
         return _raw_length(self.width, self.height, self.stride, self.bits)
 
     @property
@@ -121,7 +121,7 @@ class Header:
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """Bytes of the whole file if it ended after iteration 1, 2, ...: what `truncate` to as many would give."""
+        """Bytes of the whole file when truncated after iteration 1, 2, ..."""
         payloads = itertools.accumulate(it.length for it in self.iterations)
         return tuple(self.shortened(count).size + length for count, length in enumerate(payloads, 1))
 
@@ -139,14 +139,14 @@ class Header:
 
 @dataclass(frozen=True)
 class Container:
-    """A header and its payloads, fewer than the header's iterations if the file was cut or less was asked for."""
+    """A header and its payloads, fewer than its iterations if the file was cut or fewer were asked for."""
 
     header: Header
     payloads: tuple[bytes, ...]
 
 
 def pack_bits(bits: np.ndarray) -> bytes:
-    """Packs bool [bits, rows, cols] by location: row by row, its bits together, the first in the highest bit of a byte.
+    """Packs bool [bits, rows, cols] location by location, row by row; the first bit is the highest of a byte.
 
     The last byte is filled up with zeros.
     """
@@ -172,10 +172,10 @@ def unpack_bits(payload: bytes, bits: int, rows: int, cols: int) -> np.ndarray:
 
 
 def write(container: Container) -> bytes:
-    """Gives the bytes of a file.
+    """Serializes a file to bytes.
 
     Raises:
-        FormatError: payloads are missing or are not those that the header describes.
+        FormatError: the payloads are not those that the header describes.
     """
     header, payloads = container.header, container.payloads
     if len(payloads) != len(header.iterations) or any(
@@ -186,7 +186,7 @@ def write(container: Container) -> bytes:
 
 
 def write_header(header: Header) -> bytes:
-    """Gives the bytes of a header."""
+    """Serializes a header to bytes."""
     name = header.weights.encode("ascii")
     data = MAGIC + bytes([header.version]) + SIZES.pack(header.width, header.height, header.fingerprint)
     if header.version >= CODED_VERSION:
@@ -202,7 +202,7 @@ def write_header(header: Header) -> bytes:
 
 
 def read_header(data: bytes) -> Header:
-    """Reads the header alone, of any file however large its image; what follows is not looked at.
+    """Reads the header of a file, of an image of any size, and ignores what follows.
 
     Raises:
         FormatError: not an .rnc file, of a later version, or the header is cut short or corrupt.
@@ -218,14 +218,14 @@ def read_header(data: bytes) -> Header:
         return taken
 
     version = take(len(MAGIC) + 1)[-1]
-    # Before anything else: only the first five bytes are the same in every version.
+    # Checked first, because only the first five bytes are the same in every version.
     if version not in (RAW_VERSION, CODED_VERSION):
         raise FormatError(f"version {version} of the format needs a newer version of this program")
     width, height, fingerprint = SIZES.unpack(take(SIZES.size))
     context = take(8) if version >= CODED_VERSION else bytes(8)
     stride, bits, name_length = SHAPE.unpack(take(SHAPE.size))
     name = take(name_length)
-    # The geometry decides how wide a length is, so zeros must not reach it; the checksum would only come too late.
+    # The width of the lengths follows from the geometry, so zeros are refused before the checksum is known.
     if 0 in (width, height, stride, bits):
         raise FormatError("the header is corrupt")
     raw_length = _raw_length(width, height, stride, bits)
@@ -238,27 +238,28 @@ def read_header(data: bytes) -> Header:
     if int.from_bytes(take(4)) != checksum:
         raise FormatError("the header is corrupt")
     header = Header(width, height, fingerprint, name.decode("latin-1"), stride, bits, tuple(iterations), context)
-    if header.version != version:  # each file has one header only
+    if header.version != version:  # so that each file has only one valid header
         raise FormatError(f"the codings of the payloads are not those of version {version} of the format")
     return header
 
 
 def read(data: bytes, *, max_pixels: int, iterations: int | None = None) -> Container:
-    """Reads a file, or what is there of it: a file cut anywhere after its header gives its complete iterations.
+    """Reads a file; one that was cut after its header gives its complete iterations.
 
-    Nothing is allocated on the word of the header: lengths are only compared with the bytes that are there.
+    Nothing is allocated from the lengths in the header, which are only compared with the bytes that are there.
 
     Args:
         data: the file.
         max_pixels: files of larger images are refused.
-        iterations: read and check at most so many, whatever follows them; None reads all.
+        iterations: read and check at most so many, and ignore what follows; None reads all.
 
     Returns:
-        The header as it is and the payloads, each with the right checksum; possibly none.
+        The header as it is, and the payloads, each with the right checksum; possibly none.
 
     Raises:
-        FormatError: as `read_header`, a payload is corrupt or needs a newer version of this program, the image is too
-            large, or bytes follow the last payload.
+        FormatError: as in `read_header`; or a payload is corrupt or needs a newer version of this program, the image is
+            too large, or bytes follow the last payload.
+        ValueError: iterations is less than 1.
     """
     if iterations is not None and iterations < 1:
         raise ValueError(f"iterations must be at least 1, not {iterations}")
@@ -274,7 +275,7 @@ def read(data: bytes, *, max_pixels: int, iterations: int | None = None) -> Cont
 
 
 def truncate(data: bytes, *, iterations: int | None = None, max_bytes: int | None = None) -> bytes:
-    """Shortens a file to its first iterations: the very bytes that encoding so many would have given.
+    """Shortens a file to its first iterations, byte for byte the file that encoding so many gives.
 
     Works on cut files, and on codings that this version cannot decode. With neither limit, all complete iterations
     are kept, which makes a whole file of a cut one.
@@ -285,8 +286,9 @@ def truncate(data: bytes, *, iterations: int | None = None, max_bytes: int | Non
         max_bytes: or keep as many as fit in so many bytes, header included.
 
     Raises:
-        FormatError: as `read_header`, a payload to keep is corrupt, or there are not enough complete iterations, or
+        FormatError: as in `read_header`; or a payload to keep is corrupt, there are not enough complete iterations, or
             not even one fits.
+        ValueError: both limits are given.
     """
     if iterations is not None and max_bytes is not None:
         raise ValueError("give iterations or max_bytes, not both")
@@ -309,7 +311,7 @@ def truncate(data: bytes, *, iterations: int | None = None, max_bytes: int | Non
 
 
 def _payloads(data: bytes, header: Header, count: int | None) -> tuple[bytes, ...]:
-    """At most `count` complete payloads, checked; any codings."""
+    """At most `count` complete payloads of any coding, with checked CRC-32."""
     payloads = []
     end = header.size
     for number, iteration in enumerate(header.iterations[:count], 1):
@@ -331,7 +333,7 @@ def _raw_length(width: int, height: int, stride: int, bits: int) -> int:
 
 
 def length_size(raw_length: int) -> int:
-    """Bytes that hold the length of any payload, as none is longer than the raw bits."""
+    """Bytes of a length field, which holds any length up to that of the raw bits."""
     return _ceil(raw_length.bit_length(), 8)
 
 

@@ -1,4 +1,4 @@
-"""Images in and out of files: every photograph becomes 8-bit RGB, every file is written whole or not at all."""
+"""Reads photographs as 8-bit RGB and writes images; files are written completely or not at all."""
 
 import errno
 import io
@@ -17,17 +17,17 @@ from PIL import Image
 
 MAX_PIXELS = 2**28
 
-# What photographs come in. Pillow's other plugins are left out: some run external programs, some accept any bytes.
+# Formats of photographs. Pillow's other plugins are left out: some run external programs, some accept any bytes.
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "TIFF", "BMP", "GIF", "PPM", "JPEG2000")
 
-# A decoded image should not be compressed a second time, so lossy formats are asked for (nearly) all they can give.
+# A decoded image should not lose quality a second time, so lossy formats are used at (nearly) their best.
 SAVE_OPTIONS = {
     "JPEG": {"quality": 95, "subsampling": 0},
     "WEBP": {"lossless": True},
     "AVIF": {"quality": 95, "subsampling": "4:4:4"},
 }
 
-ORIENTATIONS = {  # EXIF tag 274: what turns the stored image upright
+ORIENTATIONS = {  # by EXIF tag 274: the operation that turns the stored image upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -41,11 +41,11 @@ _warnings_lock = threading.Lock()
 
 
 class ImageError(ValueError):
-    """An image that cannot be read or written; the message is one line and names the file."""
+    """Raised for images that cannot be read or written; the message is one line and names the file."""
 
 
 def load_image(source: str | os.PathLike[str] | BinaryIO, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """Reads an image file as 8-bit RGB; the first frame of an animation, see `to_rgb` for the conversion.
+    """Reads an image file as 8-bit RGB, of an animation the first frame; see `to_rgb` for the conversion.
 
     Args:
         source: a path, or a binary file, which may be a pipe.
@@ -68,10 +68,10 @@ def load_image(source: str | os.PathLike[str] | BinaryIO, max_pixels: int = MAX_
 
 
 def to_rgb(image: Image.Image) -> np.ndarray:
-    """Converts an image of any mode to upright 8-bit RGB; embedded colour profiles are ignored.
+    """Converts an image of any mode to upright 8-bit RGB; embedded color profiles are ignored.
 
     EXIF rotation is applied and transparency is composited on white. 16-bit gray is scaled to 8 bits and rounded
-    (Pillow itself reduces 16-bit colour, by dropping the low byte).
+    (Pillow itself reduces 16-bit color, by dropping the low byte).
 
     Returns:
         uint8 [H, W, 3].
@@ -80,7 +80,7 @@ def to_rgb(image: Image.Image) -> np.ndarray:
         ImageError: the pixels cannot be decoded, are floats, or are integers beyond 16 bits.
     """
     try:
-        with _quiet() if image.format == "TIFF" else nullcontext():  # reads metadata while it loads
+        with _quiet() if image.format == "TIFF" else nullcontext():  # Pillow reads metadata while it loads
             image.load()
         rgb = _convert(image)
         orientation = _orientation(image)
@@ -91,17 +91,17 @@ def to_rgb(image: Image.Image) -> np.ndarray:
         raise
     except MemoryError as error:
         raise ImageError(f"not enough memory for {image.width}x{image.height} pixels") from error
-    except Exception as error:  # decoders raise nearly everything on hostile input
+    except Exception as error:  # decoders raise nearly any exception on malicious input
         raise ImageError(one_line(error)) from error
 
 
 def save_image(array: np.ndarray, target: str | os.PathLike[str] | BinaryIO, format: str | None = None) -> None:
-    """Writes 8-bit RGB to an image file, which appears whole or, if anything fails, not at all.
+    """Writes 8-bit RGB to an image file, completely or, if anything fails, not at all.
 
     Args:
         array: uint8 [H, W, 3].
         target: a path, or a binary file, which may be a pipe.
-        format: a suffix (`png`) or Pillow's name (`JPEG2000`); None takes the path's suffix, and PNG for a file.
+        format: a suffix (`png`) or Pillow's name (`JPEG2000`); None takes the path's suffix, or PNG for a binary file.
 
     Raises:
         ImageError: the format is unknown or cannot hold the image.
@@ -119,7 +119,7 @@ def save_image(array: np.ndarray, target: str | os.PathLike[str] | BinaryIO, for
     buffer = io.BytesIO()
     try:
         Image.fromarray(array).save(buffer, name, **SAVE_OPTIONS.get(name, {}))
-    except Exception as error:  # encoders too raise nearly everything, for example for sides beyond the format's
+    except Exception as error:  # encoders too raise nearly any exception, for example if a side is too long
         raise ImageError(f"{path or 'image'}: {one_line(error)}") from error
     if isinstance(target, (str, os.PathLike)):
         atomic_write(target, buffer.getvalue())
@@ -129,19 +129,19 @@ def save_image(array: np.ndarray, target: str | os.PathLike[str] | BinaryIO, for
 
 
 def atomic_write(path: str | os.PathLike[str], data: bytes) -> None:
-    """Writes a file whole or not at all: a temporary file in the same folder takes the place of the old one.
+    """Writes a file completely or not at all, as a temporary file in the same folder that then replaces the old one.
 
     The permissions are those of the old file, or of any new file. A symbolic link stays and the file it points to is
     replaced. Devices and pipes are written directly.
 
     Raises:
-        OSError: the file cannot be written; an existing file is as it was.
+        OSError: the file cannot be written; an existing file stays as it was.
     """
     path = Path(path)
     try:
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        stream = path.is_symlink() and path.is_relative_to("/dev")  # /dev/stdout, whatever the shell made of it
+        stream = path.is_symlink() and path.is_relative_to("/dev")  # /dev/stdout, wherever it is redirected
         if stream or (path.exists() and not path.is_file()):
             path.write_bytes(data)
             return
@@ -159,14 +159,15 @@ def atomic_write(path: str | os.PathLike[str], data: bytes) -> None:
             os.replace(temporary, target)
         finally:
             temporary.unlink(missing_ok=True)
-    except OSError as error:  # the message should name the file that was asked for, not the temporary one
+    except OSError as error:  # the message should name the target, not the temporary file
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def find_images(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
-    """Lists files as given and folders recursively, in order of path, by suffix; hidden files and folders are skipped.
+    """Lists the given files, and the image files in the given folders, recursively and in order of path.
 
-    Symbolic links to folders are followed, each folder is entered once.
+    In folders, images are found by suffix, and hidden files and folders are skipped. Symbolic links to folders are
+    followed; each folder is entered once.
 
     Raises:
         ImageError: a path does not exist or a folder cannot be read.
@@ -192,7 +193,7 @@ def _walk(folder: Path) -> Iterator[Path]:
 
     for root, folders, names in os.walk(folder, onerror=fail, followlinks=True):
         real = os.path.realpath(root)
-        if real in seen:  # a link to a folder above would go round for ever
+        if real in seen:  # a link to a parent folder would never end
             folders.clear()
             continue
         seen.add(real)
@@ -204,7 +205,7 @@ def _walk(folder: Path) -> Iterator[Path]:
 
 
 def _load(file: BinaryIO, name: str, max_pixels: int) -> np.ndarray:
-    """`load_image` of an open file."""
+    """Does `load_image` for an open file."""
     try:
         image = _open(file, max_pixels)
         with image:
@@ -216,9 +217,9 @@ def _load(file: BinaryIO, name: str, max_pixels: int) -> np.ndarray:
 
 
 def _open(file: BinaryIO, max_pixels: int) -> Image.Image:
-    """Finds out format and size; no pixel is decoded yet.
+    """Opens an image of an allowed format and size, without decoding its pixels.
 
-    Image.open is not used because its own limit is a global variable, which belongs to the user of the library.
+    Image.open is not used, because its limit of pixels is a global variable, which belongs to the calling program.
     """
     Image.init()
     if file.seekable():
@@ -238,7 +239,7 @@ def _open(file: BinaryIO, max_pixels: int) -> Image.Image:
         try:
             with _quiet():
                 image = factory(file, "")
-        except SyntaxError:  # Pillow's word for "not mine after all"
+        except SyntaxError:  # Pillow's sign that the file is of another format after all
             continue
         width, height = image.size
         if width < 1 or height < 1:
@@ -252,7 +253,7 @@ def _open(file: BinaryIO, max_pixels: int) -> Image.Image:
 
 
 def _slurp(pipe: BinaryIO, prefix: bytes, limit: int) -> BinaryIO:
-    """What is left in a pipe behind a prefix, as a file; an endless one is not read for ever."""
+    """Reads the rest of a pipe into memory, after a prefix that was read before; refuses more than `limit` bytes."""
     file = io.BytesIO()
     file.write(prefix)
     while chunk := pipe.read(2**20):
@@ -264,14 +265,14 @@ def _slurp(pipe: BinaryIO, prefix: bytes, limit: int) -> BinaryIO:
 
 
 def _convert(image: Image.Image) -> Image.Image:
-    """Any mode to RGB, not yet upright."""
+    """Converts any mode to RGB, without turning it upright."""
     if image.mode == "F":
         raise ImageError("floating-point pixels have no defined white; convert the image to 8 or 16 bits")
     if image.mode.startswith("I"):
         samples = np.asarray(image)
         if samples.min() < 0 or samples.max() > 65535:
             raise ImageError("integer pixels beyond 16 bits; convert the image to 8 or 16 bits")
-        tags = getattr(image, "tag_v2", {})  # of TIFF, where Pillow gives such samples as they are stored
+        tags = getattr(image, "tag_v2", {})  # of TIFF, whose samples Pillow gives here as they are stored
         white = 4095 if tags.get(258) == (12,) else 65535
         gray = samples.astype(np.uint32)
         if tags.get(262) == 0:  # white is zero
@@ -293,21 +294,21 @@ def _orientation(image: Image.Image) -> int:
     try:
         with _quiet():
             return int(image.getexif().get(274, 1))
-    except Exception:  # EXIF is decoration: an image must not be lost to it
+    except Exception:  # corrupt EXIF data must not make an image unreadable
         return 1
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Drops Pillow's warnings about sloppy metadata; one thread at a time, as the filters belong to the process."""
+    """A context without Pillow's warnings about metadata, for one thread at a time, because filters are global."""
     with _warnings_lock, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says: its first line, as PyTorch's go on for pages, or its kind if it says nothing."""
-    if isinstance(error, OSError) and error.strerror:  # without numbers of the operating system
+    """The first line of an error's message (PyTorch's have pages), or the type of the error if it has none."""
+    if isinstance(error, OSError) and error.strerror:  # without the number of the error
         return f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
     if isinstance(error, MemoryError):
         return "not enough memory"
