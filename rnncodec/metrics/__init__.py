@@ -1,1 +1,1 @@
-"""How good a picture is (`distortion`), and how good a codec over its rates (`curves`); only the first needs torch."""
+"""Distortion of images (`distortion`), and rate-distortion curves of codecs (`curves`), which need no torch."""

@@ -20,17 +20,17 @@ NAN = float("nan")
 
 @dataclass(frozen=True)
 class Point:
-    """A point of a rate-distortion curve, of one image or the mean of several; what does not exist is nan.
+    """A point of a rate-distortion curve, of one image or the mean of several; missing values are nan.
 
     Attributes:
         image: name of the image, or `mean`.
-        codec: name of the codec; that of the evaluated one begins with `rnncodec`.
+        codec: name of the codec; the name of the evaluated one begins with `rnncodec`.
         setting: iterations, or what the codec calls quality; printed with `:g`.
         bytes: of the whole file.
         bpp: bits per pixel of the image.
-        ideal_bpp: what the context model's probabilities alone would take.
+        ideal_bpp: bits per pixel of an ideal coder with the context model's probabilities.
         l1: mean absolute error, 0 to 255.
-        psnr: in dB; infinite for an equal picture.
+        psnr: in dB; infinite for an equal image.
         ms_ssim: up to 1; nan for an image too small for it.
         psnr_hvs: in dB.
         psnr_hvs_m: in dB.
@@ -86,8 +86,8 @@ COMPRESSAI = {
 def mean_curve(points: Iterable[Point]) -> list[Point]:
     """The mean over images of one codec's points, at each setting that all of them have, in order of setting.
 
-    Each measure is the mean over the images that have it. It is infinite if one of them is, as the PSNR of an equal
-    picture; `samples`, and with it all that is made of curves, leaves out what is not finite.
+    Each measure is the mean over the images that have it. It is infinite if one of them is, such as the PSNR of an
+    equal image; `samples` leaves such values out.
     """
     groups: dict[float, list[Point]] = {}
     for point in points:
@@ -96,7 +96,7 @@ def mean_curve(points: Iterable[Point]) -> list[Point]:
     curve = []
     for setting, group in sorted(groups.items()):
         if len(group) < len(images):
-            continue  # measured to match the bytes of single files
+            continue  # measured only for single images, to match the bytes of a file
         means = {}
         for name in MEASURES:
             values = [value for point in group if not math.isnan(value := getattr(point, name))]
@@ -106,7 +106,7 @@ def mean_curve(points: Iterable[Point]) -> list[Point]:
 
 
 def largest_within(points: Iterable[Point], size: float) -> Point | None:
-    """The largest file of at most so many bytes, of several of the same size the one of best PSNR; None without any."""
+    """The largest file of at most `size` bytes, among equal sizes that of best PSNR; None if there is none."""
     fitting = (point for point in points if point.bytes <= size)
     return max(fitting, key=lambda point: (point.bytes, point.psnr), default=None)
 
@@ -131,10 +131,10 @@ def area(curve: Sequence[Point], metric: str, low: float | None, high: float, sa
     Args:
         curve: in any order.
         metric: an attribute of `Point`.
-        low: where to begin; None for the first point of the curve, as in the paper, which favours who starts lower.
-        high: where to end.
-        saturates: whether the curve ends where the codec does, which makes no larger files. It then keeps its last
-            value: who may spend more bits takes its largest file.
+        low: lower end; None for the first point of the curve, as in the paper, which favors curves that start lower.
+        high: upper end.
+        saturates: whether the last point is the largest file that the codec makes. The curve then keeps its value at
+            higher rates.
 
     Returns:
         nan if the curve does not reach from low to high.
@@ -151,7 +151,7 @@ def area(curve: Sequence[Point], metric: str, low: float | None, high: float, sa
 
 
 def bd_rate(anchor: Sequence[Point], curve: Sequence[Point], metric: str) -> tuple[float, float]:
-    """How many more bits a curve takes than the anchor for the same metric (Bjontegaard 2001), with Akima splines.
+    """BD-rate: how many more bits a curve takes than the anchor for equal quality (Bjontegaard 2001; Akima splines).
 
     Args:
         anchor: the curve to compare with.
@@ -162,12 +162,12 @@ def bd_rate(anchor: Sequence[Point], curve: Sequence[Point], metric: str) -> tup
         The difference in percent, and the share of the curve's values of the metric that the anchor has too, over
         which the difference is a mean; nan and 0 if they share none or have too few points.
     """
-    import bjontegaard  # with SciPy and pyplot, which nothing else here needs
+    import bjontegaard  # imports SciPy and pyplot, which nothing else here needs
 
     sides = []
     for points in (anchor, curve):
         rates, values = samples(points, metric)
-        # A spline over the metric needs it to rise: points that cost more and are no better are no part of a curve.
+        # A spline over the metric needs rising values, so points that cost more but are no better are left out.
         keep = [i for i in range(len(values)) if i == 0 or values[i] > values[:i].max()]
         sides.append((rates[keep], values[keep]))
     (anchor_rates, anchor_values), (rates, values) = sides
@@ -178,7 +178,7 @@ def bd_rate(anchor: Sequence[Point], curve: Sequence[Point], metric: str) -> tup
     if overlap <= 0:
         return NAN, 0.0
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of little overlap, which is returned
+        warnings.simplefilter("ignore")  # about little overlap, which is returned
         difference: Any = bjontegaard.bd_rate(
             anchor_rates, anchor_values, rates, values, method="akima", require_matching_points=False
         )
@@ -186,22 +186,22 @@ def bd_rate(anchor: Sequence[Point], curve: Sequence[Point], metric: str) -> tup
 
 
 def to_csv(points: Iterable[Point]) -> str:
-    """One row for each point; what does not exist is left empty."""
+    """Writes points as CSV, one in each row; missing values are left empty."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(field.name for field in fields(Point))
     for point in points:
-        size = int(point.bytes) if float(point.bytes).is_integer() else point.bytes  # of a mean it may not be
-        row = replace(point, setting=f"{point.setting:g}", bytes=size)  # a number of iterations is a whole one
+        size = int(point.bytes) if float(point.bytes).is_integer() else point.bytes  # a mean may not be
+        row = replace(point, setting=f"{point.setting:g}", bytes=size)  # whole numbers as such
         writer.writerow("" if value != value else value for value in astuple(row))
     return text.getvalue()
 
 
 def from_csv(text: str) -> list[Point]:
-    """Undoes `to_csv`; columns may come in any order, and others beside them.
+    """Reads what `to_csv` writes; columns may be in any order, and others are ignored.
 
     Raises:
-        ValueError: it is no such text, or a value cannot be; the message tells the line.
+        ValueError: a column is missing or a value is invalid; the message names the line.
     """
     rows = csv.DictReader(io.StringIO(text, newline=""))
     points = []
@@ -241,7 +241,7 @@ def _from_row(row: dict[str, str]) -> Point:
 
 
 def read_points(results: Path, name: str = "points.csv") -> list[Point]:
-    """The points that an evaluation left in its folder, or with mean.csv as name their means.
+    """Reads the points from the folder of an evaluation, or their means if `name` is mean.csv.
 
     Raises:
         ValueError: the file is missing, faulty or without points; the message is one line and names it.
@@ -259,10 +259,10 @@ def read_points(results: Path, name: str = "points.csv") -> list[Point]:
 
 
 def picture_path(results: Path, picture: str) -> Path:
-    """Where a picture is that points.csv names.
+    """The path of a picture that points.csv names.
 
     Raises:
-        ValueError: it is no file, or not in the folder of results.
+        ValueError: there is no such file, or it is not in the folder of results.
     """
     path = Path(os.path.realpath(results / picture))
     if not path.is_relative_to(os.path.realpath(results)):
@@ -273,7 +273,7 @@ def picture_path(results: Path, picture: str) -> Path:
 
 
 def to_json(curve: Sequence[Point], name: str, description: str) -> str:
-    """A mean curve in CompressAI's shape; what is not finite becomes null, a metric without any value is left out."""
+    """Writes a mean curve as CompressAI's JSON; what is not finite becomes null, a metric of nulls is left out."""
     results: dict[str, list[float | None]] = {}
     for key, attribute in COMPRESSAI.items():
         values = [getattr(point, attribute) for point in curve]
@@ -283,11 +283,11 @@ def to_json(curve: Sequence[Point], name: str, description: str) -> str:
 
 
 def from_json(path: Path) -> tuple[str, list[Point]]:
-    """The name and the points of a curve in CompressAI's shape.
+    """Reads the name and the points of a curve from CompressAI's JSON.
 
     Raises:
-        ValueError: it is no such file.
-        OSError: it cannot be read.
+        ValueError: the file is not such JSON.
+        OSError: the file cannot be read.
     """
     try:
         document: dict[str, Any] = json.loads(path.read_text())

@@ -1,7 +1,7 @@
-"""How close a reconstruction is to the original: metrics of 8-bit RGB images, one value per image.
+"""Metrics of distortion between 8-bit RGB images, one value per image.
 
-L1, PSNR and MS-SSIM of RGB; PSNR-HVS and PSNR-HVS-M of luma, which count an error in the frequencies of 8x8 blocks as
-much as the eye sees it.
+L1, PSNR and MS-SSIM are of RGB. PSNR-HVS and PSNR-HVS-M are of luma; they weight errors in the frequencies of 8x8
+blocks by their visibility.
 """
 
 from typing import Any
@@ -11,7 +11,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
 
-REPORTED_ITERATIONS = (1, 2, 4, 8, 16)  # iterations at which pictures are judged and shown
+REPORTED_ITERATIONS = (1, 2, 4, 8, 16)  # iterations whose images are measured and shown
 
 # Five scales halve a side four times, and the last one must still hold the 11-tap window.
 MS_SSIM_MIN_SIDE = 11 * 2**4
@@ -74,10 +74,10 @@ def psnr_hvs(x: Tensor, x_hat: Tensor, masking: bool = False) -> Tensor:
     Args:
         x: originals, uint8 [B, 3, H, W]; rows and columns beyond the last whole block do not count.
         x_hat: reconstructions, uint8 [B, 3, H, W].
-        masking: PSNR-HVS-M (Ponomarenko et al. 2007): errors that a block's own texture hides do not count.
+        masking: PSNR-HVS-M (Ponomarenko et al. 2007): what a block's own texture hides of an error does not count.
 
     Returns:
-        Float32 [B] in dB; infinite where no difference can be seen; nan if a side is below 8 pixels.
+        Float32 [B] in dB; infinite where no difference is visible; nan if a side is below 8 pixels.
 
     Raises:
         ValueError: if the tensors are not of this kind or differ in shape.
@@ -86,7 +86,7 @@ def psnr_hvs(x: Tensor, x_hat: Tensor, masking: bool = False) -> Tensor:
     if min(x.shape[-2:]) < 8:
         return torch.full((x.shape[0],), torch.nan, device=x.device)
     table = torch.tensor(VISIBILITY, dtype=torch.float64, device=x.device)
-    # One image at a time, as the blocks take eight bytes a pixel several times over.
+    # One image at a time, because the blocks take several times eight bytes per pixel.
     errors = torch.stack(
         [_visible_error(image, image_hat, table, masking) for image, image_hat in zip(x, x_hat, strict=True)]
     )
@@ -114,7 +114,7 @@ class PeakSignalNoiseRatioHVS(Metric):
         self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, x: Tensor, x_hat: Tensor) -> None:
-        """Takes a batch of originals and reconstructions, uint8 [B, 3, H, W]."""
+        """Adds a batch of originals and reconstructions, uint8 [B, 3, H, W]."""
         values = psnr_hvs(x, x_hat, self.masking)
         self.total += values.double().sum()
         self.count += len(values)
@@ -141,13 +141,13 @@ def _visible_error(x: Tensor, x_hat: Tensor, table: Tensor, masking: bool) -> Te
         weight = (10 / table) ** 2
         strength = torch.maximum(_masking(block, frequencies, weight), _masking(block_hat, frequencies_hat, weight))
         hidden = strength[..., None, None] / weight
-        hidden[..., 0, 0] = 0  # nothing hides a difference of means
+        hidden[..., 0, 0] = 0  # a difference of means is never hidden
         error = (error - hidden).clamp(min=0)
     return (error * CONTRAST / table).square().mean()
 
 
 def _masking(block: Tensor, frequencies: Tensor, weight: Tensor) -> Tensor:
-    """How much blocks [..., 8, 8] hide: the energy of their texture, less if it is an edge between even quarters."""
+    """How much blocks [..., 8, 8] hide: the energy of their texture, less if it is an edge between flat quarters."""
 
     def spread(values: Tensor) -> Tensor:  # the unbiased variance times the number of values
         return values.flatten(-2).var(-1) * values[0, 0].numel()
