@@ -1,4 +1,4 @@
-"""From photographs to patches: `clic` fetches, `cache` decodes once, `patches` draws, `datamodule` joins the three."""
+"""Data for training: `clic` downloads, `cache` decodes, `patches` draws patches, `datamodule` joins the three."""
 
 from rnncodec.data.cache import DataError, ImageCache
 from rnncodec.data.clic import download_clic

@@ -1,4 +1,4 @@
-"""Which images there are and what for, and the cache in which each lies decoded, memory-mapped by all that read it."""
+"""Finds images and their splits, and decodes them into a memory-mapped cache."""
 
 import hashlib
 import json
@@ -24,10 +24,10 @@ Result = TypeVar("Result")
 
 
 class DataError(ValueError):
-    """Data that is missing, refused, or other than what was asked for; the message is one line."""
+    """Raised for data that is missing, refused, or other than what was asked for; the message is one line."""
 
 
-# Which images there are, and what for
+# Images and their splits
 
 
 def split_images(
@@ -59,7 +59,7 @@ def split_images(
         splits |= dict.fromkeys(val_files, "val")
         files |= val_files
     elif "val" not in splits.values():
-        # By a hash of the name: the choice depends neither on the order nor on which other images there are.
+        # By a hash of the name, so that the choice depends on no order, and little on which other images there are.
         names = sorted(splits, key=lambda name: hashlib.sha256(name.encode()).digest())
         if names and val_images >= len(names):
             raise DataError(f"{root}: to hold out {val_images} of {len(names)} images leaves none to train on")
@@ -70,15 +70,15 @@ def split_images(
 
 
 def _split_of(name: str) -> str | None:
-    """The split that the innermost telling folder of a relative path names."""
+    """The split of the innermost folder of a relative path that names one, or None."""
     folders = [part.lower() for part in PurePosixPath(name).parts[-2::-1]]
     return next((SPLITS[folder] for folder in folders if folder in SPLITS), None)
 
 
 def read_manifest(path: Path, required: bool = True) -> dict[str, str | None] | None:
-    """Reads a JSON list of objects with `file` (relative to the manifest) and `split`: the split by file.
+    """Reads a JSON list of objects with `file` (relative to the manifest) and `split`; gives the split by file.
 
-    A manifest that is not required and says nothing of this kind is None.
+    Where a manifest is not required, a missing file or other JSON gives None.
     """
     if not required and not path.is_file():
         return None
@@ -100,7 +100,7 @@ def read_manifest(path: Path, required: bool = True) -> dict[str, str | None] | 
 
 
 class Entry(NamedTuple):
-    """Where an image lies in the cache."""
+    """The name and size of an image, and its offset in the cache in bytes."""
 
     name: str
     height: int
@@ -116,7 +116,7 @@ class ImageCache:
 
     Attributes:
         entries: of the images, in the order of their names.
-        skipped: why an image is missing, by name.
+        skipped: by name, why an image was left out.
 
     Raises:
         DataError: the folder does not hold a complete cache.
@@ -141,10 +141,10 @@ class ImageCache:
             raise DataError(f"{folder}: not a complete image cache") from error
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_pixels": None}  # pickled, a memory map becomes a copy of all pixels
+        return {**self.__dict__, "_pixels": None}  # pickling a memory map would copy all pixels
 
     def __getitem__(self, index: int) -> np.ndarray:
-        """The pixels of one image, uint8 [H, W, 3], read from disk where they are used."""
+        """The pixels of one image, uint8 [H, W, 3], read from disk only where they are used."""
         if self._pixels is None:
             self._pixels = np.memmap(self.folder / "pixels.raw", np.uint8, "r")
         entry = self.entries[index]
@@ -153,7 +153,7 @@ class ImageCache:
 
 
 def build_cache(folder: Path, files: dict[str, Path], max_pixels: int) -> None:
-    """Decodes images into a new cache; images that cannot be read are skipped. The folder appears when it is complete.
+    """Decodes images into a new cache, which appears when it is complete; images that cannot be read are skipped.
 
     Raises:
         DataError: the disk is full.
@@ -195,19 +195,19 @@ def _decoded_bytes(path: Path, max_pixels: int) -> int:
         with warnings.catch_warnings(action="ignore"), Image.open(path, formats=FORMATS) as image:
             pixels = image.width * image.height
             return 3 * pixels if pixels <= max_pixels else 0
-    except Exception:  # whatever is wrong with the file, load_image will say so
+    except Exception:  # `load_image` reports what is wrong with the file
         return 0
 
 
 def check_space(folder: Path, needed: int, what: str) -> None:
-    """Refuses, with a DataError, to write more bytes than the disk of a folder has free."""
+    """Raises a DataError if the disk of a folder has fewer bytes free than needed."""
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise DataError(f"{folder}: {what} need {needed / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are free")
 
 
 def in_threads(function: Callable[[Item], Result], items: Sequence[Item], description: str) -> Iterator[Result]:
-    """Maps in threads, in order and with a progress bar; only a few results at a time wait to be taken."""
+    """Maps a function in threads, in order, with a progress bar, and with only a few results in memory at a time."""
     workers = min(os.cpu_count() or 1, 8)
     with ThreadPoolExecutor(workers) as pool:
         for start in track(range(0, len(items), workers), description, disable=not items):

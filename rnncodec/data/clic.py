@@ -1,4 +1,4 @@
-"""The download of CLIC: its archives fetched, over several runs if need be, and unpacked."""
+"""Downloads and unpacks the CLIC archives; an interrupted download is resumed."""
 
 import errno
 import hashlib
@@ -30,9 +30,9 @@ RETRIES, RETRY_SECONDS, TIMEOUT_SECONDS = 5, 1.0, 60.0
 
 
 def download_clic(root: Path, url: str = CLIC_URL) -> None:
-    """Fetches the CLIC 2020 archives that are not there yet and unpacks them to professional/train, mobile/valid ...
+    """Downloads the CLIC 2020 archives that are not there yet and unpacks them to professional/train, mobile/valid ...
 
-    A download that was interrupted goes on where it was. A folder appears when it is complete.
+    An interrupted download is resumed. A folder appears when it is complete.
 
     Raises:
         DataError: the server cannot be reached or lacks a file, or an archive is corrupt or refused.
@@ -95,7 +95,7 @@ def fetch(url: str, path: Path, md5: str | None, progress: Progress) -> None:
 
 
 def _receive(url: str, part: Path, progress: Progress, task: TaskID) -> tuple[bool, str]:
-    """Appends to a partial file what a server has beyond it: whether the file is complete, and if not, why."""
+    """Downloads the rest of a partial file; gives whether it is complete, and if not, why."""
     with open(part, "ab") as file:
         have = file.tell()
         request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
@@ -129,7 +129,7 @@ def unpack(archive: Path, folder: Path, progress: Progress) -> None:
     """Unpacks the images of a zip archive, whose outermost folder becomes `folder`, which appears when it is complete.
 
     Raises:
-        DataError: the archive is corrupt or has paths or sizes that no archive of photographs has; it is deleted.
+        DataError: the archive is corrupt, or has unsafe paths or sizes; it is deleted.
     """
     temporary = folder.with_name(f"{folder.name}.part")
     shutil.rmtree(temporary, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""The data: each image decoded once into a memory-mapped cache, patches drawn from it as one endless, resumable stream.
+"""The data module, which decodes each image once into a cache and draws patches as an endless, resumable stream.
 
 files ──decode──► cache ──tiles, crops, flips──► uint8 batch ──► device ──crop, flip, normalize──► x in [-1, 1]
        (once)    (mmap)      (workers)                                      (one gather)
@@ -38,14 +38,15 @@ from rnncodec.files.images import MAX_PIXELS
 class PatchDataModule(L.LightningDataModule):
     """Patches to train on and whole images to validate on, from a folder of photographs.
 
-    Which images validate is told by, in this order: `val_root`; the manifest; folders named `train` and `valid` (the
-    layout of CLIC: professional/train, mobile/valid ...; images in `test` are left out); else some are held out.
+    Validation images are, in this order of precedence: those in `val_root`; those that the manifest names; those in
+    folders named `valid`, beside `train` (as in CLIC: professional/train, mobile/valid ...; images in `test` are left
+    out); or some that are held out.
 
     Args:
         root: folder of images, searched recursively.
         val_root: folder of validation images.
         manifest: JSON list of objects with `file` (relative to it) and `split`; by default `manifest.json` in `root`.
-        val_images: how many images to hold out, by a hash of the name, where nothing tells which.
+        val_images: how many images to hold out, by a hash of the name, where nothing else says which.
         batch_size: patches for each rank and step.
         patch_size: side of a patch in pixels.
         tile_size: side of the squares, each visited once an epoch, from which patches are cropped at random.
@@ -53,13 +54,13 @@ class PatchDataModule(L.LightningDataModule):
             al. 2017).
         patches_per_image: how many patches `high_entropy` takes of each image.
         flips: whether half of the patches, at random, are mirrored left to right.
-        num_workers: processes that read the data, for each rank; by default one beside a GPU and none on a CPU, where
-            to pass a batch on takes longer than to read it.
+        num_workers: processes that read the data, for each rank; by default one for a GPU and none for a CPU, where
+            passing a batch between processes takes longer than reading it.
         seed: of the order of the data, the crops and the flips.
         cache_dir: folder for decoded images, 3 bytes a pixel; by default rnncodec in the user's cache folder.
         max_pixels: images of more pixels are skipped.
         download: whether to fetch the CLIC 2020 training and validation sets (several GB) into `root` first.
-        clic_url: where from.
+        clic_url: address of the archives.
     """
 
     def __init__(
@@ -104,7 +105,7 @@ class PatchDataModule(L.LightningDataModule):
         self._ready = False
 
     def _folder(self, files: dict[str, Path]) -> Path:
-        """The cache of these files: another one if any of them changes, or becomes readable."""
+        """The folder of the cache of these files, which changes if one of them changes or becomes readable."""
         facts = []
         for name, path in sorted(files.items()):
             try:
@@ -130,7 +131,7 @@ class PatchDataModule(L.LightningDataModule):
         return cells
 
     def prepare_data(self) -> None:
-        """Downloads and decodes what is not there yet, in one process of each machine; others that come to it wait."""
+        """Downloads and decodes what is not there yet, in one process of each machine, for which others wait."""
         if self.download:
             download_clic(self.root, self.clic_url)
         files, _ = split_images(self.root, self.val_root, self.manifest, self.val_images)
@@ -165,7 +166,7 @@ class PatchDataModule(L.LightningDataModule):
                 os.replace(temporary, self._patches_file(folder))
 
     def setup(self, stage: str | None = None) -> None:
-        """Opens the cache, in every process, and reports once what was skipped."""
+        """Opens the cache in every process, and reports once which images were skipped."""
         if self._ready:
             return
         files, splits = split_images(self.root, self.val_root, self.manifest, self.val_images)
@@ -197,10 +198,10 @@ class PatchDataModule(L.LightningDataModule):
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
     def next_batch(self) -> int:
-        """The batch, counted on each rank, that follows what has been trained on.
+        """The number of the batch of this rank that follows those trained on.
 
         Raises:
-            DataError: a checkpoint of another batch size or number of ranks stands within a batch.
+            DataError: the position, from a checkpoint of another batch size or number of ranks, is within a batch.
         """
         world_size = self._rank()[1]
         batch, within = divmod(self.position, self.batch_size * world_size)
@@ -212,7 +213,7 @@ class PatchDataModule(L.LightningDataModule):
         return batch
 
     def train_dataloader(self) -> DataLoader:
-        """The endless stream of this rank, from the position that was trained up to."""
+        """The endless stream of this rank, from the position that training has reached."""
         rank, world_size = self._rank()
         stream = PatchStream(
             self.cache,
@@ -240,9 +241,9 @@ class PatchDataModule(L.LightningDataModule):
         )
 
     def sample(self, pixels: int) -> Tensor:
-        """At least so many pixels of training images, if they have them, in tiles float32 [N, 3, T, T] in [-1, 1].
+        """Tiles of training images, float32 [N, 3, T, T] in [-1, 1], with at least `pixels` pixels if there are enough.
 
-        The same on every rank. T is `tile_size`, reduced to a multiple of 16 if it is above.
+        They are the same on every rank. T is `tile_size`, rounded down to a multiple of 16 unless it is below 16.
         """
         side = max(self.tile_size // 16, 1) * 16
         count = min(-(-pixels // side**2), len(self.cells))
@@ -274,14 +275,14 @@ class PatchDataModule(L.LightningDataModule):
 
     @property
     def val_names(self) -> list[str]:
-        """Names of all validation images, of which a rank has every world_size-th from its own number on."""
+        """Names of all validation images; a rank has every world_size-th, starting with its own number."""
         return [self.cache.entries[i].name for i in self.val_indices]
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Tensor:
         """Patches float32 [B, 3, P, P] or a whole image [1, 3, H, W], in [-1, 1], channels last in memory."""
         if isinstance(batch, Tensor):
             return normalize(batch)
-        # Counted here, where a batch goes into training: workers are some batches ahead.
+        # Counted here, where a batch goes into training, because workers are some batches ahead.
         self.position = batch["next_sample"]
         return cut_patches(batch["tiles"], batch["corners"], batch["flips"], self.patch_size)
 

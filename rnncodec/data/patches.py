@@ -1,4 +1,4 @@
-"""The stream of patches: the tiles there are, their order, crops and flips, and who is given which."""
+"""The stream of training patches: tiles, their order, crops and flips, and the share of each rank."""
 
 import io
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +15,7 @@ from rnncodec.data.cache import ImageCache, in_threads
 
 
 def grid_cells(sizes: np.ndarray, tile_size: int) -> np.ndarray:
-    """The non-overlapping squares of images' grids: sizes int [N, 2] (H, W) to cells int [C, 3] (image, y, x)."""
+    """Divides images into non-overlapping squares: sizes int [N, 2] (H, W) to cells int [C, 3] (image, y, x)."""
     rows, columns = (sizes // tile_size).T
     image = np.repeat(np.arange(len(sizes)), rows * columns)
     within = np.arange(len(image)) - np.repeat(np.cumsum(rows * columns) - rows * columns, rows * columns)
@@ -24,9 +24,9 @@ def grid_cells(sizes: np.ndarray, tile_size: int) -> np.ndarray:
 
 
 def high_entropy_cells(cache: ImageCache, patch_size: int, count: int) -> np.ndarray:
-    """Each image's `count` grid patches that PNG compresses worst, worst first: int [C, 3], as above.
+    """The `count` cells of each image that PNG compresses worst, worst first, as in `grid_cells`.
 
-    The high-entropy patches of Toderici et al. 2017, sec. 5.
+    These are the high-entropy patches of Toderici et al. 2017, sec. 5.
     """
 
     def choose(index: int) -> np.ndarray:
@@ -41,7 +41,7 @@ def high_entropy_cells(cache: ImageCache, patch_size: int, count: int) -> np.nda
 
 
 def png_bytes(pixels: np.ndarray) -> int:
-    """Length of the PNG file of uint8 [H, W, 3]."""
+    """Bytes of the PNG file of uint8 [H, W, 3]."""
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "png")
     return buffer.tell()
@@ -50,14 +50,14 @@ def png_bytes(pixels: np.ndarray) -> int:
 class PatchStream(Dataset):
     """An endless stream of batches of tiles; item b is batch b of this rank.
 
-    An epoch visits every cell once, in an order drawn from (seed, epoch). Sample n of the stream depends on (seed, n)
-    alone, and batch b of rank r of w holds the B samples from (b w + r) B on: the position in the data is one integer,
-    no two ranks or workers share a sample, and together they see what a single process would.
+    An epoch visits every cell once, in an order drawn from (seed, epoch). Sample n of the stream depends only on (seed,
+    n), and batch b of rank r of w has the B samples from (b w + r) B on. So the position in the data is one integer, no
+    two ranks or workers share a sample, and together they see what a single process would.
 
     Args:
         cache: of the images.
         cells: int [C, 3] (image, y, x), places of the tiles.
-        margins: int [N, 2], how far down and right an image's cells may be shifted together; drawn in every epoch.
+        margins: int [N, 2], the most that an image's cells are shifted together, down and right, anew in every epoch.
         batch_size: B, for each rank.
         tile_size: side of a tile.
         patch_size: side of the patch that is cropped from it.
@@ -89,7 +89,7 @@ class PatchStream(Dataset):
     def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The order of the cells [C] and the images' shifts [N, 2] in an epoch."""
         if epoch not in self._epochs:
-            # Two epochs are kept because batches at their border, of several ranks or workers, need both.
+            # Two epochs are kept, because ranks and workers need both at their border.
             self._epochs = {key: value for key, value in self._epochs.items() if key == epoch - 1}
             rng = np.random.Generator(np.random.Philox(key=[self.seed, epoch + 1]))
             self._epochs[epoch] = rng.permutation(len(self.cells)), rng.integers(0, self.margins + 1)
@@ -99,7 +99,7 @@ class PatchStream(Dataset):
         """Tiles uint8 [B, T, T, 3]; corners int64 [B, 2], (y, x) of the crops; flips bool [B]; next_sample, an int."""
         size, tile = self.batch_size, self.tile_size
         first = (batch * self.world_size + self.rank) * size
-        # A count of Philox's counter is four words, so that sample n has words of its own, whatever the batches.
+        # Each count of Philox's counter gives four words, so that sample n has its own words in any batch.
         words = np.random.Philox(key=[self.seed, 0], counter=first).random_raw(4 * size).reshape(size, 4)
         fractions = words >> np.uint64(32)  # of 2^32
         corners = (fractions[:, :2] * np.uint64(tile - self.patch_size + 1)) >> np.uint64(32)
@@ -129,12 +129,12 @@ class WholeImages(Dataset):
         return torch.from_numpy(np.array(self.cache[self.images[index]])).permute(2, 0, 1)[None]
 
 
-# Lightning replaces a sampler that is not a DistributedSampler by its own, which knows neither where the stream
-# stands nor how to share images without showing some of them twice.
+# Lightning replaces a sampler that is not a DistributedSampler by its own, which neither starts at the position of the
+# stream nor shares images without showing some of them twice.
 
 
 class StreamSampler(DistributedSampler):
-    """Counts batches without end, from where the data module stands when the counting starts."""
+    """Counts batches without end, from the position of the data module when the iteration starts."""
 
     def __init__(self, first_batch: Callable[[], int]) -> None:
         self.first_batch = first_batch
@@ -150,7 +150,7 @@ class StreamSampler(DistributedSampler):
 
 
 class ShareSampler(DistributedSampler):
-    """Every world_size-th index from the rank on; the shares differ by one if need be."""
+    """Every world_size-th index, starting with the rank; shares may differ by one."""
 
     def __init__(self, length: int, rank: int, world_size: int) -> None:
         self.indices = range(rank, length, world_size)
@@ -166,12 +166,12 @@ class ShareSampler(DistributedSampler):
 
 
 def normalize(x: Tensor) -> Tensor:
-    """uint8 to float32 in [-1, 1]."""
+    """Converts uint8 to float32 in [-1, 1]."""
     return x.float().div_(127.5).sub_(1)
 
 
 def cut_patches(tiles: Tensor, corners: Tensor, flips: Tensor, patch_size: int) -> Tensor:
-    """Crops, flips and normalizes a batch by one gather.
+    """Crops, flips and normalizes a batch in one gather operation.
 
     Args:
         tiles: uint8 [B, T, T, 3].
