@@ -1,4 +1,4 @@
-"""Rating by people: which of two reconstructions of about the same bytes is closer to the original?"""
+"""Rating by people, who say which of two reconstructions of about the same bytes is closer to the original."""
 
 from rnncodec.rating.scores import Summary, bootstrap, bradley_terry, summarize
 from rnncodec.rating.server import Server

@@ -1,4 +1,4 @@
-"""Scores of the votes: how strong each codec is at each rate, and how far the raters are to be trusted."""
+"""Computes from votes the strength of each codec at each rate, and how reliable the raters are."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ import numpy as np
 
 from rnncodec.rating.votes import Vote
 
-HONEST = 0.8  # raters with a smaller share of their checks right are left out
+HONEST = 0.8  # raters with a smaller share of right checks are left out
 VIRTUAL_WINS = 0.5  # of each codec, and as many losses, against an average opponent
 RESAMPLES = 1000  # of a bootstrap interval
 CONFIDENCE = 0.95
@@ -15,7 +15,7 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Score:
-    """What the votes say about a codec at a rate.
+    """The score of a codec at a rate.
 
     Attributes:
         rate: target in bits per pixel.
@@ -38,17 +38,17 @@ class Score:
 
 @dataclass(frozen=True)
 class Summary:
-    """The scores, and how far the raters are to be trusted.
+    """The scores, and how reliable the raters are.
 
     Attributes:
         raters: how many voted and were not excluded.
-        excluded: how many were, for too many wrong checks.
-        votes: that the scores come from: those on comparisons shown for the first time, by raters not excluded.
+        excluded: how many were excluded, for too many wrong checks.
+        votes: votes behind the scores, on comparisons shown for the first time, by raters not excluded.
         undone: votes taken back, which count nowhere.
-        checks: answered, by all raters.
-        right: how many of them rightly.
-        repeats: answered by raters not excluded.
-        consistent: how many of them as the first time.
+        checks: checks answered, by all raters.
+        right: how many of these were answered correctly.
+        repeats: repeats answered, by raters not excluded.
+        consistent: how many of these were answered as the first time.
         scores: by rate, best first.
     """
 
@@ -66,9 +66,9 @@ class Summary:
 def bradley_terry(wins: np.ndarray) -> np.ndarray:
     """Strengths of codecs by maximum likelihood, where P(i beats j) = 1 / (1 + exp(s_j - s_i)).
 
-    The likelihood has a finite maximum only if every codec lost, through others, to every other. Half a virtual win
-    and half a loss of each against an average opponent, of strength 0, make sure of it. Newton's method, as the MM
-    algorithm, though simpler, takes thousands of steps where some codec nearly always wins.
+    The likelihood has a finite maximum only if every codec lost to every other, directly or through others. Half a
+    virtual win and half a virtual loss of each, against an opponent of strength 0, ensure this. The maximum is found by
+    Newton's method, because the simpler MM algorithm takes thousands of steps if a codec nearly always wins.
 
     Args:
         wins: [..., K, K], how often i was preferred to j; the diagonal is not used.
@@ -104,7 +104,7 @@ def _logistic(x: np.ndarray) -> np.ndarray:
 def bootstrap(wins: np.ndarray, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Percentile intervals of the strengths.
 
-    Raters are resampled, as the votes of one are not independent; the votes, if there is one rater.
+    Raters are resampled, because the votes of one rater are not independent; if there is only one, votes are resampled.
 
     Args:
         wins: integers [R, K, K], how often each rater preferred i to j.
@@ -176,6 +176,6 @@ def preferred(vote: Vote) -> str:
 
 
 def compared(vote: Vote) -> tuple[str, float | None, frozenset[tuple[str, float]]]:
-    """What a vote compares, whatever the sides."""
+    """What a vote compares, regardless of the sides."""
     sides = (vote.left_codec, vote.left_setting), (vote.right_codec, vote.right_setting)
     return vote.image, vote.rate, frozenset(sides)

@@ -1,4 +1,4 @@
-"""The web server of a study: the page, its pictures, what comes next, and where the votes arrive."""
+"""The web server of a study, which serves the page and the pictures, and takes the votes."""
 
 import io
 import ipaddress
@@ -19,7 +19,7 @@ from rnncodec.files.images import load_image, one_line
 from rnncodec.rating.study import Study, file_of
 from rnncodec.rating.votes import Vote, Votes, now
 
-AHEAD = 3  # trials that the page is told of, to load their pictures
+AHEAD = 3  # trials that the page gets in advance, to load their pictures
 MAX_BODY = 4096  # bytes of a POST
 MAX_MILLISECONDS = 24 * 60 * 60 * 1000
 MAX_NAME = 60
@@ -34,7 +34,7 @@ SECURITY = {
 
 
 class Refused(Exception):
-    """A request that is not followed; the message goes to whoever made it."""
+    """Raised for a request that is refused; the message is sent to the client."""
 
     def __init__(self, status: HTTPStatus, message: str) -> None:
         super().__init__(message)
@@ -51,7 +51,7 @@ class Server(ThreadingHTTPServer):
         port: 0 for any that is free.
 
     Raises:
-        OSError: it is not possible to listen there.
+        OSError: the server cannot listen there.
     """
 
     request_queue_size = 128
@@ -69,10 +69,10 @@ class Server(ThreadingHTTPServer):
         self.url = f"http://[{bound}]:{port}/" if ":" in str(bound) else f"http://{bound}:{port}/"
 
     def server_bind(self) -> None:
-        socketserver.TCPServer.server_bind(self)  # HTTPServer's asks a name server who we are, and uses it for CGI only
+        socketserver.TCPServer.server_bind(self)  # HTTPServer's looks up the name of the host, which only CGI needs
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        if not isinstance(sys.exception(), (ConnectionError, TimeoutError)):  # browsers leave without a word
+        if not isinstance(sys.exception(), (ConnectionError, TimeoutError)):  # browsers close connections at any time
             super().handle_error(request, client_address)
 
 
@@ -82,7 +82,7 @@ class Handler(BaseHTTPRequestHandler):
     server: Server  # pyright: ignore[reportIncompatibleVariableOverride]
     protocol_version = "HTTP/1.1"
     timeout = 60  # seconds until an idle connection is closed
-    disable_nagle_algorithm = True  # head and body of an answer are sent apart, and the second would wait
+    disable_nagle_algorithm = True  # it would delay the body of an answer, sent after the head
 
     def version_string(self) -> str:
         return "rnncodec"
@@ -148,7 +148,7 @@ class Handler(BaseHTTPRequestHandler):
             raise Refused(HTTPStatus.CONFLICT, "this is not the last vote")
 
     def _state(self, rater: str) -> tuple[str, str, bytes]:
-        """Where a rater is: how many trials are done, what can be undone, and the tokens of what comes next."""
+        """The progress of a rater: how many trials are done, what can be undone, and the tokens of the next trials."""
         study = self.server.study
         trials = study.trials(rater)
         answered = self.server.votes.trials(rater)
@@ -171,11 +171,11 @@ class Handler(BaseHTTPRequestHandler):
         return "application/json", "no-store", json.dumps(state).encode()
 
     def _document(self) -> dict[str, Any]:
-        """The JSON object that was posted, if it may be."""
+        """The JSON object that was posted, after checks."""
         length = self.headers.get("Content-Length", "")
         if not re.fullmatch("[0-9]{1,9}", length):
             raise Refused(HTTPStatus.LENGTH_REQUIRED, "the length of the body is missing")
-        data = self.rfile.read(min(int(length), 16 * MAX_BODY))  # else the answer may be lost with what is not read
+        data = self.rfile.read(min(int(length), 16 * MAX_BODY))  # unread data may cost the client the answer
         if int(length) > MAX_BODY:
             raise Refused(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"a body has at most {MAX_BODY} bytes")
         self._check_origin()
@@ -190,7 +190,7 @@ class Handler(BaseHTTPRequestHandler):
         return document
 
     def _check_origin(self) -> None:
-        """Refuses what another site's page asks for, under its own name (CSRF) or one that leads here (rebinding)."""
+        """Refuses requests from pages of other sites, both cross-site requests (CSRF) and DNS rebinding."""
         host, origin = self.headers.get("Host", ""), self.headers.get("Origin")
         if self.server.loopback and not _is_loopback(host):
             raise Refused(HTTPStatus.FORBIDDEN, "this server is for this computer only")
@@ -206,7 +206,7 @@ class Handler(BaseHTTPRequestHandler):
             status = error.status if isinstance(error, Refused) else HTTPStatus.INTERNAL_SERVER_ERROR
             kind, cache, body = "text/plain; charset=utf-8", "no-store", f"{one_line(error)}\n".encode()
             self.close_connection = True  # part of a body may not have been read
-            if not isinstance(error, Refused):  # paths are for who runs the server, not for raters
+            if not isinstance(error, Refused):  # raters should not see the paths in messages
                 print(f"rnncodec: error: {one_line(error)}", file=sys.stderr, flush=True)
                 body = b"the server failed\n"
         self.send_response(status)
@@ -220,7 +220,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def encode_picture(path: Path) -> bytes:
-    """A picture as PNG, not compressed, so that all of an image have the same type and the same number of bytes.
+    """Encodes a picture as PNG without compression, so that all of an image have the same type and number of bytes.
 
     Raises:
         ValueError: it cannot be read.
@@ -231,7 +231,7 @@ def encode_picture(path: Path) -> bytes:
 
 
 def _is_loopback(host: str) -> bool:
-    """Whether a Host header names this computer to itself; the port does not matter, a tunnel may have another."""
+    """Whether a Host header names this computer itself; the port is ignored, because a tunnel may change it."""
     name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
     try:
         return name.lower() == "localhost" or ipaddress.ip_address(name).is_loopback

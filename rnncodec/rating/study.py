@@ -1,4 +1,4 @@
-"""Which comparisons an evaluation's folder allows, and their order and sides for each rater."""
+"""The comparisons that the results of an evaluation allow, and their order and sides for each rater."""
 
 import hashlib
 import math
@@ -11,7 +11,7 @@ from typing import NamedTuple
 from rnncodec.metrics.curves import Point, picture_path, read_points
 
 FAR = 0.25  # share of a target rate by which rnncodec may miss it
-TOLERANCE = 0.05  # the bytes of what is compared differ by no larger share from those of rnncodec
+TOLERANCE = 0.05  # share of the bytes of rnncodec by which those of a compared file may differ
 REPEATS = 0.10  # of the comparisons are shown a second time, with sides swapped
 CHECKS = 0.05  # as many honesty checks, as a share of the comparisons
 GAP = 5  # trials at least between a comparison and its repeat, where there are so many
@@ -27,10 +27,10 @@ class Comparison(NamedTuple):
 
 
 class Trial(NamedTuple):
-    """What a rater is shown at once.
+    """What a rater is shown at once: an original and two pictures to compare with it.
 
     Attributes:
-        token: names the trial, its rater and its sides, and says nothing about them.
+        token: identifies the trial, its rater and its sides without revealing them.
         kind: `normal`; `repeat`, a comparison shown before; or `check`, where one side is the original itself.
         rate: in bits per pixel; None for a check.
         left: shown on the left.
@@ -48,9 +48,9 @@ class Trial(NamedTuple):
 def match(points: Sequence[Point], rates: Sequence[float]) -> list[Comparison]:
     """Every pair of codecs of each image at each target rate, at matched bytes.
 
-    The measure is the reconstruction of rnncodec whose rate is nearest to the target, unless it is nearer to another
+    The anchor is the reconstruction of rnncodec whose rate is nearest to the target, unless it is nearer to another
     target or misses this one by more than a quarter. Of every other codec it is the one whose bytes are nearest to the
-    measure's, if they differ by at most 5 %.
+    anchor's, if they differ by at most 5 %.
 
     Args:
         points: with pictures.
@@ -69,15 +69,15 @@ def match(points: Sequence[Point], rates: Sequence[float]) -> list[Comparison]:
                 codecs.setdefault(point.codec, []).append(point)
         own = [point for point in points if point.image == image and point.evaluated]
         for rate in sorted(set(rates)) if own else ():
-            measure = min(own, key=lambda point: abs(point.bpp - rate))
-            nearest = min(rates, key=lambda other: abs(measure.bpp - other))
-            if nearest != rate or abs(measure.bpp - rate) > FAR * rate:
+            anchor = min(own, key=lambda point: abs(point.bpp - rate))
+            nearest = min(rates, key=lambda other: abs(anchor.bpp - other))
+            if nearest != rate or abs(anchor.bpp - rate) > FAR * rate:
                 continue
             matched = [
-                measure if codec == measure.codec else min(each, key=lambda point: abs(point.bytes - measure.bytes))
+                anchor if codec == anchor.codec else min(each, key=lambda point: abs(point.bytes - anchor.bytes))
                 for codec, each in sorted(codecs.items())
             ]
-            matched = [point for point in matched if abs(point.bytes - measure.bytes) <= TOLERANCE * measure.bytes]
+            matched = [point for point in matched if abs(point.bytes - anchor.bytes) <= TOLERANCE * anchor.bytes]
             comparisons += [Comparison(image, rate, *pair) for pair in combinations(matched, 2)]
     if not comparisons:
         listed = ", ".join(f"{rate:g}" for rate in rates)
@@ -91,8 +91,8 @@ def match(points: Sequence[Point], rates: Sequence[float]) -> list[Comparison]:
 class Study:
     """The comparisons of an evaluation, and the order and sides in which each rater sees them.
 
-    All that is random comes from a hash of seed, rater and trial. So nothing about a rater has to be kept but the
-    votes, and images or rates that are added later change neither tokens nor sides of what was there before.
+    All random choices come from a hash of seed, rater and trial. So only the votes of a rater have to be stored, and
+    images or rates that are added later change neither the tokens nor the sides of earlier trials.
 
     Args:
         results: folder with points.csv and the pictures.
@@ -120,7 +120,7 @@ class Study:
         shown += [point for pair in self.checks for point in pair]
         pictures = {self.picture(point): point.picture for point in shown}
         pictures |= {self.reference(original.image): original.picture for original, _ in self.checks}
-        # By token; what is not in here is not served.
+        # By token; the server serves no other pictures.
         self.pictures = {token: picture_path(results, picture) for token, picture in pictures.items()}
         self.trials = lru_cache(maxsize=256)(self._trials)
 
@@ -129,7 +129,7 @@ class Study:
         return self._token("candidate", point)
 
     def reference(self, image: str) -> str:
-        """The token of an original as such; as a side of a check it has another one, as it would give itself away."""
+        """The token of an original as the reference; as a side of a check it has another, to stay unrecognized."""
         return self._token("reference", image)
 
     def _trials(self, rater: str) -> tuple[Trial, ...]:
@@ -167,5 +167,5 @@ class Study:
 
 
 def file_of(point: Point) -> tuple[str, float, int]:
-    """Codec, setting and bytes of what is compared."""
+    """Codec, setting and bytes of the file of a point."""
     return point.codec, float(point.setting), int(point.bytes)

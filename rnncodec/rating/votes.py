@@ -1,4 +1,4 @@
-"""What raters answered, kept in an SQLite database."""
+"""The votes of the raters, stored in an SQLite database."""
 
 import sqlite3
 from collections.abc import Iterator
@@ -36,10 +36,10 @@ class Vote:
         left_codec: shown on the left; `original` for the original of a check.
         left_setting: of this codec; 0 for an original.
         left_bytes: of the file.
-        choice: `left` or `right`, which was called closer to the original.
+        choice: `left` or `right`, the side called closer to the original.
         milliseconds: from the moment both were shown, pauses excluded.
         time: when it was stored, UTC in ISO 8601.
-        undone: when the rater took it back, which makes it void; None for a vote that counts.
+        undone: when the rater took it back; None for a vote that counts.
     """
 
     rater: str
@@ -61,16 +61,16 @@ class Vote:
 
 
 class Votes:
-    """The votes in an SQLite database, where each is on disk before the method that stores it returns.
+    """The votes in an SQLite database; a vote is on disk before `add` returns.
 
     Every call opens the database anew, so that threads and processes may share it.
 
     Args:
-        path: the file; made if `create` is set and it does not exist.
-        create: False only reads.
+        path: the file.
+        create: whether to make the file if it does not exist.
 
     Raises:
-        ValueError: the file is missing, not a database, or one of another layout, which is left as it is.
+        ValueError: the file is missing, not a database, or one of another layout, which is not changed.
     """
 
     def __init__(self, path: Path, create: bool = True) -> None:
@@ -106,13 +106,13 @@ class Votes:
             return cursor.rowcount == 1
 
     def trials(self, rater: str) -> list[str]:
-        """Tokens of the trials that a rater has answered, the last one last."""
+        """Tokens of the trials that a rater has answered, in order."""
         query = "SELECT trial FROM votes WHERE rater = ? AND undone IS NULL ORDER BY rowid"
         with self._database() as database:
             return [trial for (trial,) in database.execute(query, (rater,))]
 
     def all(self) -> list[Vote]:
-        """Every vote in the order they came in, the undone ones too."""
+        """All votes in the order of their arrival, including those undone."""
         with self._database() as database:
             return [Vote(*row) for row in database.execute("SELECT * FROM votes ORDER BY rowid")]
 
@@ -120,8 +120,8 @@ class Votes:
     def _database(self, mode: str = "rw") -> Iterator[sqlite3.Connection]:
         """A transaction, committed at its end."""
         try:
-            # The default journal and FULL: a committed vote outlives a power failure, and the votes are one file. Even
-            # who only reads opens it for writing, as the journal of a killed server has to be rolled back.
+            # With the default journal and FULL, a committed vote survives a power failure, and the votes are one file.
+            # Readers open it for writing, too, because the journal of a killed server has to be rolled back.
             address = f"{self.path.absolute().as_uri()}?mode={mode}"
             with closing(sqlite3.connect(address, timeout=30, uri=True)) as database:
                 database.execute("PRAGMA synchronous = FULL")
@@ -132,5 +132,5 @@ class Votes:
 
 
 def now() -> str:
-    """The time, UTC in ISO 8601."""
+    """The current time, UTC in ISO 8601."""
     return datetime.now(UTC).isoformat(timespec="milliseconds")
