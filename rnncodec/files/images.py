@@ -235,7 +235,7 @@ def _open(file: BinaryIO, max_pixels: int) -> Image.Image:
         if file.seekable():
             file.seek(0)
         else:
-            file = _slurp(file, prefix, 8 * max_pixels + 2**24)  # all pixels in 16-bit RGBA, and ample metadata
+            file = _read_pipe(file, prefix, 8 * max_pixels + 2**24)  # all pixels in 16-bit RGBA, and ample metadata
         try:
             with _quiet():
                 image = factory(file, "")
@@ -252,7 +252,7 @@ def _open(file: BinaryIO, max_pixels: int) -> Image.Image:
     raise ImageError("not an image file, or of a format that is not supported" if prefix else "the file is empty")
 
 
-def _slurp(pipe: BinaryIO, prefix: bytes, limit: int) -> BinaryIO:
+def _read_pipe(pipe: BinaryIO, prefix: bytes, limit: int) -> BinaryIO:
     """Reads the rest of a pipe into memory, after a prefix that was read before; refuses more than `limit` bytes."""
     file = io.BytesIO()
     file.write(prefix)
