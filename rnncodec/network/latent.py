@@ -138,7 +138,7 @@ class LatentEncoder(nn.Module):
 
 
 class LatentBinarizer(nn.Module):
-    """Decides the bits by questions, with the encoder's offsets, and looks up what each answer adds to the latents."""
+    """Turns the residual into bits by answering questions; the encoder's offsets shift the decisions."""
 
     def __init__(self, config: LatentConfig) -> None:
         super().__init__()

@@ -22,7 +22,7 @@ HISTORIES = 15  # nodes of a binary tree: no answer yet, one, two, or the last t
 ACTIVITIES = 5
 CASES = HISTORIES * ACTIVITIES
 UNIT = 256  # costs are counted in 1/256 bit
-QUIET = 10  # channels whose costs are not counted as activity: they describe brightness rather than texture
+QUIET = 10  # first channels, whose costs do not count as activity: they describe brightness rather than texture
 PSEUDO_COUNT = 2.0  # blocks of residual 0 that are added to each case, to limit the values of rare cases
 SPREADS = (0.0, 1.0, -1.0, 1.7, -1.7)  # candidate thresholds, in standard deviations from the mean of a case
 
