@@ -14,7 +14,7 @@ Code = Callable[[np.ndarray, tuple[int, int]], np.ndarray]
 
 
 class RawSession(Session):
-    """No entropy coding."""
+    """Stores the bits without entropy coding."""
 
     coding = RAW
 

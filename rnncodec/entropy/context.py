@@ -167,7 +167,7 @@ class Sequential(Layer):
 
 
 class Parallel(Layer):
-    """Predicts an iteration in 2 passes for each group of channels, the black and the white squares of a checkerboard.
+    """Predicts an iteration in 2 passes for each group of channels, on the black and white squares of a checkerboard.
 
     Each pass knows the bits of all earlier passes at all locations.
     """
