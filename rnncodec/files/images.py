@@ -205,7 +205,7 @@ def _walk(folder: Path) -> Iterator[Path]:
 
 
 def _load(file: BinaryIO, name: str, max_pixels: int) -> np.ndarray:
-    """Does `load_image` for an open file."""
+    """Loads an open file, see `load_image`."""
     try:
         image = _open(file, max_pixels)
         with image:
