@@ -30,7 +30,7 @@ class Compressed(TypedDict):
 class Codec:
     """A network ready to code images; `rnncodec.load` makes one.
 
-    On one device, encoding t iterations, decoding t iterations and the t-th step of `network.unroll` agree exactly.
+    On one device, encoding and decoding t iterations and step t of `network.unroll` reconstruct exactly the same image.
 
     Args:
         weights: from `rnncodec.weights.load_weights`; their network moves to the device.
@@ -136,7 +136,7 @@ class Codec:
     def _write(
         self, planes: Iterable[np.ndarray], session: Session, height: int, width: int, bpp: float | None
     ) -> bytes:
-        """Does `write_bits` with a new session."""
+        """Writes a file as `write_bits` does, with a new session."""
         entries: list[Iteration] = []
         payloads: list[bytes] = []
         for plane in planes:

@@ -217,7 +217,7 @@ def fingerprint(config: str, tensors: Mapping[str, torch.Tensor]) -> bytes:
     """The first 8 bytes of the SHA-256 of the config and every tensor's name, type, shape and little-endian bytes.
 
     Args:
-        config: the JSON text in the file, because a later version with more fields would write it differently.
+        config: the JSON text as it is in the file, which a later version with more fields might write differently.
         tensors: by name.
     """
     digest = hashlib.sha256(config.encode())
@@ -229,7 +229,7 @@ def fingerprint(config: str, tensors: Mapping[str, torch.Tensor]) -> bytes:
 
 
 def _locate(path_or_name: str | os.PathLike[str]) -> Path:
-    """The path of the weights of a name or path."""
+    """The path of weights that are given by name or path."""
     path = Path(path_or_name)
     if path.suffix == ".safetensors" or path.name != os.fspath(path_or_name):
         if not path.is_file():
