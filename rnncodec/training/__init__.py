@@ -1,1 +1,1 @@
-"""How codecs and context models learn: Lightning modules, optimizers, and what W&B is told."""
+"""Training of codecs and context models: Lightning modules, optimizers, command line, export, and logging to W&B."""

@@ -1,4 +1,4 @@
-"""What every training shares: schedule, seeds, the guard against divergence, and the record of validation."""
+"""The base class of all trainings: learning rate schedule, seeds, guard against divergence, and logged validation."""
 
 import math
 import os
@@ -19,21 +19,21 @@ from rnncodec.data import PatchDataModule
 from rnncodec.metrics.curves import Point
 from rnncodec.training.tracking import curve_charts, log_files, log_rates, points_table
 
-PROGRESS = ("psnr", "bpp", "loss")  # means of validation that the progress bar shows
+PROGRESS = ("psnr", "bpp", "loss")  # validation means that the progress bar shows
 
 
 def global_seed() -> int:
-    """The seed that `lightning.seed_everything` has set."""
+    """The seed that `lightning.seed_everything` has set, or 0."""
     return int(os.environ.get("PL_GLOBAL_SEED", "0"))
 
 
 class Validated(TypedDict):
-    """What `validation_step` finds of an image, or of a batch of equal size.
+    """The results of `validation_step` for one image, or a batch of images of equal size.
 
     Attributes:
-        values: by the name under which their means over all images are logged; nan does not count.
-        points: of the rate-distortion curve of the image, for W&B's table; neither image nor codec need a name.
-        pictures: the image and its reconstructions in a row, uint8 [3, H, W]; None if there are none.
+        values: metrics, by the name under which their means over all images are logged; nan does not count.
+        points: the rate-distortion curve of the image, for a W&B table; names of image and codec may be empty.
+        pictures: the image and its reconstructions side by side, uint8 [3, H, W]; None if there are none.
     """
 
     values: dict[str, float]
@@ -42,18 +42,18 @@ class Validated(TypedDict):
 
 
 class Training(L.LightningModule):
-    """What every training shares: schedule, seeds, and a guard against gradients that are not finite.
+    """The base class of trainings, with a learning rate schedule, seeds, and a guard against non-finite gradients.
 
     Attributes:
-        monitor: what decides on the best checkpoint, and whether its `min` or `max` is best.
+        monitor: the metric that selects the best checkpoint, and whether its `min` or `max` is best.
 
     Args:
         learning_rate: of Adam or AdamW.
-        weight_decay: decoupled, of every optimizer.
-        warmup_steps: of the linear rise of all rates.
-        decay_steps: of the linear fall of all rates to zero that ends with `trainer.max_steps`; a number below 1 is a
-            share of them, 0 is for none.
-        max_bad_steps: how many steps in a row with gradients that are not finite are skipped before training stops.
+        weight_decay: decoupled weight decay of every optimizer.
+        warmup_steps: steps in which all learning rates rise linearly.
+        decay_steps: steps in which all learning rates fall linearly to zero, up to `trainer.max_steps`; a number below
+            1 is a fraction of `trainer.max_steps`, and 0 means no fall.
+        max_bad_steps: how many steps in a row with non-finite gradients are skipped before training stops.
     """
 
     monitor: ClassVar[tuple[str, str]]
@@ -65,27 +65,27 @@ class Training(L.LightningModule):
         self.learning_rate, self.weight_decay = learning_rate, weight_decay
         self.warmup_steps, self.decay_steps = warmup_steps, decay_steps
         self.max_bad_steps = max_bad_steps
-        self.started_from = ""  # the fingerprint of given weights, whose name may stand for others one day
+        self.started_from = ""  # fingerprint of the given weights, whose name may later refer to others
         self.bad_steps = self.bad_steps_in_a_row = 0
 
     def plain_hyperparameters(self, **values: Any) -> None:
-        """Makes the saved hyperparameters what the constructor takes: plain values, nothing of the command line's."""
+        """Updates the saved hyperparameters with plain values, and removes what the command line added."""
         for key in ("_instantiator", "_class_path"):
             self.hparams.pop(key, None)
         self.hparams.update(values)
 
     def configure_model(self) -> None:
-        # Constant buffers need no broadcast, which ranks with unequal shares of images would not all take part in.
+        # Buffers are constant and need no broadcast, which would hang on ranks with unequal numbers of images.
         constants = [name for name, _ in self.named_buffers()]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, constants)
 
     def scheduled(self, optimizer: torch.optim.Optimizer) -> Any:
-        """The optimizer with its schedule, as Lightning takes it."""
+        """The optimizer and its learning rate schedule, as Lightning expects them."""
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self.learning_rate_factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def learning_rate_factor(self, step: int) -> float:
-        """Factor of the learning rates: a linear rise, a plateau, a linear fall that ends at `max_steps`."""
+        """The factor of all learning rates: a linear rise, a plateau, and a linear fall that ends at `max_steps`."""
         factor = min(1.0, (step + 1) / max(1, self.warmup_steps))
         if self.decay_steps and self.trainer.max_steps > 0:
             decay = self.decay_steps * (self.trainer.max_steps if self.decay_steps < 1 else 1)
@@ -93,7 +93,7 @@ class Training(L.LightningModule):
         return factor
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        # The random state is a function of the batch, so that a resumed run draws the same bits.
+        # The random state depends on the batch alone, so that a resumed run draws the same bits.
         number = self.trainer.fit_loop.epoch_loop.total_batch_idx * self.trainer.world_size + self.global_rank
         torch.manual_seed(global_seed() * 2**32 + number)
 
@@ -103,7 +103,7 @@ class Training(L.LightningModule):
         if torch.isfinite(norm):
             self.bad_steps_in_a_row = 0
         else:
-            # Without gradients an optimizer leaves weights and moments as they are.
+            # Without gradients, the optimizers change neither weights nor moments.
             for parameter in self.parameters():
                 parameter.grad = None
             self.bad_steps += 1
@@ -119,25 +119,25 @@ class Training(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.bad_steps = checkpoint["bad_steps"]
-        self.started_from = checkpoint.get("started_from", "")  # not in those of former versions
+        self.started_from = checkpoint.get("started_from", "")  # missing in checkpoints of earlier versions
 
     def configure_callbacks(self) -> list[L.Callback]:
         return [ValidationRecord()]
 
     def curve(self, means: Mapping[str, float]) -> list[Point]:
-        """The mean rate-distortion curve, of the means of what `validation_step` finds; empty if there is none."""
+        """The mean rate-distortion curve, from the means of all validation values; empty if there is none."""
         return []
 
     def charts(self, means: Mapping[str, float]) -> dict[str, Any]:
-        """Further charts for W&B, of the same means."""
+        """More charts for W&B, from the same means."""
         return {}
 
 
 class ValidationRecord(L.Callback):
-    """Records what validation finds, in one place: means as metrics, and in W&B curves, tables and pictures."""
+    """Logs the results of validation: means as metrics, and curves, tables and pictures to W&B."""
 
     def __init__(self) -> None:
-        self.found: list[tuple[str, Validated]] = []  # of the validation that runs, on this rank, by the images' names
+        self.found: list[tuple[str, Validated]] = []  # image names and results on this rank, of the current validation
         self.curve: list[Point] = []  # of the last validation
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -169,7 +169,7 @@ class ValidationRecord(L.Callback):
             torch.distributed.all_gather_object(shares, self.found)
         images = sorted((image for share in shares for image in share), key=lambda image: image[0])
         means = {key: _mean([found["values"][key] for _, found in images]) for key in images[0][1]["values"]}
-        for key, mean in means.items():  # every rank has the same
+        for key, mean in means.items():  # equal on all ranks
             pl_module.log(f"val/{key}", mean, prog_bar=key in PROGRESS)
         self.curve = pl_module.curve(means)
         for run in wandb_runs(trainer):
@@ -181,7 +181,7 @@ class ValidationRecord(L.Callback):
             run.log(charts)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        # Checkpoints only now: each of those on the way would stay on disk as a copy.
+        # Checkpoints are logged only at the end, because W&B keeps a copy of each on disk.
         folder = Path(trainer.default_root_dir)
         files = [path for name in ("last", "best") if (path := folder / f"{name}.ckpt").exists()]
         for run in wandb_runs(trainer):
@@ -192,13 +192,13 @@ class ValidationRecord(L.Callback):
 
 
 def wandb_runs(trainer: L.Trainer) -> list[Run]:
-    """The runs of W&B that this process logs to; none on ranks above zero."""
+    """The W&B runs that this process logs to; none on ranks above zero."""
     if not trainer.is_global_zero:
         return []
     return [logger.experiment for logger in trainer.loggers if isinstance(logger, WandbLogger)]
 
 
 def _mean(values: Sequence[float]) -> float:
-    """The mean of those that are not nan; nan if there are none."""
+    """The mean of the values that are not nan; nan if there are none."""
     finite = [value for value in values if not math.isnan(value)]
     return sum(finite) / len(finite) if finite else math.nan

@@ -1,4 +1,4 @@
-"""The command line of training: Lightning's, with the callbacks and loggers that every run has."""
+"""The command line of training: LightningCLI with the callbacks and loggers that every run has."""
 
 import os
 import sys
@@ -29,7 +29,7 @@ from rnncodec.training.optim import bfloat16_pays
 
 
 def default_precision() -> str:
-    """Mixed with bfloat16, but without a GPU on a processor that is slow at it."""
+    """The default precision: `bf16-mixed`, or `32-true` without a GPU on a processor where bfloat16 is slow."""
     return "bf16-mixed" if torch.accelerator.is_available() or bfloat16_pays(torch.device("cpu")) else "32-true"
 
 
@@ -41,7 +41,7 @@ DEFAULTS: dict[str, Any] = {
     "devices": 1,
     "precision": default_precision(),
     "gradient_clip_val": 1.0,
-    "max_epochs": -1,  # the stream of patches has no end: max_steps or max_time stops the training
+    "max_epochs": -1,  # no limit, as the stream of patches is endless; max_steps or max_time stops the training
     "max_steps": 1_000_000,
     "val_check_interval": 5000,
     "check_val_every_n_epoch": None,
@@ -51,7 +51,7 @@ DEFAULTS: dict[str, Any] = {
 
 
 class RunConfig(SaveConfigCallback):
-    """Writes the complete config beside the checkpoints of its own run, where a resumed run may replace it."""
+    """Writes the complete config beside the checkpoints of its run; a resumed run replaces it."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         folder = Path(trainer.default_root_dir)
@@ -61,7 +61,7 @@ class RunConfig(SaveConfigCallback):
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint beside the one it replaces, then renames it: a kill at any time leaves a whole one."""
+    """Writes a checkpoint to a temporary file and renames it, so that a killed run leaves a complete one."""
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any | None = None
@@ -71,7 +71,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 class LastCheckpoint(ModelCheckpoint):
-    """Saves at intervals, and once more when training ends, before the averaged weights replace the current ones."""
+    """Saves a checkpoint at intervals and at the end of training, before averaged weights replace the current ones."""
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert self.dirpath is not None
@@ -79,29 +79,29 @@ class LastCheckpoint(ModelCheckpoint):
 
 
 class CodecCLI(LightningCLI):
-    """Adds the name of the run, and the callbacks and loggers that every run has."""
+    """Lightning's command line with a name for the run, and the callbacks and loggers that every run has."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--name", type=str, default="codec", help="name of the run and of its folder in runs/")
         parser.add_argument("--checkpoint_minutes", type=float, default=5.0, help="time between checkpoints")
         parser.add_lightning_class_args(EMAWeightAveraging, "ema")
-        # The only buffers are constants.
+        # All buffers are constants, so averages need not include them.
         parser.set_defaults({"ema.decay": 0.999, "ema.use_buffers": False, "seed_everything": 0})
-        # What a config names by class_path, if it is another training.
+        # Configs name other trainings by their class_path.
         parser.set_defaults({"model": {"class_path": "rnncodec.training.module.CodecTraining"}})
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Lets configs that come along go by their names."""
+        """Parses the arguments, in which names of shipped configs are allowed."""
         self.config = parser.parse_args(with_configs(sys.argv[1:] if args is None else args))
 
     def _parse_ckpt_path(self) -> None:
-        """Lets config and command line decide in a resumed run too, where Lightning takes the checkpoint's values."""
+        """Keeps the settings of a resumed run's config and command line; Lightning would take the checkpoint's."""
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         config: Namespace = self.config[str(self.subcommand)] if self.subcommand else self.config
         folder = Path(config.trainer.default_root_dir or "runs") / config.name
         last = folder / "last.ckpt"
-        resumed = config.get("ckpt_path") or list(folder.glob("hpc_ckpt_*.ckpt"))  # the latter after a SLURM requeue
+        resumed = config.get("ckpt_path") or list(folder.glob("hpc_ckpt_*.ckpt"))  # these are left by a SLURM requeue
         if self.subcommand == "fit" and last.exists() and not resumed:
             raise FileExistsError(f"{last} is of an earlier run: resume it with --ckpt_path or choose another --name")
         run_id = folder / "wandb-id.txt"
@@ -110,7 +110,7 @@ class CodecCLI(LightningCLI):
             run_id.write_text(uuid.uuid4().hex[:8])
         if not config.trainer.logger and config.trainer.logger is not False:
             kwargs["logger"] = [
-                CSVLogger(folder, name="metrics"),  # a new version for each start: nothing is overwritten
+                CSVLogger(folder, name="metrics"),  # makes a new version for each start, so nothing is overwritten
                 WandbLogger(
                     name=config.name,
                     save_dir=folder,
@@ -149,7 +149,7 @@ class CodecCLI(LightningCLI):
 
 
 def with_configs(args: Sequence[str]) -> list[str]:
-    """The same arguments, with the path of a config that comes along where only its name is given."""
+    """Replaces the names of shipped configs in the arguments by their paths."""
     found = []
     for before, arg in zip(["", *args], args, strict=False):
         option, _, value = arg.partition("=")
@@ -163,13 +163,13 @@ def with_configs(args: Sequence[str]) -> list[str]:
 
 
 def config_path(name: str) -> str:
-    """Where a config lies: a path, or the bare name of one that comes along, with its suffix or without."""
+    """The path of a config, given its path or the bare name of a shipped one, with or without `.yaml`."""
     shipped = CONFIGS / f"{name.removesuffix('.yaml')}.yaml"
     return str(shipped) if not Path(name).exists() and Path(name).name == name and shipped.is_file() else name
 
 
 def main(args: Sequence[str] | None = None, program: str = "train.py") -> int:
-    """Runs the command line, by default that of the process; gives the exit status."""
+    """Runs the command line with given arguments, or those of the process; returns the exit status."""
     try:
         CodecCLI(
             Training,

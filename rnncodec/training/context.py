@@ -1,4 +1,4 @@
-"""Training of context models: on the codes of a frozen codec, or together with a codec that learns predictable bits."""
+"""Training of context models, on the bits of a frozen codec or together with a codec."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,11 @@ from rnncodec.weights import load_weights
 
 
 def _config(values: ContextConfig | dict[str, Any] | None, network: NetworkConfig | LatentConfig) -> ContextConfig:
-    """A config as the command line gives it or as a checkpoint holds it, for a codec's bits and what asks for them."""
+    """Completes a config, or its values from a checkpoint, with the shape of the bits of a network.
+
+    Raises:
+        ValueError: the kind is grouped and the network is not latent.
+    """
     latent = isinstance(network, LatentConfig)
     config = ContextConfig(**values) if isinstance(values, dict) else values
     config = config or ContextConfig(kind="grouped" if latent else "sequential")
@@ -30,49 +34,49 @@ def _config(values: ContextConfig | dict[str, Any] | None, network: NetworkConfi
 
 
 def _check_unroll(module: Training, iterations: int, configs: Sequence[ContextConfig]) -> None:
-    """Refuses numbers of iterations that leave weights without a gradient, for which several processes would wait.
+    """Checks that every weight has a gradient if there are several processes, which would otherwise wait for it.
 
     Raises:
-        ValueError: there are too few.
+        ValueError: there are too few iterations.
     """
-    own = [config.iterations for config in configs if config.kind != "grouped"]  # there, one tensor has all
-    needed = max([3, *own])  # the LSTM uses its own past from the third on
+    own = [config.iterations for config in configs if config.kind != "grouped"]  # grouped: one tensor has them all
+    needed = max([3, *own])  # the LSTM's hidden kernel has no gradient before the third
     if module.trainer.world_size > 1 and iterations < needed:
         raise ValueError(f"several processes need at least {needed} iterations to train these context models")
 
 
 def predicted(context: ContextModel, bits: Sequence[Tensor], cases: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
-    """Logits of the bits that the steps of an unrolled loop gave, and these bits, both [T, B, bits, H, W]."""
+    """The logits of the bits of T unrolled steps, and these bits, both [T, B, bits, H, W]."""
     planes = torch.stack(list(bits))
     known = torch.stack([case for case in cases if case is not None]) if context.config.kind == "grouped" else None
     return context(planes, known), planes
 
 
 def start_context(context: ContextModel, network: RecurrentCodec) -> None:
-    """Gives a context model of the grouped kind the odds that the questions of a latent network know."""
+    """Initializes a grouped context model with the log odds of the questions of a latent network."""
     if context.config.kind == "grouped" and isinstance(network.binarizer, LatentBinarizer):
         context.grouped.start_odds(network.binarizer.questions.odds())
 
 
 class ContextTraining(Training):
-    """Trains context models for the code length of a frozen codec's bits (Toderici et al. 2017, sec. 4).
+    """Trains context models to minimize the code length of a frozen codec's bits (Toderici et al. 2017, sec. 4).
 
-    All models see the same codes and share no weights: a fair comparison, at the cost of one pass of the codec. The
-    best checkpoint is that of the lowest mean of their rates. In mixed precision the codec's bits differ here and there
-    from those of files; validation computes them as files do.
+    All models learn from the same bits and share no weights, so they can be compared, and the codec runs only once. The
+    best checkpoint has the lowest mean of their rates. In mixed precision, some of the codec's bits differ from those
+    in files; validation computes them as for files.
 
     Args:
-        contexts: shapes of the models, by name; `bits` is the codec's.
+        contexts: configs of the models, by name; `bits` is taken from the codec.
         codec: name of shipped weights, or path of a .safetensors file.
-        weights: likewise, with a context model that all start from instead of random weights; it may be that of another
-            codec.
-        iterations: of the codec to learn from.
+        weights: likewise, with a context model from which all models start, instead of random weights; its codec may be
+            another one.
+        iterations: number of iterations of the codec whose bits are learned.
         learning_rate: of AdamW.
-        weight_decay: decoupled.
-        warmup_steps: of the linear rise of the rate.
-        decay_steps: of the linear fall of the rate to zero that ends with `trainer.max_steps`; a number below 1 is a
-            share of them, 0 is for none.
-        max_bad_steps: how many steps in a row with gradients that are not finite are skipped before training stops.
+        weight_decay: decoupled weight decay.
+        warmup_steps: steps in which the learning rate rises linearly.
+        decay_steps: steps in which the learning rate falls linearly to zero, up to `trainer.max_steps`; a number below
+            1 is a fraction of `trainer.max_steps`, and 0 means no fall.
+        max_bad_steps: how many steps in a row with non-finite gradients are skipped before training stops.
     """
 
     monitor = "val/bpp", "min"
@@ -94,7 +98,7 @@ class ContextTraining(Training):
             raise ValueError("training a context model needs at least one of them and one iteration")
         coded = load_weights(codec)
         network = coded.network.requires_grad_(False).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-        self._codec = (network,)  # no submodule: it is neither averaged nor saved
+        self._codec = (network,)  # in a tuple it is no submodule, so it is neither averaged nor saved
         configs = {name: _config(config, network.config) for name, config in contexts.items()}
         self.contexts = nn.ModuleDict({name: ContextModel(config) for name, config in configs.items()})
         for context in self._models():
@@ -112,10 +116,10 @@ class ContextTraining(Training):
         self.hparams["fingerprint"] = self.fingerprint
         self.iterations = iterations
         self.stride = network.config.stride
-        self.bpp = network.config.bits / self.stride**2  # of raw bits, for each iteration
+        self.bpp = network.config.bits / self.stride**2  # raw bits per pixel of one iteration
         self.counts = sorted(
             {k for k in REPORTED_ITERATIONS if k < iterations} | {iterations}
-        )  # of iterations to be validated
+        )  # numbers of iterations whose rate is validated
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
@@ -135,7 +139,7 @@ class ContextTraining(Training):
 
     @torch.no_grad()
     def codes(self, x: Tensor) -> tuple[list[Tensor], list[Tensor | None]]:
-        """The bits of images, [B, bits, H / stride, W / stride] of -1 and +1 for each iteration, and their cases."""
+        """The bits of images and their cases; bits are [B, bits, H / stride, W / stride] of -1 and +1 per iteration."""
         codec = self._codec[0].to(x.device)
         y = codec.analyse(pad_to_blocks(x, self.stride))
         steps = [(step.bits.float(), step.cases) for step in codec.unroll(y, self.iterations)]
@@ -171,28 +175,29 @@ class ContextTraining(Training):
 
 
 class JointTraining(CodecTraining):
-    """Trains a codec for distortion and rate together.
+    """Trains a codec and its context model together, to minimize distortion and rate.
 
-    The rate is what a context model, trained along with the codec, estimates for the bits. The loss depends on
-    `distortion`; in the product, a percent of the bits counts the same after each iteration.
+    The rate is the code length that the context model estimates for the bits. The loss depends on `distortion`; with
+    `rmse`, a change of the rate by one percent counts the same after each iteration.
 
         l1      distortion + rate_weight * bits per pixel of all iterations together
         rmse    distortion * geometric mean of (bits per pixel up to each iteration) ** rate_weight
 
     Args:
-        context: shape of the context model; `bits` is the codec's, and so are `groups` and `iterations` of the grouped
-            kind. None for the `grouped` kind with latent networks, `sequential` with others. It starts from that of the
-            given `weights` if this has the same shape, a grouped one else from the odds of the questions.
-        context_learning_rate: with `muon`, of the context model; None for that of the codec's other parameters.
-        rate_weight: lambda, see above. Where quality grows by 6 dB with each doubling of the rate, 1 is neutral in
-            `rmse`: the loss of twice the bits and half the error is the same. The default is for `l1`;
+        context: config of the context model; None for the kind `grouped` with latent networks, `sequential` with
+            others. `bits`, and for the grouped kind `groups` and `iterations`, are taken from the codec. The model
+            starts from that of `weights` if its config is the same. With a latent network that starts from images, a
+            grouped model starts from the odds of the questions.
+        context_learning_rate: with `muon`, learning rate of the context model; None for `learning_rate`.
+        rate_weight: exponent or factor of the rate, see above. With `rmse`, if quality grows by 6 dB with each doubling
+            of the rate, 1 is neutral: twice the bits and half the error have the same loss. The default is for `l1`;
             `configs/small_wider.yaml` has 0.2 for `rmse`.
-        last_rate_weight: in `rmse`, lambda of the last of `iterations`, to which it falls or rises linearly from
-            `rate_weight` at the first; None for the same everywhere.
+        last_rate_weight: with `rmse`, the weight at the last of `iterations`, to which it changes linearly from
+            `rate_weight` at the first; None for the same weight everywhere.
         others: as in `CodecTraining`.
 
     Raises:
-        ValueError: `last_rate_weight` is given for `l1`, which counts all bits alike.
+        ValueError: `last_rate_weight` is given with `l1`.
     """
 
     monitor = "val/loss", "min"
@@ -234,7 +239,7 @@ class JointTraining(CodecTraining):
         return values | {f"bpp_{k}": rates[k - 1].item() for k in REPORTED_ITERATIONS if k <= len(rates)}
 
     def weighed(self, distortion: Tensor, rates: Tensor) -> Tensor:
-        """The loss of a distortion and the bits per pixel up to each iteration."""
+        """The loss, from the distortion and the bits per pixel up to each iteration."""
         if self.distortion == "l1":
             return distortion + self.rate_weight * rates[-1]
         weights = torch.linspace(self.rate_weight, self.last_rate_weight, self.iterations, device=rates.device)
@@ -251,7 +256,7 @@ class JointTraining(CodecTraining):
         return groups
 
     def rates(self, bits: list[Tensor], cases: list[Tensor | None]) -> Tensor:
-        """Estimated bits per pixel up to each iteration [T]."""
+        """The estimated bits per pixel up to each iteration, [T]."""
         config = self.network.config
         nats = code_nats(*predicted(self.context, bits, cases)).mean((1, 2, 3, 4))
         return nats.cumsum(0) / math.log(2) * config.bits / config.stride**2

@@ -1,4 +1,4 @@
-"""From a checkpoint of a training to a file of weights; nothing of a checkpoint is unpickled."""
+"""Exports training checkpoints as weights files, without running code that a checkpoint may contain."""
 
 import json
 import os
@@ -24,16 +24,16 @@ from rnncodec.weights import (
     stored,
 )
 
-# What a checkpoint that is none raises while it is taken apart.
+# Errors while reading a file that is not a checkpoint of a training.
 UNREADABLE = (pickle.UnpicklingError, EOFError, KeyError, TypeError, AttributeError, RuntimeError, ValueError)
 
 
 def load_checkpoint(path: str | os.PathLike[str]) -> tuple[RecurrentCodec, dict[str, str]]:
-    """The averaged network of a checkpoint of a training, and its provenance; nothing is unpickled.
+    """Loads the averaged network and the provenance from a checkpoint of a training.
 
     Raises:
-        WeightsError: it is no such checkpoint.
-        OSError: it cannot be read.
+        WeightsError: the file is no such checkpoint.
+        OSError: the file cannot be read.
     """
     try:
         checkpoint = _load(path)
@@ -49,7 +49,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> tuple[RecurrentCodec, dict[
         if checkpoint.get("started_from"):
             provenance["started_from"] = checkpoint["started_from"]
     except UNREADABLE as error:
-        # PyTorch's message is long and advises to unpickle what should not be.
+        # PyTorch's message is long and suggests loading in a way that would run code of the file.
         raise WeightsError(f"{os.fspath(path)}: not a checkpoint of a training ({type(error).__name__})") from error
     return network, provenance
 
@@ -67,13 +67,13 @@ def _network(checkpoint: Mapping[str, Any]) -> RecurrentCodec:
 
 
 def _under(checkpoint: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """The part of a checkpoint's state whose keys begin with a prefix, without it."""
+    """The entries of a checkpoint's state whose keys begin with a prefix, which is removed."""
     state: dict[str, Any] = checkpoint["state_dict"]
     return {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
 
 
 def _shared(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a training as a file tells them to others: of other weights the name, not the folder."""
+    """The settings for a file that may be shared, in which paths of other weights become names."""
     names = {key: Path(settings[key]).name for key in ("codec", "weights") if settings.get(key)}
     return {**settings, **names}
 
@@ -83,11 +83,11 @@ def add_context(checkpoint: str | os.PathLike[str], path: str | os.PathLike[str]
 
     Args:
         checkpoint: of `ContextTraining` or `JointTraining`.
-        path: weights of that codec, a file.
+        path: the weights file of that codec, which is replaced.
         name: of the context model in the checkpoint; `context` in a joint training.
 
     Raises:
-        WeightsError: it is no such checkpoint, has no such model, or was trained on another codec.
+        WeightsError: the checkpoint is invalid, has no such model, or was trained on another codec.
         OSError: a file cannot be read or written.
     """
     if not Path(path).is_file():
@@ -111,7 +111,7 @@ def add_context(checkpoint: str | os.PathLike[str], path: str | os.PathLike[str]
             raise ValueError(f"trained on the codec {trained_on}, not on {os.fspath(path)}")
         config = context_config_of(configs[name], weights.network.config)
         state = _under(loaded, prefix)
-        with torch.device("meta"):  # nothing large is made of a config before the tensors are of its shapes
+        with torch.device("meta"):  # allocates no memory before the shapes are checked
             shapes = {key: tensor.shape for key, tensor in ContextModel(config).state_dict().items()}
         if shapes != {key: tensor.shape for key, tensor in state.items()}:
             raise ValueError("the tensors do not fit the config")

@@ -1,4 +1,4 @@
-"""Training of the codec network: what is unrolled, the loss, and validation on whole images."""
+"""Training of the codec network: unrolled iterations, loss, and validation on whole images."""
 
 import random
 from collections.abc import Mapping
@@ -27,35 +27,40 @@ from rnncodec.training.base import Training, Validated, global_seed
 from rnncodec.training.optim import MuonAdamW, parameter_groups
 from rnncodec.weights import load_weights
 
-START_BLOCKS = 2**16  # 16x16 blocks from which a latent network starts
+START_BLOCKS = 2**16  # 16x16 blocks of training images from which a latent network is initialized
 
 
 class CodecTraining(Training):
-    """Trains a `RecurrentCodec` on patches for the distortion of all iterations (Toderici et al. 2017, sec. 3.3).
+    """Trains a `RecurrentCodec` on patches to minimize the distortion of all iterations.
+
+    Toderici et al. 2017, sec. 3.3.
 
     Args:
-        network: shapes and equations of the network; None for those of Toderici et al. 2017.
-        weights: to start from instead of random ones: a name of shipped weights, or path of a .safetensors file. Their
-            network may have fewer channels (see `rnncodec.network.widened`) and another binarizer.
+        network: config of the network; None for that of Toderici et al. 2017.
+        weights: weights to start from, instead of random ones: name of shipped weights, or path of a .safetensors file.
+            Their network may have fewer channels (see `rnncodec.network.widened`) and another binarizer.
         iterations: steps of the unrolled loop, each weighted equally.
-        pictures: of how many iterations a picture is made in each training step, drawn so that equal stretches of them
-            have one each; 0 for all. A latent network needs few, since each costs more than an iteration.
-        missing: in which share of the training steps of a latent network every location has a random number of groups
-            of bits after which nothing is sent.
-        distortion: `l1`, the mean of the L1 of all iterations (Toderici et al. 2017), or `rmse`, the geometric mean of
-            their root mean square errors: a decibel counts the same in each iteration, however small its error.
-        growth: iterations by the training step from which on they are unrolled: {0: 2, 1000: 4, 5000: [4, 8, 16]}. Of
-            several, each step draws one. They never exceed `iterations`, which an empty mapping unrolls from the start.
-        optimizer: `adam` (the papers'), or `muon`: Muon for the recurrent kernels beside AdamW for the rest.
+        pictures: number of iterations that are reconstructed in a training step, one drawn from each of as many equal
+            ranges; 0 for all. A latent network needs few, because reconstruction costs more than an iteration.
+        missing: fraction of the training steps of a latent network in which each location receives only a random number
+            of its groups of bits.
+        distortion: `l1`, the mean L1 error of all iterations (Toderici et al. 2017), or `rmse`, the geometric mean of
+            their root mean square errors, in which a decibel counts the same in each iteration.
+        growth: number of iterations to unroll, by the training step from which it applies, such as {0: 2, 1000: 4,
+            5000: [4, 8, 16]}; of a list, each step draws one. Numbers are limited to `iterations`, which are unrolled
+            from the start if the mapping is empty.
+        optimizer: `adam` (as in the papers), or `muon`, which is Muon for the kernels of recurrent cells and AdamW for
+            all other parameters.
         learning_rate: of Adam or AdamW.
         muon_learning_rate: of Muon.
-        start_learning_rate: with `muon`, of what a latent network starts with: linear transforms and tables.
-        weight_decay: decoupled, of every optimizer.
-        warmup_steps: of the linear rise of both rates.
-        decay_steps: of the linear fall of both rates to zero that ends with `trainer.max_steps`; a number below 1 is a
-            share of them, 0 is for none.
+        start_learning_rate: with `muon`, learning rate of the parts of a latent network that are initialized from
+            images: linear transforms and tables.
+        weight_decay: decoupled weight decay of every optimizer.
+        warmup_steps: steps in which all learning rates rise linearly.
+        decay_steps: steps in which all learning rates fall linearly to zero, up to `trainer.max_steps`; a number below
+            1 is a fraction of `trainer.max_steps`, and 0 means no fall.
         compile: whether to compile the step with `torch.compile` (validation stays eager).
-        max_bad_steps: how many steps in a row with gradients that are not finite are skipped before training stops.
+        max_bad_steps: how many steps in a row with non-finite gradients are skipped before training stops.
     """
 
     monitor = "val/psnr", "max"
@@ -102,13 +107,13 @@ class CodecTraining(Training):
             self.network.compile(dynamic=False)
 
     def current_iterations(self, step: int) -> int:
-        """Iterations to unroll at a training step: a function of seed and step, so that all ranks draw the same."""
+        """The number of iterations to unroll at a training step; depends on seed and step, so that all ranks agree."""
         start = max((start for start in self.growth if start <= step), default=None)
         choices = [self.iterations] if start is None else self.growth[start]
         return min(self.iterations, random.Random(f"{global_seed()} {step}").choice(choices))
 
     def fewest_iterations(self) -> int:
-        """Iterations that are unrolled at some time, at the least."""
+        """The smallest number of iterations that any training step unrolls."""
         return min(k for choices in [[self.iterations], *self.growth.values()] for k in choices)
 
     def configure_optimizers(self) -> Any:
@@ -124,7 +129,7 @@ class CodecTraining(Training):
         return self.scheduled(optimizer)
 
     def own_rates(self) -> list[tuple[list[nn.Parameter], float]]:
-        """Parameters with learning rates of their own, beside Muon."""
+        """Groups of parameters with their own learning rates of AdamW, for the optimizer `muon`."""
         started = self.network.started()
         return [(started, self.start_learning_rate)] if started else []
 
@@ -133,7 +138,10 @@ class CodecTraining(Training):
         self.starts = False
 
     def start_network(self) -> None:
-        """Starts a latent network from images, in one process that hands it to all, unless a checkpoint has been."""
+        """Initializes a latent network from training images on rank zero and broadcasts it.
+
+        Does nothing in a resumed run, or if the training starts from weights.
+        """
         data = getattr(self.trainer, "datamodule", None)
         if not self.starts or not isinstance(data, PatchDataModule):
             return
@@ -145,7 +153,7 @@ class CodecTraining(Training):
         self.prepare()
 
     def prepare(self) -> None:
-        """What a training derives from the network that it starts from."""
+        """Called after a latent network has been initialized from images; subclasses may override it."""
 
     def on_fit_start(self) -> None:
         config = self.network.config
@@ -162,7 +170,7 @@ class CodecTraining(Training):
         return loss
 
     def draws(self, iterations: int) -> list[int]:
-        """The iterations whose pictures count in a training step, from 0: the same on all ranks."""
+        """The iterations, counted from 0, that are reconstructed in a training step; the same on all ranks."""
         if self.pictures == 0 or self.pictures >= iterations:
             return list(range(iterations))
         chance = random.Random(f"{global_seed()} {self.global_step} pictures")
@@ -170,7 +178,7 @@ class CodecTraining(Training):
         return [chance.randrange(start, end) for start, end in pairwise(ends)]
 
     def limit(self, x: Tensor) -> Tensor | None:
-        """How many groups of bits each location may have, in that share of the steps whose bits are not all sent."""
+        """The most groups of bits of each location, or None in training steps in which no bits are missing."""
         config = self.network.config
         chance = random.Random(f"{global_seed()} {self.global_step} missing").random()
         if not isinstance(config, LatentConfig) or chance >= self.missing:
@@ -181,7 +189,7 @@ class CodecTraining(Training):
         return torch.randint(1, counts + 1, shape, device=x.device)
 
     def loss(self, x: Tensor, steps: list[Step]) -> Tensor:
-        """The distortion of the steps of the unrolled loop of which pictures are made."""
+        """The loss of the unrolled steps, here the distortion of those that `draws` selects."""
         residuals = {t + 1: x - self.network.picture(steps[t].state) for t in self.draws(len(steps))}
         self.log_dict(
             {f"train/l1_{k}": residuals[k].detach().abs().mean() for k in REPORTED_ITERATIONS if k in residuals}
@@ -189,11 +197,11 @@ class CodecTraining(Training):
         return self.mean_distortion([self.error(residual) for residual in residuals.values()])
 
     def error(self, residual: Tensor) -> Tensor:
-        """What the distortion counts of an iteration: the mean absolute or squared residual."""
+        """The error of one iteration: the mean absolute or the mean squared residual."""
         return residual.abs().mean() if self.distortion == "l1" else residual.square().mean()
 
     def mean_distortion(self, errors: list[Tensor]) -> Tensor:
-        """The distortion of all iterations, in units of x, of the `error` after each."""
+        """The distortion of all iterations, in units of x, from the `error` of each."""
         stacked = torch.stack(errors)
         return stacked.mean() if self.distortion == "l1" else (stacked.clamp(min=1e-12).log().mean() / 2).exp()
 
@@ -204,7 +212,7 @@ class CodecTraining(Training):
         raw = self.network.config.bits * (padded.shape[-2] // stride) * (padded.shape[-1] // stride)
         original, bits, cases, losses, errors = to_uint8(x), [], [], [], []
         values, points, pictures = {}, [], [original]
-        with torch.compiler.set_stance("force_eager"):  # every size of image would be compiled anew
+        with torch.compiler.set_stance("force_eager"):  # each image size would need another compilation
             steps = self.network.unroll(self.network.analyse(padded), max(REPORTED_ITERATIONS))
             for k, step in enumerate(steps, start=1):
                 bits.append(step.bits)
@@ -233,7 +241,7 @@ class CodecTraining(Training):
         return {"values": values, "points": points, "pictures": torch.cat(pictures, dim=-1)[0]}
 
     def validated_rate(self, bits: list[Tensor], cases: list[Tensor | None], distortion: Tensor) -> dict[str, float]:
-        """What a training that counts bits adds to the values of an image, given its bits and their cases."""
+        """More values of an image, from its bits and their cases, in trainings that minimize the rate."""
         return {}
 
     def curve(self, means: Mapping[str, float]) -> list[Point]:

@@ -8,21 +8,21 @@ from torch import Tensor, nn
 
 from rnncodec.network.cells import GateConv
 
-# The quintic iteration of Jordan et al. 2024 (Muon): it maps singular values to about 1 in five steps.
+# Quintic polynomial of Jordan et al. 2024 (Muon), which maps singular values to about 1 in five steps.
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 
 def bfloat16_pays(device: torch.device) -> bool:
-    """Whether products in bfloat16 are fast: on processors without AVX-512 they take many times as long as others."""
+    """Whether matrix products in bfloat16 are fast; on processors without AVX-512 they are many times slower."""
     return device.type != "cpu" or torch.backends.cpu.get_cpu_capability() not in ("NO AVX", "DEFAULT", "AVX2")
 
 
 def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
-    """The nearest semi-orthogonal matrices, roughly: singular values move to about 1 (between 0.7 and 1.2).
+    """Approximates the nearest semi-orthogonal matrices; singular values become about 1 (0.7 to 1.2).
 
     Args:
         matrices: [N, rows, columns].
-        steps: of the Newton-Schulz iteration.
+        steps: number of Newton-Schulz iterations.
 
     Returns:
         [N, rows, columns] in bfloat16, or in float32 where that is faster.
@@ -38,7 +38,7 @@ def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
 
 
 def parameter_groups(network: nn.Module, lr: float, muon_lr: float) -> list[dict[str, Any]]:
-    """Parameter groups for `MuonAdamW`: one for each number of gates, and one of everything else for AdamW."""
+    """Parameter groups for `MuonAdamW`: for Muon one for each number of gates, then one for AdamW with all others."""
     groups: dict[int, list[Tensor]] = {}
     matrices = set()
     for module in network.modules():
@@ -53,14 +53,14 @@ def parameter_groups(network: nn.Module, lr: float, muon_lr: float) -> list[dict
 class MuonAdamW(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024) where a group has `gates`, AdamW (Loshchilov and Hutter 2019) where it has none.
 
-    A convolution kernel [gates * out, in, h, w] is a stack of `gates` matrices [out, in * h * w], each of which
-    moves by its orthogonalized Nesterov momentum times sqrt(max(1, rows / columns)).
+    A convolution kernel [gates * out, in, h, w] is a stack of `gates` matrices [out, in * h * w]. Muon moves each by
+    the learning rate times its orthogonalized Nesterov momentum times sqrt(max(1, rows / columns)).
 
     Args:
-        groups: as made by `parameter_groups`.
+        groups: parameter groups from `parameter_groups`.
         momentum: of Muon.
         betas: of AdamW.
-        weight_decay: decoupled, for both.
+        weight_decay: decoupled weight decay of both.
         eps: of AdamW.
     """
 

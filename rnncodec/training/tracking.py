@@ -1,4 +1,4 @@
-"""Weights & Biases: what training and evaluation log alike, offline unless there is a login."""
+"""Logging to Weights & Biases, for training and evaluation; offline unless there is a login."""
 
 import math
 import netrc
@@ -15,12 +15,12 @@ from wandb.sdk.wandb_run import Run
 
 from rnncodec.metrics.curves import Point
 
-SERVERS = ("https://api.wandb.ai", "https://api.forge.coreweave.com")  # W&B's own: before wandb 0.31, and since
-METRICS = {"psnr": "PSNR (dB)", "ms_ssim": "MS-SSIM", "psnr_hvs_m": "PSNR-HVS-M (dB)"}  # of the curves
+SERVERS = ("https://api.wandb.ai", "https://api.forge.coreweave.com")  # the default before wandb 0.31, and since
+METRICS = {"psnr": "PSNR (dB)", "ms_ssim": "MS-SSIM", "psnr_hvs_m": "PSNR-HVS-M (dB)"}  # of curves, with titles
 
 
 def login_exists() -> bool:
-    """Whether `wandb login`, or the environment, has left a key for the W&B server."""
+    """Whether `wandb login` or the environment provides a key for the W&B server."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     server = os.environ.get("WANDB_BASE_URL")
@@ -33,10 +33,10 @@ def login_exists() -> bool:
 
 
 def settings(folder: Path) -> dict[str, Any]:
-    """Project and mode of a run that is kept in a folder: offline unless logged in or set by WANDB_MODE.
+    """The project and mode of a run in a folder; the mode is offline unless there is a login or WANDB_MODE is set.
 
-    W&B copies the files of artifacts before it uploads them. The copies go to folder/wandb too, as an offline run needs
-    them for as long as it exists; by default they would pile up in the user's home.
+    W&B copies the files of artifacts before it uploads them, and an offline run needs these copies. Unless
+    WANDB_DATA_DIR is set, this sets it to folder/wandb; by default they would accumulate in the user's home.
     """
     os.environ.setdefault("WANDB_DATA_DIR", str((folder / "wandb").resolve()))
     mode = None if os.environ.get("WANDB_MODE") or login_exists() else "offline"
@@ -44,7 +44,7 @@ def settings(folder: Path) -> dict[str, Any]:
 
 
 def points_table(points: Iterable[Point]) -> wandb.Table:
-    """One row for each image, codec and setting, with the columns of points.csv; what is not finite is left empty."""
+    """A table with a row for each point and the columns of points.csv; non-finite values are left empty."""
     rows = [
         [None if isinstance(value, float) and not math.isfinite(value) else value for value in astuple(point)]
         for point in points
@@ -53,7 +53,7 @@ def points_table(points: Iterable[Point]) -> wandb.Table:
 
 
 def curve_charts(curves: Mapping[str, Sequence[Point]]) -> dict[str, Any]:
-    """A custom chart over bpp, with a line for each curve, for each metric that the curves have."""
+    """Custom charts over bpp: one for each metric that the curves have, with one line for each curve."""
     charts = {}
     for metric, title in METRICS.items():
         rows = [
@@ -71,14 +71,16 @@ def curve_charts(curves: Mapping[str, Sequence[Point]]) -> dict[str, Any]:
 def log_rates(run: Run, curve: Sequence[Point], suffix: str = "") -> None:
     """Logs a curve point by point, so that W&B's line plots show it over bpp beside those of other runs.
 
+    Call it at most once for each run and suffix, because the line would go back and forth.
+
     Args:
-        run: to log to.
-        curve: in order of rate; once for each run, or the line would go back and forth.
-        suffix: of the metrics' names, for another codec than the run's own.
+        run: the run to log to.
+        curve: points in order of rate.
+        suffix: suffix of the metrics' names, for codecs other than the run's own.
     """
     run.define_metric("rate/bpp", hidden=True)
     for metric in METRICS:
-        # Each by its full name: of two patterns that match, Lightning's "*" may win.
+        # By full names, because Lightning defines "*", which may take precedence over another pattern.
         run.define_metric(f"rate/{metric}{suffix}", step_metric="rate/bpp")
     for point in curve:
         values = {f"rate/{metric}{suffix}": getattr(point, metric) for metric in METRICS}
@@ -86,8 +88,8 @@ def log_rates(run: Run, curve: Sequence[Point], suffix: str = "") -> None:
 
 
 def log_files(run: Run, kind: str, paths: Iterable[Path]) -> None:
-    """Logs files as an artifact that is named after the run and the kind; a new version of it if it exists."""
-    if run.disabled:  # W&B would copy the files all the same
+    """Logs files as an artifact named after the run and the kind, or as a new version of that artifact."""
+    if run.disabled:  # W&B would still copy the files
         return
     artifact = wandb.Artifact(re.sub(r"[^A-Za-z0-9_.-]", "-", f"{run.name}-{kind}"), kind)
     for path in paths:
@@ -104,16 +106,16 @@ def log_evaluation(
     files: Iterable[Path],
     sheets: Mapping[str, Path],
 ) -> None:
-    """Logs an evaluation as a run of its own.
+    """Logs an evaluation as a separate run.
 
     Args:
-        folder: to keep the run in.
-        name: of the run.
-        config: what the results depend on.
-        curves: mean curves by codec; the first is that of the codec which the evaluation is about.
-        points: all of them.
-        files: of the results.
-        sheets: pictures to look at, by name of the image.
+        folder: folder for the files of the run.
+        name: name of the run.
+        config: settings on which the results depend.
+        curves: mean curves by codec, that of the evaluated codec first.
+        points: all points.
+        files: files of the results.
+        sheets: comparison pictures, by name of the image.
 
     Raises:
         RuntimeError: W&B refuses or cannot be reached.
