@@ -1,1 +1,1 @@
-"""What is measured of codecs, ours and others, and the pages and pictures that show it."""
+"""Evaluation of codecs: measurements, tables, figures and the report."""

@@ -1,4 +1,4 @@
-"""Image codecs to compare with, written by Pillow: whole files at the settings of a grid."""
+"""Image codecs to compare with, encoded and decoded by Pillow."""
 
 import io
 from bisect import bisect_right
@@ -23,16 +23,16 @@ class Baseline:
     """A codec and the settings at which it is measured.
 
     Attributes:
-        name: in tables and files.
-        title: in plots.
+        name: name in tables and files.
+        title: name in plots.
         format: Pillow's name of the file format.
-        suffix: of its files, with the dot.
-        options: a setting to Pillow's options for saving.
-        settings: at which every image is measured, in order of rising quality.
-        scale: all settings, in order of rising size, among which to look for a file of given bytes.
-        description: what a reader must know to repeat it, without versions.
-        plugin: module that teaches Pillow the format, if it needs one.
-        library: otherwise Pillow's name of the library that does the work.
+        suffix: suffix of its files, with the dot.
+        options: gives Pillow's options for saving at a setting.
+        settings: settings at which every image is measured, in order of rising quality.
+        scale: all settings, in order of rising size, among which `matched` searches.
+        description: what one needs to repeat the measurement, without versions.
+        plugin: module that adds the format to Pillow, if one is needed.
+        library: otherwise, Pillow's name of the library that encodes and decodes.
     """
 
     name: str
@@ -55,7 +55,7 @@ class Baseline:
 
     @property
     def version(self) -> str:
-        """The versions of what does the work."""
+        """The versions of the library or plugin, and of Pillow."""
         if self.plugin:
             name, version = self.plugin, getattr(import_module(self.plugin), "__version__", "")
         else:
@@ -65,31 +65,31 @@ class Baseline:
         return f"{name} {version}, Pillow {PIL.__version__}"
 
     def encode(self, x: np.ndarray, setting: float) -> bytes:
-        """An image, uint8 [H, W, 3], to the bytes of a file.
+        """Encodes an image, uint8 [H, W, 3], to the bytes of a file.
 
         Raises:
-            ValueError: the format cannot hold it, as most have a longest side; the message is one line.
+            ValueError: the format cannot hold the image, for example because of its size; the message is one line.
         """
         if self.plugin:
             import_module(self.plugin)
         file = io.BytesIO()
         try:
             Image.fromarray(x).save(file, self.format, **self.options(setting))
-        except Exception as error:  # of any kind, depending on the encoder
+        except Exception as error:  # its type depends on the encoder
             raise ValueError(f"{self.title}: {one_line(error)}") from error
         return file.getvalue()
 
     def matched(self, x: np.ndarray, sizes: Iterable[float]) -> list[float]:
-        """The settings with the largest file that is not larger than given bytes, and the next, for each of the sizes.
+        """For each size in bytes, the setting with the largest file that is not larger, and the next setting.
 
-        Where sizes do not quite rise with the setting, they are near the best ones.
+        Where sizes do not always rise with the setting, these are near the best settings.
         """
         size = cache(lambda setting: len(self.encode(x, setting)))
         places = {bisect_right(self.scale, limit, key=size) for limit in sizes}
         return sorted({self.scale[i] for place in places for i in (place - 1, place) if 0 <= i < len(self.scale)})
 
     def decode(self, data: bytes) -> np.ndarray:
-        """The bytes of a file to an image, uint8 [H, W, 3]."""
+        """Decodes the bytes of a file to an image, uint8 [H, W, 3]."""
         if self.plugin:
             import_module(self.plugin)
         with Image.open(io.BytesIO(data)) as image:
@@ -122,7 +122,7 @@ BASELINES = {
             ".jp2",
             lambda bpp: {"irreversible": True, "mct": 1, "quality_mode": "rates", "quality_layers": [24 / bpp]},
             (0.0625, 0.125, 0.1875, 0.25, 0.375, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0),
-            [i / 250 for i in range(8, 1001)],  # which few digits tell exactly
+            [i / 250 for i in range(8, 1001)],  # exact in the six digits of a printed setting
             "JPEG 2000, 9/7 wavelet, color transform, settings are target bits per pixel",
             library="jpg_2000",
         ),

@@ -1,4 +1,4 @@
-"""The evaluation of codecs on photographs, as a function and as a command line; evaluate.py has the manual."""
+"""Evaluates codecs on photographs, as a function and as a command line."""
 
 import argparse
 import os
@@ -52,40 +52,41 @@ def evaluate(
     progress: Console | None = None,
     skip: Callable[[str], None] | None = None,
 ) -> list[Point]:
-    """Measures codecs on images, beside others: whole files over true pixels.
+    """Measures codecs on images, and other codecs on the same images.
 
-    Without folders nothing is written.
+    Rates count the bytes of whole files over the pixels of the image. Files are written only to the given folders.
 
     Args:
-        codecs: a codec, or several by name. The first is the one that others are compared with; a name in the results
-            is `rnncodec-` and this name, or that of the weights.
+        codecs: a codec, or several by name; the others are compared with the first. In the results, `rnncodec-`
+            precedes this name, or that of the weights.
         images: image files and folders.
-        iterations: to measure; None takes all that each codec has.
+        iterations: number of iterations to measure; None takes all of each codec, but at most 16.
         baselines: names from `rnncodec.evaluation.baselines.BASELINES`, to measure on the same images.
-        overlays: curves of others to draw: JSON files in CompressAI's shape, or names of published ones.
-        coders: compares the entropy coders on the bits of the first codec; codecs of the same network add their context
-            models. None does not compare.
+        overlays: curves of other codecs to draw: JSON files in CompressAI's format, or names of published curves.
+        coders: codecs of the same network as the first, whose context models are compared with the other entropy coders
+            on its bits; may be empty. None skips this comparison.
         output: folder for tables, curves and figures.
-        save_images: also writes decoded images, comparisons and a page to look at them; takes an output folder.
-        wandb: name of a run of W&B to log the results to; takes an output folder.
-        cache: folder that remembers what has been measured.
-        device: where to compute the metrics; None takes that of the first codec.
-        tables: where to print the tables.
-        progress: where to show how far it is.
-        skip: is told in one line of an image that cannot be measured, and the others go on; None raises the error.
+        save_images: whether to write decoded images, comparisons and the report too, which needs an output folder.
+        wandb: name of a W&B run to which the results are logged, which needs an output folder.
+        cache: folder that keeps measurements, for later evaluations to use.
+        device: device that computes the metrics; None takes that of the first codec.
+        tables: console on which the tables are printed.
+        progress: console on which progress is shown.
+        skip: called with a message of one line for each image that cannot be measured and is left out; None raises the
+            error.
 
     Returns:
-        The points of every image, codec and setting, as points.csv has them.
+        The points of every image, codec and setting, as in points.csv.
 
     Raises:
-        ValueError: an argument is not as above, or no image could be measured.
-        RuntimeError: a codec contradicts itself, or W&B refuses or cannot be reached.
+        ValueError: an argument is invalid, or no image could be measured.
+        RuntimeError: a codec does not decode its own files correctly, or W&B refuses or cannot be reached.
         OSError: a folder cannot be written.
     """
     named = {codecs.name: codecs} if isinstance(codecs, Codec) else dict(codecs)
     folder, memory_folder = (None if path is None else Path(path) for path in (output, cache))
     if folder is None and (save_images or wandb):
-        raise ValueError("pictures and runs of W&B take an output folder")
+        raise ValueError("saved images and runs of W&B need an output folder")
     log = _logger() if wandb else None
     counts = _iterations_of(named, iterations)
     missing = [name for name in baselines if name not in BASELINES or not BASELINES[name].available]
@@ -113,7 +114,7 @@ def evaluate(
             paths += find_images([path])
         except ValueError as error:
             fail(path, error)
-    for place in (folder, memory_folder):  # if this fails, then before the work
+    for place in (folder, memory_folder):  # before the work, so that a failure comes early
         if place is not None:
             place.mkdir(parents=True, exist_ok=True)
     points: list[Point] = []
@@ -169,10 +170,10 @@ def evaluate(
 
 
 def _iterations_of(codecs: Mapping[str, Codec], iterations: int | None) -> dict[str, int]:
-    """How many iterations to measure of each codec.
+    """The number of iterations to measure of each codec.
 
     Raises:
-        ValueError: there is no codec, a name cannot be that of a file, or a codec has fewer iterations.
+        ValueError: there is no codec, a name is not allowed, or a codec has fewer iterations.
     """
     if not codecs:
         raise ValueError("there is no codec to evaluate")
@@ -187,7 +188,7 @@ def _iterations_of(codecs: Mapping[str, Codec], iterations: int | None) -> dict[
 
 
 def _overlays(overlays: Iterable[str | os.PathLike[str]], taken: Iterable[str]) -> dict[str, list[Point]]:
-    """The curves of others that are to be drawn; those whose names are taken also bear that of their file."""
+    """Loads curves of other codecs by name; if a name is taken, the argument that named the curve is added."""
     curves: dict[str, list[Point]] = {}
     for text in overlays:
         shipped = PUBLISHED / f"{text}.json"
@@ -197,7 +198,7 @@ def _overlays(overlays: Iterable[str | os.PathLike[str]], taken: Iterable[str]) 
 
 
 def _saver(folder: Path | None) -> Callable[[Source, Coded], str] | None:
-    """Saves pictures in a folder of the output's `pictures`, and gives their paths in the output."""
+    """A function that saves pictures in a folder and gives their paths in the output folder; None without a folder."""
     if folder is None:
         return None
     folder.mkdir(parents=True, exist_ok=True)
@@ -205,10 +206,10 @@ def _saver(folder: Path | None) -> Callable[[Source, Coded], str] | None:
 
 
 def _logger() -> Callable[..., None]:
-    """What logs to W&B, which evaluations without it can do without.
+    """Imports the function that logs to W&B, which is needed only there.
 
     Raises:
-        ValueError: it is not installed.
+        ValueError: W&B is not installed.
     """
     try:
         from rnncodec.training.tracking import log_evaluation
@@ -218,7 +219,7 @@ def _logger() -> Callable[..., None]:
 
 
 def _config(codec: Codec, iterations: int, results: Results) -> dict[str, object]:
-    """What the results depend on, for W&B."""
+    """The settings on which the results depend, for W&B."""
     return {
         "weights": codec.name,
         "fingerprint": codec.fingerprint.hex(),
@@ -254,7 +255,7 @@ def main(argv: Sequence[str] | None = None, program: str = "evaluate.py") -> int
         nargs="*",
         metavar="CURVE",
         default=[],
-        help=f"curves of others: JSON files as this program writes them, or of those for Kodak: {shipped}",
+        help=f"curves of other codecs: JSON files as this program writes them, or published ones for Kodak: {shipped}",
     )
     parser.add_argument(
         "--coders",
@@ -268,7 +269,7 @@ def main(argv: Sequence[str] | None = None, program: str = "evaluate.py") -> int
         "--cache-dir",
         type=Path,
         default=user_cache_path("rnncodec") / "results",
-        help="folder that remembers what has been measured (default: rnncodec/results in the user's cache folder)",
+        help="folder that keeps measurements for later runs (default: rnncodec/results in the user's cache folder)",
     )
     args = parser.parse_args(argv)
     if args.iterations < 1:

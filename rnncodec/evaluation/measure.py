@@ -1,4 +1,4 @@
-"""A codec on an image: files, what they decode to and all metrics, remembered in a folder."""
+"""Measures a codec on an image: file sizes, reconstructions and all metrics, which are kept in a cache."""
 
 import hashlib
 import json
@@ -20,21 +20,21 @@ from rnncodec.files.images import atomic_write
 from rnncodec.metrics.curves import NAN, Point, from_csv, to_csv
 from rnncodec.metrics.distortion import REPORTED_ITERATIONS, l1, ms_ssim, psnr, psnr_hvs
 
-NAME_BYTES = 200  # of an image's name, which leaves room for what is appended
-CACHE_VERSION = 1  # of what is remembered: another one forgets it all
+NAME_BYTES = 200  # longest name of an image, which leaves room for suffixes
+CACHE_VERSION = 1  # measurements of other versions are not used
 
 
 class Coded(NamedTuple):
-    """A file and what it decodes to.
+    """The size of a file and its reconstruction.
 
     Attributes:
         setting: iterations, or what the codec calls quality.
         size: bytes of the whole file.
         x_hat: the reconstruction, uint8 [H, W, 3].
-        file: the file itself, if it is one that browsers show.
-        ideal_bytes: what the context model's probabilities alone would take.
-        encode_seconds: for the whole file.
-        decode_seconds: likewise.
+        file: the file itself, if browsers can show it.
+        ideal_bytes: bytes of an ideal coder with the context model's probabilities.
+        encode_seconds: time of encoding the whole file; nan if it is a part of a larger one.
+        decode_seconds: likewise for decoding.
     """
 
     setting: float
@@ -51,12 +51,12 @@ class Source:
     """A codec to measure.
 
     Attributes:
-        name: in files and tables.
-        title: in plots.
-        description: what a reader must know to repeat it.
-        suffix: of its pictures.
-        settings: at which every image is measured.
-        run: an image, uint8 [H, W, 3], and settings to its files at these settings.
+        name: name in files and tables.
+        title: name in plots.
+        description: what one needs to repeat the measurement.
+        suffix: suffix of saved pictures.
+        settings: settings at which every image is measured.
+        run: codes an image, uint8 [H, W, 3], at given settings.
     """
 
     name: str
@@ -68,7 +68,7 @@ class Source:
 
 
 def ours(codec: Codec, iterations: int, name: str = "") -> Source:
-    """A codec whose evaluation this is, under its own name unless another is given."""
+    """A codec of this package as a source; it has the name of its weights unless another is given."""
     checked = False
 
     def run(x: np.ndarray, settings: Sequence[float]) -> Iterator[Coded]:
@@ -79,7 +79,7 @@ def ours(codec: Codec, iterations: int, name: str = "") -> Source:
         middle = time.perf_counter()
         pictures = list(codec.decode_progressive(data))
         end = time.perf_counter()
-        if not checked:  # once: that all files do so is for the tests to show
+        if not checked:  # only once, because the tests check this too
             check_truncated(codec, data, pictures)
             checked = True
         bits = session.ideal_bits if isinstance(session, ContextSession) else [NAN] * iterations
@@ -94,7 +94,7 @@ def ours(codec: Codec, iterations: int, name: str = "") -> Source:
     if codec.context is not None:
         description += f"{codec.context.config.kind} context model ({codec.context_fingerprint.hex()}), "
     description += f"1 to {iterations} iterations"
-    # Both change the bits, so they are also part of what is remembered.
+    # Both change the bits, so that the cache must distinguish them.
     if codec.network.in_bfloat16:
         description += ", in bfloat16"
     if codec.loop.tile is not None:
@@ -104,7 +104,7 @@ def ours(codec: Codec, iterations: int, name: str = "") -> Source:
 
 
 def baseline(codec: Baseline) -> Source:
-    """A codec to compare with."""
+    """A codec to compare with, as a source."""
     shown = codec.suffix in TYPES
 
     def run(x: np.ndarray, settings: Sequence[float]) -> Iterator[Coded]:
@@ -122,39 +122,39 @@ def baseline(codec: Baseline) -> Source:
 
 
 class Memory:
-    """What has been measured, in a folder, by the pixels of the image and the exact codec.
+    """A cache of measurements in a folder, by the pixels of the image and the exact codec.
 
     Args:
-        folder: None remembers nothing.
-        device: where it was computed.
+        folder: the folder; None keeps nothing.
+        device: the device of the computations, which is part of the key.
     """
 
     def __init__(self, folder: Path | None, device: str) -> None:
         self.folder, self.device = folder, device
 
     def name(self, x: np.ndarray, source: Source) -> str:
-        """Of the file with the points of an image and a codec."""
+        """The name of the file with the points of an image and a codec."""
         about = [CACHE_VERSION, source.name, source.description, x.shape, torch.__version__, self.device]
         key = hashlib.sha256(json.dumps(about).encode() + np.ascontiguousarray(x).tobytes()).hexdigest()
         return f"{key[:32]}.csv"
 
     def recall(self, x: np.ndarray, source: Source) -> dict[float, Point]:
-        """The known points by setting."""
+        """The points in the cache, by setting."""
         if self.folder is None:
             return {}
         try:
             return {point.setting: point for point in from_csv((self.folder / self.name(x, source)).read_text())}
-        except (OSError, ValueError):  # not there, or not what it was: it is measured again
+        except (OSError, ValueError):  # missing or damaged files are measured again
             return {}
 
     def keep(self, x: np.ndarray, source: Source, points: Iterable[Point]) -> None:
-        """Remembers points."""
+        """Writes points to the cache."""
         if self.folder is not None:
             atomic_write(self.folder / self.name(x, source), to_csv(points).encode())
 
 
 def measure(image: str, codec: str, x: np.ndarray, coded: Coded, device: torch.device | str = "cpu") -> Point:
-    """All metrics of one reconstruction of an image x, uint8 [H, W, 3]."""
+    """Computes all metrics of one reconstruction of an image x, uint8 [H, W, 3]."""
     original, x_hat = (torch.tensor(a, device=device).permute(2, 0, 1)[None] for a in (x, coded.x_hat))
     scale = 8 / (x.shape[0] * x.shape[1])
     return Point(
@@ -183,15 +183,15 @@ def measured_points(
     memory: Memory,
     save: Callable[[Source, Coded], str] | None = None,
 ) -> list[Point]:
-    """The points of an image and a codec, remembered if possible.
+    """The points of an image and a codec, from the cache if possible.
 
     Args:
-        image: its name.
+        image: name of the image.
         source: the codec.
-        settings: at which to measure.
+        settings: settings to measure.
         x: the image, uint8 [H, W, 3].
-        device: where to compute the metrics.
-        memory: of what has been measured.
+        device: device that computes the metrics.
+        memory: the cache.
         save: saves a picture and gives its path; None saves none.
     """
     known = memory.recall(x, source)
@@ -209,10 +209,10 @@ def measured_points(
 
 
 def check_truncated(codec: Codec, data: bytes, pictures: Sequence[np.ndarray]) -> None:
-    """Checks that a file, cut to the reported iterations, decodes to the pictures of the whole file.
+    """Checks that a file cut to each of the reported iterations decodes to the same picture as the whole file.
 
     Raises:
-        RuntimeError: it does not.
+        RuntimeError: a picture differs.
     """
     for k, x_hat in enumerate(pictures, 1):
         if k in REPORTED_ITERATIONS and not np.array_equal(
@@ -222,14 +222,14 @@ def check_truncated(codec: Codec, data: bytes, pictures: Sequence[np.ndarray]) -
 
 
 def entropy_coders(codec: Codec, others: Iterable[Codec]) -> dict[str, tuple[Codec, EntropyName]]:
-    """The entropy coders to compare, by name: each with a codec of the same network.
+    """The entropy coders to compare, by name, each with its codec.
 
     Args:
-        codec: its bits are coded.
-        others: more codecs, whose context models are compared too.
+        codec: the codec whose bits are coded.
+        others: more codecs of the same network, whose context models are compared too.
 
     Raises:
-        ValueError: another codec has another network.
+        ValueError: one of the others has another network.
     """
     coders: dict[str, tuple[Codec, EntropyName]] = {name: (codec, name) for name in CLASSICAL}
     for another in (codec, *others):
@@ -246,7 +246,7 @@ def entropy_coders(codec: Codec, others: Iterable[Codec]) -> dict[str, tuple[Cod
 def coded_sizes(
     codecs: dict[str, tuple[Codec, EntropyName]], bits: np.ndarray, height: int, width: int
 ) -> dict[str, list[int]]:
-    """Bytes of the whole file at every iteration, for the same bits and each entropy coder.
+    """Bytes of the whole file up to every iteration, for the same bits and each entropy coder.
 
     Args:
         codecs: a codec and the name of its entropy coder, by the name of the coder in the result.
@@ -255,19 +255,19 @@ def coded_sizes(
         width: of the image in pixels.
 
     Raises:
-        RuntimeError: a coder does not give the bits back.
+        RuntimeError: the bits that a coder decodes differ.
     """
     sizes = {}
     for name, (codec, entropy) in codecs.items():
         file = codec.write_bits(bits, height, width, entropy)
         if not np.array_equal(codec.read_bits(file), bits):
-            raise RuntimeError(f"the entropy coder {name} does not give the bits back")
+            raise RuntimeError(f"the entropy coder {name} decodes other bits than it has encoded")
         sizes[name] = list(read_header(file).sizes)
     return sizes
 
 
 def unique_names(paths: Iterable[Path]) -> list[str]:
-    """The files' names without suffix, as text and folders can have them, numbered where one comes again."""
+    """The names of files without suffix, made printable and valid for folders, and numbered if they repeat."""
     names: dict[str, None] = {}
     for path in paths:
         printable = "".join(c if c.isprintable() else "_" for c in path.stem).lstrip(".") or "_"

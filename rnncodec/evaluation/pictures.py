@@ -1,4 +1,4 @@
-"""Pictures of an evaluation: the figure of the mean curves, comparisons of reconstructions, and the files of both."""
+"""Pictures of an evaluation: the figure of the mean curves, and comparisons of reconstructions."""
 
 import io
 from collections.abc import Sequence
@@ -14,11 +14,11 @@ from rnncodec.files.images import atomic_write, load_image, save_image
 from rnncodec.metrics.curves import Point, largest_within, samples
 from rnncodec.metrics.distortion import REPORTED_ITERATIONS
 
-PANEL = (224, 224)  # pixels of a picture in a comparison, six beside each other
+PANEL = (224, 224)  # width and height in pixels of a picture in a comparison
 
 
 def figure(curves: dict[str, list[Point]], overlays: Sequence[str] = ()) -> Figure:
-    """Mean curves over bpp, each labelled on the right; the first sets the range, overlays are dashed."""
+    """Draws mean curves over bpp, each with a label on the right; the first sets the range, overlays are dashed."""
     end = next(iter(curves.values()))[-1].bpp
     drawing = Figure(figsize=(15, 4.8), dpi=110, layout="constrained")
     panels = {"PSNR (dB)": "psnr", "MS-SSIM (dB)": "ms_ssim_db", "PSNR-HVS-M (dB)": "psnr_hvs_m"}
@@ -30,7 +30,7 @@ def figure(curves: dict[str, list[Point]], overlays: Sequence[str] = ()) -> Figu
                 continue
             last = min(end, x[-1])
             visible = x <= last
-            # A curve that goes on beyond the range ends on its edge.
+            # A curve that exceeds the range ends at its edge.
             x_visible, y_visible = np.append(x[visible], last), np.append(y[visible], np.interp(last, x, y))
             style = "--" if name in overlays else "-"
             axes.plot(x_visible, y_visible, style, color=f"C{i}", linewidth=2.2 if i == 0 else 1.4)
@@ -47,12 +47,12 @@ def figure(curves: dict[str, list[Point]], overlays: Sequence[str] = ()) -> Figu
         for (_, name, color), height in zip(labels, heights, strict=True):
             place = end, height
             text = axes.annotate(name, place, (6, 0), textcoords="offset points", va="center", color=color, fontsize=9)
-            text.set_parse_math(False)  # a name may hold dollars
+            text.set_parse_math(False)  # a name may contain dollar signs
     return drawing
 
 
 def spread(heights: Sequence[float], gap: float, top: float) -> list[float]:
-    """Rising heights, moved until no two are closer than the gap and, if there is room, none is above the top."""
+    """Moves rising heights until no two are closer than the gap and none is above the top."""
     result: list[float] = []
     for height in heights:
         result.append(max(height, result[-1] + gap) if result else height)
@@ -63,21 +63,21 @@ def spread(heights: Sequence[float], gap: float, top: float) -> list[float]:
 
 
 def rendered(drawing: Figure, format: str) -> bytes:
-    """A figure as png or svg."""
+    """The bytes of a figure as png or svg."""
     file = io.BytesIO()
     drawing.savefig(file, format=format, metadata={"Date": None} if format == "svg" else None)
     return file.getvalue()
 
 
 class Panel(NamedTuple):
-    """A picture of a comparison, uint8 [H, W, 3] or None, and what is written above it."""
+    """A picture of a comparison, uint8 [H, W, 3] or None, with its caption."""
 
     caption: str
     picture: np.ndarray | None
 
 
 def comparison(x: np.ndarray, columns: Sequence[tuple[Panel | None, Panel | None]]) -> np.ndarray:
-    """The middle of an image, unscaled, and of what two codecs make of it: one above the other at the same bytes."""
+    """Draws the middle of an image, unscaled, and that of its reconstructions by two codecs, one above the other."""
     (width, height), margin, caption = PANEL, 8, 40
     sheet = Image.new("RGB", ((width + margin) * (len(columns) + 1) + margin, 2 * (height + caption) + margin), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
@@ -97,7 +97,7 @@ def comparison(x: np.ndarray, columns: Sequence[tuple[Panel | None, Panel | None
 
 
 def compared(name: str, baseline: str, x: np.ndarray, points: Sequence[Point], folder: Path) -> np.ndarray | None:
-    """The comparison of a codec's saved pictures at 1, 2, 4, 8 and 16 iterations with a baseline at the same bytes."""
+    """Compares a codec's saved pictures at 1, 2, 4, 8 and 16 iterations with a baseline's of about the same bytes."""
     rivals = [point for point in points if point.codec == baseline and point.picture]
     columns: list[tuple[Panel | None, Panel | None]] = []
     for point in points:
@@ -114,7 +114,7 @@ def compared(name: str, baseline: str, x: np.ndarray, points: Sequence[Point], f
 
 
 def save_picture(source: Source, coded: Coded, folder: Path) -> str:
-    """Saves what a codec made of an image, in a form that browsers show; gives its name."""
+    """Saves a reconstruction in a format that browsers show; gives the name of the file."""
     path = folder / f"{source.name}-{coded.setting:g}{source.suffix}"
     if coded.file is None:
         save_image(coded.x_hat, path)

@@ -1,4 +1,4 @@
-"""The page of an evaluation: rate curves, and every iteration of some images beside other codecs at the same bytes."""
+"""The HTML report of an evaluation: rate curves, and reconstructions beside those of other codecs."""
 
 import base64
 import json
@@ -10,33 +10,33 @@ from rnncodec.files.images import atomic_write
 from rnncodec.metrics.curves import Point, largest_within, picture_path, read_points
 
 TEMPLATE = Path(__file__).with_name("report.html")
-# The pictures that browsers show, by suffix.
+# Media types of the pictures that browsers show, by suffix.
 TYPES = {".png": "image/png", ".jpg": "image/jpeg", ".webp": "image/webp", ".avif": "image/avif"}
 
-# Baselines whose own files a browser shows. Others would come as PNG, each a hundred times the size of its file.
+# Baselines are embedded if browsers show their own files. As PNG, others would be a hundred times as large.
 SHOWN_AS_CODED = (".jpg", ".webp", ".avif")
 
-# What the page knows of a point.
+# Attributes of a point that the page has.
 COLUMNS = ("image", "codec", "setting", "bytes", "bpp", "psnr", "ms_ssim", "psnr_hvs_m")
 
 
 def write_report(results: Path, path: Path | None = None, images: int = 4) -> Path:
-    """Writes one HTML file that holds an evaluation, its pictures and the script that shows them.
+    """Writes an evaluation to one HTML file, with its pictures and a script that shows them.
 
-    The page loads nothing from anywhere. It holds all iterations of the embedded images; of JPEG, WebP and AVIF the
-    files that `match` chooses for some iteration; of other codecs their numbers.
+    The page loads no other files. It contains all iterations of the embedded images, the JPEG, WebP and AVIF files that
+    `match` chooses for them, and the numbers of all codecs.
 
     Args:
-        results: folder with points.csv, mean.csv and the pictures that the first names.
-        path: the file; None writes `report.html` into the folder.
-        images: how many images to embed at most, spread evenly over their sorted names.
+        results: folder with points.csv, mean.csv and the pictures that points.csv names.
+        path: file to write; None writes `report.html` in the folder.
+        images: the most images to embed, chosen evenly from their sorted names.
 
     Returns:
         The path of the file.
 
     Raises:
-        ValueError: something is missing in the folder; the message is one line.
-        OSError: a picture cannot be read, or the file cannot be written; an existing one is as it was.
+        ValueError: `images` is below 1, or the folder lacks something; the message is one line.
+        OSError: a picture cannot be read, or the file cannot be written; an existing file stays as it was.
     """
     if images < 1:
         raise ValueError(f"a report shows at least 1 image, not {images}")
@@ -88,7 +88,7 @@ def write_report(results: Path, path: Path | None = None, images: int = 4) -> Pa
     blocks = (f'<script type="text/plain" id="{id}">{url}</script>\n' for id, url in urls.items())
     before, _, rest = TEMPLATE.read_text(encoding="utf-8").partition("{{ data }}")
     between, _, after = rest.partition("{{ pictures }}")
-    # No end tag and no comment begins in JSON without this character.
+    # Without this character, no end tag and no comment can begin in the JSON.
     text = json.dumps(data, allow_nan=False).replace("<", "\\u003c")
     path = results / "report.html" if path is None else path
     atomic_write(path, "".join((before, text, between, *blocks, after)).encode())
@@ -96,15 +96,15 @@ def write_report(results: Path, path: Path | None = None, images: int = 4) -> Pa
 
 
 def match(points: Sequence[Point], size: float) -> Point:
-    """A codec's point to hold against a file of a size in bytes.
+    """The point of a codec to compare with a file of a given size in bytes.
 
-    The largest file that is not larger, or the smallest if all are; the better PSNR where several are of its size.
+    This is the largest file that is not larger, or the smallest if all are larger; among equal sizes, the best PSNR.
     """
     return largest_within(points, size) or min(points, key=lambda point: (point.bytes, -point.psnr))
 
 
 def _values(point: Point) -> list[str | float | None]:
-    """For JSON, which knows neither nan, here null, nor infinity, here text."""
+    """The columns of a point for JSON, which has neither nan (here null) nor infinity (here text)."""
     values = (getattr(point, column) for column in COLUMNS)
     return [value if isinstance(value, str) else _finite(value) for value in values]
 
@@ -120,7 +120,7 @@ def _suffix(picture: str) -> str:
 
 
 def _data_url(results: Path, picture: str) -> str:
-    """A picture's file, byte by byte, as a URL."""
+    """The file of a picture as a data URL."""
     path = picture_path(results, picture)
     if _suffix(picture) not in TYPES:
         raise ValueError(f"{picture!r} is not of a kind that browsers show: {', '.join(TYPES)}")

@@ -1,4 +1,4 @@
-"""What an evaluation leaves: its points, mean curves and summaries, to be written to a folder and printed."""
+"""Results of an evaluation: points, mean curves and summaries, written to a folder and printed."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,14 +27,14 @@ from rnncodec.metrics.distortion import MS_SSIM_MIN_SIDE
 
 @dataclass(frozen=True)
 class Results:
-    """What has been measured, and the means of it.
+    """The measurements of an evaluation, and their means.
 
     Attributes:
-        points: of every image, codec and setting.
-        sources: the codecs; those that are evaluated come first.
-        evaluated: how many these are.
-        overlays: mean curves of others, by title.
-        sizes: bytes of the whole file at every iteration, for each image, by entropy coder.
+        points: points of every image, codec and setting.
+        sources: the codecs, the evaluated ones first.
+        evaluated: number of evaluated codecs.
+        overlays: mean curves of other codecs, by title.
+        sizes: bytes of the whole file up to every iteration, for each image, by entropy coder.
     """
 
     points: Sequence[Point]
@@ -46,7 +46,7 @@ class Results:
     @cached_property
     def curves(self) -> dict[str, list[Point]]:
         """The mean curves of all codecs, by name."""
-        # Not of the settings that match single files: a codec's curve does not depend on what it is compared with.
+        # Without settings that only match single files, as a curve must not depend on what it is compared with.
         return {
             source.name: mean_curve(p for p in self.points if p.codec == source.name and p.setting in source.settings)
             for source in self.sources
@@ -55,13 +55,13 @@ class Results:
     @cached_property
     def drawn(self) -> dict[str, list[Point]]:
         """The mean curves that are drawn and compared, by title."""
-        # A codec without settings is a point beyond the range.
+        # A codec with a single setting (PNG) is one point beyond the range.
         drawable = [source for i, source in enumerate(self.sources) if i < self.evaluated or len(source.settings) > 1]
         return {source.title: self.curves[source.name] for source in drawable} | self.overlays
 
     @cached_property
     def summaries(self) -> list[Summary]:
-        """The drawn curves in a few numbers."""
+        """The summaries of the drawn curves."""
         return summaries(self.drawn, self.evaluated)
 
     @cached_property
@@ -71,7 +71,7 @@ class Results:
 
     @cached_property
     def images(self) -> str:
-        """What the means are of: so many images, and MS-SSIM of fewer where some are too small for it."""
+        """The number of images that the means are of, and that for MS-SSIM if some images are too small for it."""
         mine = [point for point in self.points if point.codec == self.sources[0].name]
         count = len({point.image for point in mine})
         large = len({point.image for point in mine if not np.isnan(point.ms_ssim)})
@@ -80,7 +80,7 @@ class Results:
 
     @property
     def files(self) -> list[str]:
-        """Names of the files that `write` leaves."""
+        """The names of the files that `write` creates."""
         names = ["points.csv", "mean.csv", "summary.csv", "rate_distortion.png", "rate_distortion.svg"]
         return names + [f"{source.name}.json" for source in self.sources] + ["coders.csv"] * bool(self.sizes)
 

@@ -13,8 +13,8 @@ from rnncodec.codec import MAX_ITERATIONS
 from rnncodec.metrics.curves import NAN, Point, area, bd_rate, interpolate
 from rnncodec.metrics.distortion import REPORTED_ITERATIONS
 
-WINDOW = (0.25, 1.875)  # bits per pixel between which the area under a curve favours nobody
-COMMON = 0.75  # share of a curve's range of quality below which a BD-rate over it says little
+WINDOW = (0.25, 1.875)  # bits per pixel; in a fixed range, the area under a curve favors no codec
+COMMON = 0.75  # a BD-rate over a smaller share of a curve's range of quality is marked as doubtful
 SPANS = {
     "to 2": (None, 2.0),
     f"{WINDOW[0]} to\n{WINDOW[1]}": WINDOW,
@@ -25,11 +25,11 @@ AREAS = {
     "psnr": "PSNR",
 }  # the first two are those of Toderici et al. 2017
 BD_RATES = {"psnr": "PSNR", "ms_ssim_db": "MS-SSIM", "psnr_hvs_m": "PSNR-HVS-M"}
-METRICS = (("psnr", 2), ("ms_ssim", 4))  # of the tables, with their digits
+METRICS = (("psnr", 2), ("ms_ssim", 4))  # of `rivals_table`, with their digits
 
 
 def curve_table(curve: Sequence[Point], images: str) -> Table:
-    """All metrics of a mean curve."""
+    """A table of all metrics of a mean curve."""
     result = Table(title=f"{curve[0].codec}, mean of {images}")
     for column in ("", "bytes", "bpp", "L1", "PSNR", "MS-SSIM", "PSNR-HVS", "PSNR-HVS-M"):
         result.add_column(column, justify="right", no_wrap=True)
@@ -42,7 +42,7 @@ def curve_table(curve: Sequence[Point], images: str) -> Table:
 
 
 def rivals_table(curves: dict[str, list[Point]]) -> Table:
-    """PSNR and MS-SSIM of all mean curves at the bits per pixel of the first after 1, 2, 4, 8 and 16 iterations."""
+    """A table of all mean curves at the bits per pixel of the first after 1, 2, 4, 8 and 16 iterations."""
     rates = [
         (point.setting, point.bpp) for point in next(iter(curves.values())) if point.setting in REPORTED_ITERATIONS
     ]
@@ -60,13 +60,13 @@ def rivals_table(curves: dict[str, list[Point]]) -> Table:
 
 @dataclass(frozen=True)
 class Summary:
-    """A curve in a few numbers.
+    """The summary of a mean curve.
 
     Attributes:
-        codec: name of its codec.
-        areas: under the curve of each metric of `AREAS`, over each of `SPANS`.
-        bd_rates: percent more bits that the evaluated codec takes for the same value of each metric of `BD_RATES`,
-            and the share of its values that the other has too; None for that codec itself.
+        codec: name of the codec.
+        areas: areas under the curve, for each metric of `AREAS` and each range of `SPANS`.
+        bd_rates: for each metric of `BD_RATES`, how many percent more bits the first codec takes than this one for
+            equal quality, and the share of its range of quality that this one has too; None for the first codec.
     """
 
     codec: str
@@ -75,9 +75,9 @@ class Summary:
 
 
 def summaries(curves: dict[str, list[Point]], evaluated: int = 1) -> list[Summary]:
-    """The areas under all curves, of which so many first ones are evaluated, and the BD-rate of the first against each.
+    """Computes the areas under all curves, and the BD-rates of the first curve against each of the others.
 
-    Of others nobody knows here whether the last point measured is the last there is.
+    The first `evaluated` curves belong to evaluated codecs. Of others, the last point may not be the largest file.
     """
     mine = next(iter(curves.values()))
     result = []
@@ -90,7 +90,7 @@ def summaries(curves: dict[str, list[Point]], evaluated: int = 1) -> list[Summar
 
 
 def summary_csv(summaries: Sequence[Summary]) -> str:
-    """One row for each curve; what does not exist is left empty."""
+    """Writes summaries as CSV, one row for each curve; missing values are left empty."""
     names = [f"auc_{metric}_{name}" for metric in AREAS for name in ("to_2", "window")]
     names += [f"bd_rate_{metric}{end}" for metric in BD_RATES for end in ("", "_overlap")]
     rows = [["codec", *names]]
@@ -104,7 +104,7 @@ def summary_csv(summaries: Sequence[Summary]) -> str:
 
 
 def area_table(summaries: Sequence[Summary]) -> Table:
-    """The areas under all curves."""
+    """A table of the areas under all curves."""
     result = Table(title="area under the curves, over bits per pixel")
     names = [f"{title}\n{span}" for title in AREAS.values() for span in SPANS]
     for column in ("codec", *names):
@@ -115,9 +115,9 @@ def area_table(summaries: Sequence[Summary]) -> Table:
 
 
 def bd_rate_table(summaries: Sequence[Summary]) -> Table:
-    """How many more bits the first codec takes than each other."""
+    """A table of how many more bits the first codec takes than each of the others."""
     first, *others = summaries
-    result = Table(title=f"BD-rate: bits that {first.codec} takes more for the same quality")
+    result = Table(title=f"BD-rate: how many more bits {first.codec} takes for the same quality")
     for column in ("than", *BD_RATES.values()):
         result.add_column(column, justify="left" if column == "than" else "right")
     partial = False
@@ -134,9 +134,9 @@ def bd_rate_table(summaries: Sequence[Summary]) -> Table:
 
 
 def coder_table(mean: dict[str, np.ndarray]) -> Table:
-    """Mean bytes [T] of raw files, and what share of them each coder saves."""
+    """A table of mean bytes [T] of raw files, and the share of them that each entropy coder saves."""
     names = [name for name in mean if name != "none"]
-    result = Table(title="bytes of the whole file, and how many less with each entropy coder")
+    result = Table(title="bytes of the whole file, and the share that each entropy coder saves")
     for column in ("iteration", "raw", *names):
         result.add_column(column, justify="right")
     for t, raw in enumerate(mean["none"]):
@@ -145,5 +145,5 @@ def coder_table(mean: dict[str, np.ndarray]) -> Table:
 
 
 def number(value: float, digits: int) -> str:
-    """A value, or what stands for none."""
+    """A value with `digits` decimals, or `-` for nan."""
     return "-" if np.isnan(value) else f"{value:.{digits}f}"
