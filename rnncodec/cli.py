@@ -40,11 +40,11 @@ from rnncodec.jobs import (
 )
 
 if TYPE_CHECKING:
-    from rnncodec.codec import Codec  # imported only by what needs a network, as torch takes seconds
+    from rnncodec.codec import Codec  # elsewhere imported only where it is used, because importing torch takes seconds
     from rnncodec.rating import Summary
 
 
-# Commands with a command line of their own: the module of its `main`, and the extra that installs what it needs.
+# Commands with their own parsers: the module with their `main`, and the extra that installs what they need.
 ROOMS = {"train": ("rnncodec.training.cli", "train"), "evaluate": ("rnncodec.evaluation.evaluate", "eval")}
 
 
@@ -77,14 +77,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except FAILURES as error:
         if isinstance(error, OSError) and sys.stdout is sys.__stdout__:
-            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - what failed once must not fail again at exit
-        if not isinstance(error, BrokenPipeError):  # whoever read our output has left and wants no more words
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - or flushing it would fail again at exit
+        if not isinstance(error, BrokenPipeError):  # the reader of the output has stopped and needs no message
             complain(f"error: {one_line(error)}")
         return 1
 
 
 def _enter(command: str, arguments: list[str]) -> int:
-    """Runs a command of ROOMS, or says what it lacks."""
+    """Runs a command of ROOMS, or names the package that it lacks."""
     module, extra = ROOMS[command]
     try:
         run = import_module(module).main
@@ -139,7 +139,7 @@ def decode(args: argparse.Namespace) -> int:
 
 
 def info(args: argparse.Namespace) -> int:
-    """Shows what is in files."""
+    """Shows the headers of files, and which iterations are complete."""
 
     def work(source: str, target: str, report: Report) -> None:
         header, data = read(source)
@@ -188,7 +188,7 @@ def truncate(args: argparse.Namespace) -> int:
 
 
 def export(args: argparse.Namespace) -> int:
-    """Makes weights of a checkpoint."""
+    """Exports a checkpoint as weights."""
     from rnncodec.training.export import add_context, load_checkpoint
     from rnncodec.weights import load_weights, save_weights
 
@@ -206,7 +206,7 @@ def export(args: argparse.Namespace) -> int:
 
 
 def rate(args: argparse.Namespace) -> int:
-    """Serves pictures to people who rate them, or shows what came of it."""
+    """Serves pictures for people to rate, or shows the scores from their votes."""
     from rnncodec.rating import Server, Study, Votes, summarize
 
     if args.json and not args.scores:
@@ -265,10 +265,10 @@ def _parser() -> argparse.ArgumentParser:
 
     def add_coding(sub: argparse.ArgumentParser) -> None:
         sub.add_argument("paths", nargs="+", metavar="PATH", help="inputs, or one input and its output; see below")
-        sub.add_argument("--output-dir", metavar="DIR", type=Path, help="where outputs go, made if it does not exist")
-        sub.add_argument("--force", action="store_true", help="replace existing outputs that were not named one by one")
+        sub.add_argument("--output-dir", metavar="DIR", type=Path, help="folder for outputs, made if it does not exist")
+        sub.add_argument("--force", action="store_true", help="replace existing outputs whose names were not given")
         sub.add_argument("--weights", metavar="W", help="name of shipped weights, or path of a .safetensors file")
-        sub.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
+        sub.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="device to compute on")
         sub.add_argument(
             "--bfloat16",
             action="store_true",
@@ -286,12 +286,12 @@ def _parser() -> argparse.ArgumentParser:
     add_coding(sub)
     target = sub.add_mutually_exclusive_group()
     target.add_argument(
-        "--iterations", metavar="N", type=_positive_int, help="at least 1 (default: 16, or as many as there are)"
+        "--iterations", metavar="N", type=_positive_int, help="how many (default: 16, or all if there are fewer)"
     )
     target.add_argument(
-        "--bpp", metavar="B", type=_positive, help="at most so many bits per pixel, the file as a whole"
+        "--bpp", metavar="B", type=_positive, help="at most this many bits per pixel, for the whole file"
     )
-    target.add_argument("--psnr", metavar="DB", type=_positive, help="as few iterations as reach so many dB")
+    target.add_argument("--psnr", metavar="DB", type=_positive, help="as few iterations as reach this PSNR in dB")
     coder = sub.add_mutually_exclusive_group()
     coder.add_argument(
         "--entropy",
@@ -304,27 +304,27 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = add(decode, "decompress .rnc files", PATHS.format(suffix="the suffix of an image format", kind=".rnc files"))
     add_coding(sub)
-    sub.add_argument("--iterations", metavar="K", type=_positive_int, help="decode only so many (default: all)")
+    sub.add_argument("--iterations", metavar="K", type=_positive_int, help="decode only this many (default: all)")
     sub.add_argument("--format", metavar="F", help="image format, as a suffix (default: that of the output, or png)")
 
     sub = add(info, "show size, weights, and bytes and bits per pixel of each iteration")
     sub.add_argument("paths", nargs="+", metavar="FILE", help=".rnc files, or '-'")
-    sub.add_argument("--json", action="store_true", help="one JSON object a line for each file")
+    sub.add_argument("--json", action="store_true", help="one line with a JSON object for each file")
 
     sub = add(truncate, "shorten a file to its first iterations; without a limit, to those that are complete")
     sub.add_argument("input", metavar="IN", help="an .rnc file, or '-'")
     sub.add_argument("output", metavar="OUT", help="the file to write, overwritten if it exists, or '-'")
     limit = sub.add_mutually_exclusive_group()
     limit.add_argument("--iterations", metavar="K", type=_positive_int, help="how many to keep")
-    limit.add_argument("--bytes", metavar="N", type=_positive_int, help="keep as many as fit in so many bytes")
+    limit.add_argument("--bytes", metavar="N", type=_positive_int, help="keep as many as fit in this many bytes")
 
-    sub = add(export, "make a checkpoint of a training into weights for --weights, in half precision")
+    sub = add(export, "export a checkpoint of a training as weights for --weights, in half precision")
     sub.add_argument("checkpoint", metavar="CHECKPOINT", help="a .ckpt file")
     sub.add_argument("output", metavar="OUT", help="the .safetensors file to write, overwritten if it exists")
     kind = sub.add_mutually_exclusive_group(required=True)
-    kind.add_argument("--name", help="what files made with these weights call them")
+    kind.add_argument("--name", help="name of the weights, which files made with them contain")
     kind.add_argument(
-        "--context", metavar="MODEL", help="add this context model of the checkpoint to the weights that are in OUT"
+        "--context", metavar="MODEL", help="add this context model of the checkpoint to the weights in OUT"
     )
 
     sub = add(rate, "serve a page where people say which of two reconstructions is closer to the original")
@@ -332,9 +332,9 @@ def _parser() -> argparse.ArgumentParser:
         "results", metavar="RESULTS", type=Path, help="the folder that `rnncodec evaluate --save-images` wrote"
     )
     sub.add_argument("--host", default="127.0.0.1", help="where to listen (default: %(default)s, this computer only)")
-    sub.add_argument("--port", metavar="N", type=_port, default=8000, help="0: any free one (default: %(default)s)")
+    sub.add_argument("--port", metavar="N", type=_port, default=8000, help="0 for any free port (default: %(default)s)")
     sub.add_argument(
-        "--votes", metavar="FILE", type=Path, help="where votes are kept (default: votes.sqlite in RESULTS)"
+        "--votes", metavar="FILE", type=Path, help="file that keeps the votes (default: votes.sqlite in RESULTS)"
     )
     sub.add_argument(
         "--rates",
@@ -344,8 +344,8 @@ def _parser() -> argparse.ArgumentParser:
         default=[0.25, 0.5, 1.0],
         help="bits per pixel near which codecs are compared, at matched bytes (default: 0.25 0.5 1.0)",
     )
-    sub.add_argument("--scores", action="store_true", help="serve nothing, show the scores that the votes give")
-    sub.add_argument("--json", action="store_true", help="the scores as one JSON object")
+    sub.add_argument("--scores", action="store_true", help="show the scores from the votes, serve nothing")
+    sub.add_argument("--json", action="store_true", help="show the scores as one JSON object")
 
     commands.add_parser("train", help="train a codec or a context model: `rnncodec train fit --config small ...`")
     commands.add_parser("evaluate", help="measure codecs on images: tables, curves, pictures, a report")
@@ -364,7 +364,7 @@ def _codec(weights: str, args: argparse.Namespace) -> "Codec":
 
 
 def _codec_for(header: Header, args: argparse.Namespace) -> "Codec":
-    """The shipped weights that a file names."""
+    """Loads the shipped weights that a file names."""
     from rnncodec.weights import WeightsError, known_weights
 
     known = known_weights()

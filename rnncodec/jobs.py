@@ -1,4 +1,4 @@
-"""The work of a command, file by file: which input becomes which output, progress, and what is said of failures."""
+"""Runs a command file by file: pairs inputs with outputs, shows progress and reports failures."""
 
 import argparse
 import os
@@ -17,24 +17,24 @@ from rnncodec.files.format import FormatError, Header
 from rnncodec.files.images import one_line
 
 HEADER_BYTES = 4096  # no header is longer
-MAX_FILE_BYTES = 2**31  # 16 iterations of the largest image take half of it
+MAX_FILE_BYTES = 2**31  # twice the size of 16 iterations of the largest image
 FAILURES = (ValueError, OSError, MemoryError, RuntimeError)  # torch reports exhausted memory as RuntimeError
 
 PATHS = """\
 Exactly two paths, the second of which is '-' or ends in {suffix}, are one input and its output, which is
-overwritten if it exists. Otherwise every path is an input, and folders stand for all {kind} below them;
-each output lies beside its input or, with --output-dir, in that folder, below the folders the input had, and
-replaces an existing file only with --force. '-' is standard input or output; alone, it is both."""
+overwritten if it exists. Otherwise every path is an input, and a folder stands for all {kind} below it.
+Outputs are written beside their inputs or, with --output-dir, to that folder and the same folders below it;
+existing files are replaced only with --force. '-' is standard input or output; alone, it is both."""
 
 Report = Callable[[int, int], None]
 
 
 class UsageError(ValueError):
-    """Arguments that do not go together."""
+    """Raised for arguments that are invalid or cannot be combined."""
 
 
 class Job(NamedTuple):
-    """An input, the output it becomes (each '-' for a pipe), and whether an existing output may be replaced."""
+    """An input and its output (each '-' for a pipe), and whether an existing output may be replaced."""
 
     source: str
     target: str
@@ -44,7 +44,12 @@ class Job(NamedTuple):
 def find_jobs(
     args: argparse.Namespace, suffix: str, output_suffixes: set[str], search: Callable[[Path], list[Path]]
 ) -> list[Job]:
-    """What to do, by the rule of `PATHS`."""
+    """Pairs inputs with outputs by the rules of `PATHS`.
+
+    Raises:
+        UsageError: the arguments cannot be combined.
+        ValueError: a folder has no inputs, or an output would overwrite an input or another output.
+    """
     paths: list[str] = args.paths
     if paths == ["-"]:
         paths = ["-", "-"]
@@ -86,12 +91,12 @@ def find_files(folder: Path) -> list[Path]:
 
 
 def _below(file: Path, root: Path) -> Path:
-    """The path of a file within the folder it was found in, or its bare name."""
+    """The path of a file relative to the folder in which it was found, or its bare name."""
     return Path(file.name) if file == root else file.relative_to(root)
 
 
 def do_each(jobs: Sequence[Job], work: Callable[[str, str, Report], str | None]) -> int:
-    """Does all jobs, whatever becomes of each, and gives the exit status."""
+    """Does all jobs, even if some of them fail, and gives the exit status."""
     failed = False
     with _progress(len(jobs)) as start:
         for job in jobs:
@@ -117,13 +122,13 @@ def do_each(jobs: Sequence[Job], work: Callable[[str, str, Report], str | None])
 
 
 def columns() -> tuple[ProgressColumn, ...]:
-    """What a progress bar shows: what is done, how far it is, and how long it will take."""
+    """The columns of a progress bar: description, bar, count and remaining time."""
     return TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
 
 
 @contextmanager
 def _progress(jobs: int) -> Iterator[Callable[[str], Report]]:
-    """Bars on standard error if that is a terminal; gives a function that starts the bar of a job."""
+    """Shows progress bars on standard error if it is a terminal; gives a function that starts the bar of a job."""
     if not (sys.stderr and sys.stderr.isatty()):
         yield lambda source: lambda done, total: None
         return
@@ -144,7 +149,7 @@ def _progress(jobs: int) -> Iterator[Callable[[str], Report]]:
 
 
 def read(source: str) -> tuple[Header, bytes]:
-    """The header and the bytes of an .rnc file, no more of them than the header announces and one."""
+    """Reads the header and the bytes of an .rnc file, at most one byte more than the header announces."""
 
     def take(file: BinaryIO) -> tuple[Header, bytes]:
         data = bytearray(file.read(HEADER_BYTES))
@@ -152,7 +157,7 @@ def read(source: str) -> tuple[Header, bytes]:
         size = header.sizes[-1]
         if size > MAX_FILE_BYTES:
             raise FormatError(f"the header announces {size} bytes, more than the limit of {MAX_FILE_BYTES}")
-        # In pieces, as read(size) would allocate all that was announced, there or not.
+        # In pieces, because read(size) would allocate all bytes announced, even if the file is shorter.
         while len(data) <= size and (piece := file.read(min(size + 1 - len(data), 2**20))):
             data += piece
         return header, bytes(data)
@@ -164,7 +169,7 @@ def read(source: str) -> tuple[Header, bytes]:
 
 
 def write(target: str, data: bytes) -> None:
-    """Writes a file as a whole, or to standard output for '-'."""
+    """Writes a file completely or not at all, or to standard output for '-'."""
     if target == "-":
         stdout().write(data)
     else:
@@ -172,24 +177,24 @@ def write(target: str, data: bytes) -> None:
 
 
 def stdin() -> BinaryIO:
-    """Standard input, for bytes."""
+    """Standard input as a binary file."""
     if sys.stdin is None:
         raise OSError("standard input is closed")
     return sys.stdin.buffer
 
 
 def stdout() -> BinaryIO:
-    """Standard output, for bytes."""
+    """Standard output as a binary file."""
     if sys.stdout is None:
         raise OSError("standard output is closed")
     return sys.stdout.buffer
 
 
 def complain(message: str) -> None:
-    """One line on standard error."""
+    """Prints one line on standard error."""
     print(f"rnncodec: {printable(message)}", file=sys.stderr)
 
 
 def printable(text: str) -> str:
-    """Names of files may hold anything; escapes what would move the cursor or cannot be encoded."""
+    """Escapes characters that would move the cursor or cannot be encoded, as names of files may contain any."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
