@@ -1,1 +1,4 @@
-"""Distortion of images (`distortion`), and rate-distortion curves of codecs (`curves`), which need no torch."""
+"""Measures of quality: distortion of images (`distortion`), and rate-distortion curves of codecs (`curves`).
+
+Import from these modules: `curves` needs no torch, and this package loads neither.
+"""
