@@ -1,15 +1,19 @@
-"""Compares speeds on this machine, as ratios of what one run measures side by side.
+"""Compares speeds on this machine, as ratios of times measured in the same run.
 
-    python studies/benchmark.py                 a few minutes; generates its images
-    python studies/benchmark.py --root PHOTOS   takes the data stream from a folder
-    python studies/benchmark.py --image PHOTO   codes a photograph instead of a generated image
+    python studies/benchmark.py                 # a few minutes; generates its images
+    python studies/benchmark.py --root PHOTOS   # reads the data stream from a folder
+    python studies/benchmark.py --image PHOTO   # codes a photograph instead of a generated image
 
-Three questions are answered. Does the data keep up: patches a second of the data stream alone, over those that
-training `small` consumes. And what do a train step, encoding and decoding cost: `small` and the configuration of
-Toderici et al. 2017, in eager float32 and in the fastest mode, each relative to the latter in eager float32; the
-fastest mode is bfloat16 by autocast where the processor has AVX-512. And what does entropy coding cost, relative to
-the network's part of encoding and decoding, with the shipped weights. What is compared runs in turns, so that a change
-of the machine's load meets all; numbers are medians of the turns' ratios, with the range in brackets.
+It prints three tables:
+
+1. Patches per second of the data stream alone, over those that training `small` consumes.
+2. The time of a train step, of encoding and of decoding: `small` and the configuration of Toderici et al. 2017, in
+   eager float32 and in the fastest mode, relative to the latter configuration in eager float32. The fastest mode is
+   bfloat16 by autocast where the processor has AVX-512.
+3. The time of entropy coding with the shipped weights, relative to the network's part of encoding and decoding.
+
+What is compared runs in turns, so that changes of the machine's load affect all alike. Numbers are medians of the
+ratios of all turns, with the range in brackets.
 """
 
 import argparse
@@ -46,7 +50,7 @@ from rnncodec.training.module import CodecTraining
 from rnncodec.training.optim import bfloat16_pays
 from rnncodec.weights import load_weights, save_weights
 
-REQUIRED = 100  # patches the stream must deliver for each one that training consumes
+REQUIRED = 100  # patches that the stream must deliver for each one that training consumes
 Mode = Literal["float32", "fastest"]
 Training = Callable[..., CodecTraining]
 TRAININGS = {kind.__name__: kind for kind in (CodecTraining, JointTraining)}
@@ -56,18 +60,18 @@ PRECISION: dict[Mode, Any] = {"float32": "32-true", "fastest": "bf16-mixed" if B
 
 @dataclass(frozen=True)
 class Scale:
-    """How much is measured.
+    """The amount of work of a benchmark.
 
     Attributes:
-        turns: repetitions, one more is thrown away as a warm-up.
-        seconds: for which the data stream is read in each turn.
-        steps: train steps of `small` in each turn against the data stream.
-        batch_size: of all train steps, whatever the config has, which may be meant for a GPU.
+        turns: number of turns, after one more to warm up.
+        seconds: how long the data stream is read in each turn.
+        steps: train steps of `small` in each turn of the comparison with the data stream.
+        batch_size: of all train steps; replaces that of the config, which may be meant for a GPU.
         iterations: of the train steps whose cost is compared.
-        size: width and height of the image to encode and decode, if it is generated.
+        size: width and height of the generated image to encode and decode.
         coded: iterations to encode and decode.
         entropy_coded: iterations to encode and decode with and without entropy coding.
-        images: generated for the data stream.
+        images: number of images generated for the data stream.
     """
 
     turns: int = 3
@@ -88,7 +92,7 @@ QUICK = Scale(
 
 @dataclass(frozen=True)
 class Ratio:
-    """A ratio of two speeds or costs: its median over the turns, the least and the greatest."""
+    """A ratio of two speeds or costs: its median, minimum and maximum over the turns."""
 
     median: float
     low: float
@@ -96,7 +100,7 @@ class Ratio:
 
     @classmethod
     def of(cls, numerators: Sequence[float], denominators: Sequence[float]) -> "Ratio":
-        """The ratios turn by turn."""
+        """Computes the ratio in each turn."""
         ratios = np.divide(numerators, denominators)
         return cls(float(np.median(ratios)), float(ratios.min()), float(ratios.max()))
 
@@ -106,7 +110,7 @@ class Ratio:
 
 
 def generate_image(width: int, height: int, seed: int) -> np.ndarray:
-    """Noise with the 1/f amplitudes of photographs, uint8 [H, W, 3]."""
+    """Generates noise with the 1/f amplitudes of photographs, uint8 [H, W, 3]."""
     rng = np.random.default_rng(seed)
     frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)) + 1 / width
     noise = np.fft.rfft2(rng.standard_normal((3, height, width))) / frequency
@@ -115,7 +119,7 @@ def generate_image(width: int, height: int, seed: int) -> np.ndarray:
 
 
 class StepTimer(L.Callback):
-    """Seconds from the end of one train step to the end of the next: fetching, forward, backward and update."""
+    """Measures seconds from the end of one train step to that of the next: data, forward, backward and update."""
 
     def __init__(self) -> None:
         self.ends: list[float] = []
@@ -124,12 +128,12 @@ class StepTimer(L.Callback):
         self.ends.append(time.perf_counter())
 
     def seconds(self) -> float:
-        """The median, without the first step."""
+        """The median over all steps but the first."""
         return float(np.median(np.diff(self.ends)))
 
 
 def time_training(module: CodecTraining, data: PatchDataModule, mode: Mode, steps: int) -> float:
-    """Seconds of a train step of `module`, after one more to warm up."""
+    """The seconds of a train step, after one more to warm up."""
     timer = StepTimer()
     trainer = L.Trainer(
         accelerator="cpu",
@@ -148,8 +152,8 @@ def time_training(module: CodecTraining, data: PatchDataModule, mode: Mode, step
 
 
 def time_stream(batches: Iterator[Any], data: PatchDataModule, seconds: float) -> float:
-    """Seconds that the data stream takes for a patch: reading, crops, flips, normalization."""
-    for _ in range(8):  # batches that were waiting
+    """The seconds that the data stream takes for a patch: reading, crops, flips, normalization."""
+    for _ in range(8):  # batches that may have been read in advance
         data.on_after_batch_transfer(next(batches), 0)
     count, start = 0, time.perf_counter()
     while (elapsed := time.perf_counter() - start) < seconds:
@@ -158,10 +162,10 @@ def time_stream(batches: Iterator[Any], data: PatchDataModule, seconds: float) -
 
 
 def training_of(model: dict[str, Any]) -> Training:
-    """Makes the training that a config's `model` section describes; arguments that are given replace those in it.
+    """A function that makes the training of a config's `model` section; its arguments replace those in the section.
 
     Raises:
-        ValueError: the section is not that of a codec's training.
+        ValueError: the section does not describe the training of a codec.
     """
     name = model.get("class_path", CodecTraining.__name__).split(".")[-1]
     arguments = model.get("init_args", model)
@@ -173,12 +177,12 @@ def training_of(model: dict[str, Any]) -> Training:
 
 
 def make_training(training: Training, iterations: int, mode: Mode, compile: bool) -> CodecTraining:
-    """The training of a config, all iterations from the start."""
+    """Makes a training that unrolls all iterations from the start."""
     return training(iterations=iterations, growth={}, compile=compile and mode == "fastest")
 
 
 def make_codec(network: NetworkConfig | LatentConfig, folder: Path, mode: Mode, compile: bool) -> Codec:
-    """A codec of random weights, which take as long as any."""
+    """A codec with random weights, which take as long as trained ones."""
     path = folder / "weights.safetensors"
     save_weights(path, RecurrentCodec(network), "benchmark", {})
     codec = Codec(load_weights(str(path)))
@@ -188,12 +192,12 @@ def make_codec(network: NetworkConfig | LatentConfig, folder: Path, mode: Mode, 
 
 
 def autocast(mode: Mode) -> AbstractContextManager[Any]:
-    """The arithmetic of a mode, outside the trainer."""
+    """A context with the arithmetic of a mode, for code outside the trainer."""
     return torch.autocast("cpu", torch.bfloat16) if mode == "fastest" and BFLOAT16 else nullcontext()
 
 
 def unrolled(config: Training) -> list[int]:
-    """The fewest iterations of a training and all of them, one number where they are the same."""
+    """The smallest and largest number of iterations of a training; one number if they are equal."""
     training = config()
     return sorted({training.fewest_iterations(), training.iterations})
 
@@ -206,7 +210,7 @@ def compare_stream(
     compile: bool,
     tick: Callable[[], None],
 ) -> dict[int, Ratio]:
-    """Patches of the stream alone for each one that training consumes, at some numbers of iterations."""
+    """Patches of the stream alone for each one that training consumes, by number of iterations."""
     modules = {k: make_training(config, k, "fastest", compile) for k in counts}
     batches = iter(data.train_dataloader())
     stream, training = [], {k: [] for k in counts}
@@ -228,7 +232,7 @@ def compare_costs(
     folder: Path,
     tick: Callable[[], None],
 ) -> dict[tuple[str, Mode], dict[str, Ratio]]:
-    """Costs of a train step, of encoding and of decoding, relative to the first config in float32."""
+    """Times of a train step, of encoding and of decoding, relative to the first config in float32."""
     modes: tuple[Mode, ...] = ("float32", "fastest")
     variants: list[tuple[str, Mode]] = [(name, mode) for name in configs for mode in modes]
     training = {(n, m): make_training(configs[n], scale.iterations, m, compile) for n, m in variants}
@@ -253,7 +257,7 @@ def compare_costs(
 
 
 def compare_entropy(codec: Codec, x: np.ndarray, scale: Scale, tick: Callable[[], None]) -> dict[str, Ratio]:
-    """Time of entropy coding over that of the network, for an image."""
+    """The time of entropy coding over that of the network, for an image."""
     height, width = x.shape[:2]
     ratios: dict[str, tuple[list[float], list[float]]] = {"encode": ([], []), "decode": ([], [])}
 
@@ -282,7 +286,7 @@ def compare_entropy(codec: Codec, x: np.ndarray, scale: Scale, tick: Callable[[]
 def report(
     stream: dict[int, Ratio], costs: dict[tuple[str, Mode], dict[str, Ratio]], entropy: dict[str, Ratio]
 ) -> tuple[Table, Table, Table]:
-    """The answers as tables."""
+    """The results as tables."""
     first = Table(title="patches of the data stream for each one that training consumes")
     for column in ("iterations in training", f"ratio (at least {REQUIRED} needed)"):
         first.add_column(column, justify="right")
@@ -313,9 +317,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="tiny sizes, only to see that everything runs")
     parser.add_argument("--json", type=Path, help="file to write the ratios to")
     args = parser.parse_args(argv)
-    # Lightning's advice is about runs longer than these.
+    # Lightning's advice concerns longer runs than these.
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    if args.compile:  # by default the ninth variant of the step, counting all networks, would run eagerly
+    if args.compile:  # with the default of 8, the ninth compiled variant of the step would run eagerly
         torch._dynamo.config.recompile_limit = 64
     scale = QUICK if args.quick else Scale()
     try:
@@ -342,7 +346,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def measure(
     args: argparse.Namespace, scale: Scale, folder: Path
 ) -> tuple[dict[int, Ratio], dict[tuple[str, Mode], dict[str, Ratio]], dict[str, Ratio]]:
-    """Runs all comparisons, with their files in a temporary folder."""
+    """Runs all comparisons, with temporary files in a folder."""
     file = args.config or Path(__file__).parent.parent / "configs" / ("debug.yaml" if args.quick else "small.yaml")
     try:
         config = yaml.safe_load(file.read_text())
@@ -354,7 +358,7 @@ def measure(
     shipped = Codec(load_weights())
     if shipped.context is None:
         raise ValueError("the shipped weights have no context model to measure")
-    # Toderici et al. 2017's network and training are the defaults.
+    # The defaults are the network and training of Toderici et al. 2017.
     paper = {"network": {"encoder_channels": [8, 16, 16, 16], "decoder_channels": [16] * 5}} if args.quick else {}
     root = args.root
     if root is None:

@@ -1,33 +1,33 @@
-r"""Trains variants of one codec for the same steps on the same data and compares them as the papers do.
+r"""Trains variants of one codec for the same steps on the same data, and compares them as in the papers.
 
-    python studies/compare.py KODAK --root PHOTOS              three studies, with the budget of configs/small.yaml
-    python studies/compare.py PHOTOS --root PHOTOS --config configs/debug.yaml       minutes, to see that it works
+    python studies/compare.py KODAK --root PHOTOS           # three studies, with the budget of configs/small.yaml
+    python studies/compare.py PHOTOS --root PHOTOS --config configs/debug.yaml      # minutes, to see that it works
     python studies/compare.py KODAK --root PHOTOS --studies binarizers \
         -- --trainer.max_steps 3000 --model.decay_steps 2000
 
-Whatever the budget, the command is the same: what follows `--` goes to every `train.py fit` as it is. On one machine
-with 8 GPUs, and in a SLURM job (4 nodes, one task per GPU), where rank zero alone exports, measures and prints:
+Options after `--` are passed to every `train.py fit`. On one machine with 8 GPUs, and in a SLURM job (4 nodes, one task
+per GPU), where only rank zero exports, measures and prints:
 
     python studies/compare.py KODAK --root CLIC --config configs/toderici2017_lstm_additive.yaml --studies grid \
         --device cuda -- --trainer.devices 8 --trainer.strategy ddp
     srun python studies/compare.py KODAK --root CLIC --config configs/toderici2017_lstm_additive.yaml --studies grid \
         -- --trainer.num_nodes 4 --trainer.devices 8 --trainer.strategy ddp
 
-A study varies one thing of the base, which is the config: `cells` its recurrent cell (LSTM, residual GRU, associative
-LSTM, the last in the decoder only), `reconstructions` (one-shot, additive, residual scaling) or `binarizers`
-(stochastic, sign, noise); `grid` is each cell with each reconstruction, as in the table of Toderici et al. 2017. What
-several studies share is trained once. Seed, data, steps and everything else are the same; a smaller
---trainer.max_steps also wants smaller --model.decay_steps and --model.growth, if the config has them.
+A study varies one part of the config: `cells` the recurrent cell (LSTM, residual GRU, or associative LSTM in the
+decoder only), `reconstructions` the reconstruction (one-shot, additive, residual scaling), and `binarizers` the
+binarizer (stochastic, sign, noise). `grid` is each cell with each reconstruction, as in the table of Toderici et al.
+2017. Variants that several studies share are trained once. Seed, data, steps and everything else are the same. With a
+smaller --trainer.max_steps, also set smaller --model.decay_steps and --model.growth, if the config has them.
 
-The command may be repeated, also by a requeued job: what is finished is kept, a training that was stopped goes on with
-its last checkpoint, and one that failed is tried again. Other settings need another folder. A training that fails is
-reported, and the others go on.
+The command may be repeated, also by a requeued job: finished trainings are kept, a training that was stopped continues
+from its last checkpoint, and one that failed is tried again. Other settings need another folder. If a training fails,
+this is reported, and the others continue.
 
-OUTPUT/VARIANT holds each run (train.log, checkpoints, weights.safetensors) and its evaluation (results). OUTPUT gets a
-table for each study, best first, as CSV and Markdown, and its curves (STUDY.png). Areas under the curve are integrals
-over bits per pixel of whole files, which are uncoded bits with a header and checksums: from the first iteration to
-2 bpp, as in Toderici et al. 2017, which favours whoever starts lower, and over a fixed window. Measured are the
-averaged weights of the last step.
+OUTPUT/VARIANT contains each run (train.log, checkpoints, weights.safetensors) and its evaluation (results). OUTPUT gets
+a table for each study, best first, as CSV and Markdown, and its curves (STUDY.png). The evaluation uses the averaged
+weights of the last step. Areas under the curve are integrals over bits per pixel of whole files, without entropy coding
+but with header and checksums: from the first iteration to 2 bpp, as in Toderici et al. 2017, which favors curves that
+start lower, and over a fixed range.
 """
 
 import argparse
@@ -73,14 +73,14 @@ TITLES = {
     "one_shot": "one-shot",
     "residual_scaling": "residual scaling",
 }
-SPANS = {"auc": (None, 2.0), "auc_window": WINDOW}  # in bits per pixel; the first is Toderici et al. 2017's
+SPANS = {"auc": (None, 2.0), "auc_window": WINDOW}  # bits per pixel; the first as in Toderici et al. 2017
 PSNR_AT = (1, 4, 16)  # iterations
-WARNING = "One seed each: a short budget says little of a long one, and small differences say nothing."
+WARNING = "One seed each: a short budget predicts little of a long one, and small differences mean nothing."
 
 
 @dataclass(frozen=True)
 class Variant:
-    """What is compared: fields of `NetworkConfig`."""
+    """The fields of `NetworkConfig` that are compared."""
 
     encoder_cell: str
     decoder_cell: str
@@ -89,18 +89,18 @@ class Variant:
 
     @property
     def cell(self) -> str:
-        """One name for the cells of both sides."""
+        """One name for the cells of encoder and decoder."""
         pair = self.encoder_cell, self.decoder_cell
         return next((name for name, cells in CELLS.items() if cells == pair), ".".join(pair))
 
     @property
     def name(self) -> str:
-        """Of its folder."""
+        """The name of its folder."""
         return f"{self.cell}-{self.reconstruction}-{self.binarizer}"
 
     @property
     def titles(self) -> dict[str, str]:
-        """What tells it from others, by column of a table."""
+        """The names of its parts, by column of a table."""
         names = {"model": self.cell, "reconstruction": self.reconstruction, "binarizer": self.binarizer}
         return {column: TITLES.get(name, name) for column, name in names.items()}
 
@@ -110,7 +110,7 @@ COMPARED = tuple(field.name for field in fields(Variant))
 
 @dataclass(frozen=True)
 class Result:
-    """What came of a variant: its mean curve and its numbers by column, or why there are none."""
+    """The result of a variant: its mean curve and its numbers by column, or an error."""
 
     variant: Variant
     error: str = ""
@@ -132,16 +132,16 @@ def variants_of(study: str, base: Variant) -> list[Variant]:
 
 
 def fit_command(args: argparse.Namespace) -> list[str]:
-    """The part that all trainings share."""
+    """The part of the command that all trainings share."""
     command = [sys.executable, str(ROOT / "train.py"), "fit", "--config", str(args.config)]
     return [*command, "--data.root", str(args.root.resolve()), *args.options]
 
 
 def base_settings(args: argparse.Namespace) -> tuple[Variant, dict[str, Any]]:
-    """The base and everything else that config and command line decide.
+    """The base variant and all other settings, from config and command line.
 
     Raises:
-        ValueError: train.py does not accept them, or they decide what must be left to this program.
+        ValueError: train.py does not accept the settings, or they include some that this program sets.
     """
     command = [*fit_command(args), "--print_config"]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
@@ -157,7 +157,7 @@ def base_settings(args: argparse.Namespace) -> tuple[Variant, dict[str, Any]]:
 
 
 def train(variant: Variant, index: int, settings: dict[str, Any], args: argparse.Namespace) -> str:
-    """Trains a variant and makes its weights, if they are not there; returns what went wrong, or nothing."""
+    """Trains a variant and exports its weights, unless they exist; returns an error message, empty without error."""
     folder = args.output / variant.name
     weights, last = folder / "weights.safetensors", folder / "last.ckpt"
     if weights.exists():
@@ -183,7 +183,7 @@ def train(variant: Variant, index: int, settings: dict[str, Any], args: argparse
 
 
 def measure(variant: Variant, args: argparse.Namespace) -> Result:
-    """Evaluates the weights of a variant, as far as that has not been done."""
+    """Evaluates the weights of a variant, with measurements from the cache where possible."""
     folder = args.output / variant.name
     failures: list[str] = []
     with open(folder / "evaluate.log", "w") as file:
@@ -212,7 +212,7 @@ def measure(variant: Variant, args: argparse.Namespace) -> Result:
 
 
 def quality(curve: Sequence[Point]) -> dict[str, float]:
-    """The numbers of a mean curve, by column."""
+    """The areas and PSNR of a mean curve, by column."""
     psnr = {point.setting: point.psnr for point in curve}
     areas = {
         f"{metric}_{name}": area(curve, metric, *span)
@@ -223,13 +223,13 @@ def quality(curve: Sequence[Point]) -> dict[str, float]:
 
 
 def order(result: Result) -> tuple[float, ...]:
-    """Sorts the best first: by MS-SSIM, then PSNR-HVS, and what failed last."""
+    """The sort key that puts the best first, by MS-SSIM, then PSNR-HVS, and failed variants last."""
     values = [result.values.get(name, NAN) for name in ("ms_ssim_auc", "psnr_hvs_auc")]
     return bool(result.error), *(math.inf if math.isnan(value) else -value for value in values)
 
 
 def table(results: Sequence[Result]) -> tuple[dict[str, str], list[list[str]]]:
-    """What the variants have in common, and the rows of their table, the first of which is its head."""
+    """What the variants have in common, and the rows of their table, with the head first."""
     titles = [result.variant.titles for result in results]
     common = {column: title for column, title in titles[0].items() if all(t[column] == title for t in titles)}
     hvs = sorted((result.values["psnr_hvs_auc"] for result in results if result.values), key=lambda v: (v != v, -v))
@@ -292,8 +292,8 @@ def report(study: str, results: list[Result], count: int, args: argparse.Namespa
 
 
 def compare(args: argparse.Namespace) -> int:
-    """Does what the command line asks for; returns the number of variants that failed."""
-    # Bad input should fail now, not after the training, and in every process alike: those that go on would wait.
+    """Runs the studies; returns the number of variants that failed."""
+    # Invalid images should fail before the training, and in every process, or the other processes would wait.
     paths = find_images(args.images)
     if not paths:
         raise ValueError("no images to measure")
@@ -326,7 +326,7 @@ def compare(args: argparse.Namespace) -> int:
         else:
             say(f"measuring, {i + 1} of {len(variants)}: {variant.name}")
             results[variant] = measure(variant, args)
-    # In a file or a pipe, a table is as wide as it needs.
+    # A file or a pipe has no width, so tables may be wide there.
     console = Console(width=None if sys.stdout.isatty() else 200)
     for study, members in studies.items():
         report(study, [results[variant] for variant in members], len(paths), args, console)
@@ -353,7 +353,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--output", type=Path, default=Path("comparison"), help="folder to write to (default: comparison)"
     )
-    parser.add_argument("--device", default="cpu", help="of the evaluation; that of the training is train.py's to say")
+    parser.add_argument("--device", default="cpu", help="for the evaluation; options after -- set that of training")
     given = list(sys.argv[1:] if argv is None else argv)
     end = given.index("--") if "--" in given else len(given)
     args = parser.parse_args(given[:end])
@@ -369,7 +369,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def interrupt(*_: object) -> None:
-    """What to do when asked to end: the same as on Ctrl-C."""
+    """Ends the program on a signal as on Ctrl-C."""
     raise KeyboardInterrupt
 
 

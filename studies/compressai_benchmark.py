@@ -1,12 +1,12 @@
-"""Times our codec beside those of CompressAI on the same photographs, in turns, as ratios.
+"""Compares time and memory of our codecs with those of CompressAI on the same photographs, as ratios.
 
     python studies/compressai_benchmark.py PHOTO ...
 
-CompressAI needs NumPy 1, so it gets an environment of its own (--environment; made at the first run, a few minutes).
-Its networks have random weights, which take as long as trained ones: bmshj2018-hyperprior and mbt2018-mean at quality
-8, which code one rate, while a file of ours has all of ours. Every codec lives in a process of its own with as many
-threads; all code a photograph once to warm up, then in turns, so that a change of the machine's load meets all. Peak
-memory is that of the whole process while it codes.
+CompressAI needs NumPy 1, so it has a separate environment (--environment), which the first run makes in a few minutes.
+Its networks, bmshj2018-hyperprior and mbt2018-mean at quality 8, have random weights, which take as long as trained
+ones. They code a single rate, whereas our files contain all rates. Every codec runs in its own process with the same
+number of threads. All code a photograph once to warm up, then in turns, so that changes of the machine's load affect
+all alike. Peak memory is that of the whole process while it codes.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from typing import Any
 THEIRS = {"bmshj2018-hyperprior": "bmshj2018_hyperprior", "mbt2018-mean": "mbt2018_mean"}
 QUALITY = 8
 NUMPY, COMPRESSAI = "numpy<2", "compressai==1.2.8"
-NEEDED = (  # by CompressAI, but torchvision
+NEEDED = (  # packages that CompressAI imports, except torchvision
     "einops",
     "matplotlib",
     "pandas",
@@ -37,12 +37,12 @@ NEEDED = (  # by CompressAI, but torchvision
     "tqdm",
     "typing-extensions",
 )
-# Our own tasks; "raw" ones leave the bits as they are, which tells what entropy coding takes.
+# Tasks of our codecs; "raw" means without entropy coding, which shows how long entropy coding takes.
 OURS = "encode", "decode", "decode one iteration", "encode raw", "decode raw"
 
 
 def compressai_tasks(name: str, image: Path) -> dict[str, Callable[[], object]]:
-    """What a codec of CompressAI does with a photograph."""
+    """The tasks of a codec of CompressAI, for one photograph."""
     import compressai.zoo  # pyright: ignore[reportMissingImports]
     import numpy as np
     import torch
@@ -69,7 +69,7 @@ def compressai_tasks(name: str, image: Path) -> dict[str, Callable[[], object]]:
 
 
 def our_tasks(weights: str, image: Path) -> dict[str, Callable[[], object]]:
-    """What one of our codecs does with a photograph."""
+    """The tasks of one of our codecs, for one photograph."""
     import rnncodec
     from rnncodec.files.images import load_image
 
@@ -91,7 +91,7 @@ def our_tasks(weights: str, image: Path) -> dict[str, Callable[[], object]]:
 
 
 def peak() -> float:
-    """GiB that this process has held at the most since it last asked; not a number where the system does not say."""
+    """Peak memory of this process since the last call, in GiB; nan where the system does not report it."""
     try:
         held = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
         Path("/proc/self/clear_refs").write_text("5")
@@ -101,7 +101,7 @@ def peak() -> float:
 
 
 def serve(codec: str, image: Path, threads: int) -> None:
-    """Does the tasks whose names come in, line by line, and answers with seconds and GiB."""
+    """Does the tasks named on standard input, one a line, and prints seconds and GiB of each."""
     import torch
 
     torch.set_num_threads(threads)
@@ -117,10 +117,10 @@ def serve(codec: str, image: Path, threads: int) -> None:
 
 
 class Server:
-    """A codec at work in a process of its own.
+    """A codec in its own process.
 
     Raises:
-        RuntimeError: it has stopped; what it said of it went to our standard error.
+        RuntimeError: the process has stopped; its messages are on our standard error.
     """
 
     def __init__(self, process: subprocess.Popen[str], name: str) -> None:
@@ -135,7 +135,7 @@ class Server:
         return json.loads(line)
 
     def do(self, task: str) -> tuple[float, float]:
-        """Seconds and peak GiB of a task."""
+        """Runs a task; gives its seconds and peak GiB."""
         assert self.process.stdin is not None
         self.process.stdin.write(task + "\n")
         self.process.stdin.flush()
@@ -145,7 +145,7 @@ class Server:
 
 @contextmanager
 def server(python: Path, codec: str, image: Path, threads: int) -> Iterator[Server]:
-    """A codec at work on a photograph."""
+    """Starts a process with a codec and a photograph, and ends it afterwards."""
     command = [str(python), __file__, "--serve", codec, "--threads", str(threads), str(image)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         try:
@@ -155,10 +155,10 @@ def server(python: Path, codec: str, image: Path, threads: int) -> Iterator[Serv
 
 
 def environment(folder: Path) -> Path:
-    """The interpreter of an environment with CompressAI, which is made unless it is there.
+    """The interpreter of an environment with CompressAI, which is made if it does not exist.
 
     Raises:
-        RuntimeError: it cannot be made.
+        RuntimeError: the environment cannot be made.
     """
     import torch
 
@@ -175,7 +175,7 @@ def environment(folder: Path) -> Path:
         subprocess.run([*install, NUMPY, *NEEDED], check=True)
     except (OSError, subprocess.CalledProcessError) as error:
         raise RuntimeError(f"no environment for CompressAI: {error}") from error
-    # CompressAI lists the transforms of torchvision, gigabytes of which we use nothing: an empty package will do.
+    # CompressAI imports torchvision, which is large and not used here, so an empty package replaces it.
     packages = next((folder / "lib").glob("python3*/site-packages"))
     (packages / "torchvision").mkdir(exist_ok=True)
     (packages / "torchvision" / "__init__.py").touch()
@@ -208,7 +208,7 @@ def measure(image: Path, ours: Sequence[str], python: Path, threads: int, turns:
 
 
 def ratios(found: dict[str, dict[str, Any]], first: str) -> list[tuple[str, str, list[float], float]]:
-    """What to print: for each other codec and task, the ratio of our first codec's seconds in each turn, and of GiB."""
+    """The rows to print, by codec and task: ratios of our first codec to it, of seconds in each turn and peak GiB."""
     rows = []
 
     def add(what: str, task: str, codec: str, other: str) -> None:

@@ -1,4 +1,4 @@
-"""Trainings as processes of their own: run to the end, what went wrong in a line, and settings that must not change."""
+"""Runs trainings as separate processes, reports their errors in one line, and checks that settings stay the same."""
 
 import contextlib
 import os
@@ -12,7 +12,7 @@ import yaml
 
 from rnncodec.files.images import atomic_write
 
-FREE = {  # settings that change nothing of what is learned
+FREE = {  # settings that may change, because they do not affect what is learned
     "name",
     "checkpoint_minutes",
     "data.cache_dir",
@@ -25,19 +25,19 @@ FREE = {  # settings that change nothing of what is learned
 
 
 def rank() -> int:
-    """The number of this process among those that srun has started, 0 without it."""
+    """The number of this process among those that srun started, or 0."""
     return int(os.environ.get("SLURM_PROCID", "0"))
 
 
 def error_line(text: str, status: int) -> str:
-    """The last line of a program's output that speaks of an error, else its last, else its exit status."""
+    """The last line of a program's output that names an error, else its last line, else its exit status."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     errors = [line for line in lines if "rror: " in line]
     return (errors or lines or [f"train.py ended with status {status}"])[-1]
 
 
 def flat(settings: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by dotted name."""
+    """Flattens nested settings to dotted names."""
     result: dict[str, Any] = {}
     for key, value in settings.items():
         result |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
@@ -45,11 +45,11 @@ def flat(settings: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def check_settings(settings: dict[str, Any], output: Path) -> None:
-    """Refuses a folder that holds trainings with other settings; a new one remembers these.
+    """Checks that a folder has no trainings with other settings; in a new folder, stores the settings.
 
     Raises:
-        ValueError: the settings are others, or what the folder remembers cannot be read.
-        OSError: it cannot be written.
+        ValueError: the settings differ, or the stored settings cannot be read.
+        OSError: the settings cannot be written.
     """
     path = output / "settings.yaml"
     if not path.exists():
@@ -69,18 +69,18 @@ def check_settings(settings: dict[str, Any], output: Path) -> None:
 
 
 def environment(index: int) -> dict[str, str]:
-    """The environment of the training with this index."""
+    """The environment variables of the training with this index."""
     values = dict(os.environ)
     if int(values.get("SLURM_NTASKS", "1")) > 1:
-        # A rank that is early must not meet the server of the training before, so each has a port of its own.
+        # Each training has its own port, because an early rank must not connect to the server of the previous training.
         values["MASTER_PORT"] = str(15000 + 16 * int(values.get("SLURM_JOB_ID", "0")[-3:]) + index)
     return values
 
 
 def run(command: list[str], log: Path, variables: dict[str, str]) -> str:
-    """Runs a training to its end; returns what went wrong, or nothing.
+    """Runs a training to its end; returns an error message, which is empty if there was no error.
 
-    Its progress is shown, its messages go to the log. Whatever ends this program ends the training and its children.
+    Its progress is shown, and its messages go to the log. If this program ends, it ends the training and its children.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "ab") as file:
@@ -88,7 +88,7 @@ def run(command: list[str], log: Path, variables: dict[str, str]) -> str:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=2, stderr=file, env=variables, start_new_session=True
         )
-        # SLURM announces the end of a job's time by this signal, on which Lightning saves and requeues.
+        # SLURM sends this signal before a job's time ends, and Lightning then saves a checkpoint and requeues.
         before = signal.signal(signal.SIGUSR1, lambda *_: process.send_signal(signal.SIGUSR1))
         try:
             status = process.wait()
@@ -99,7 +99,7 @@ def run(command: list[str], log: Path, variables: dict[str, str]) -> str:
                     os.killpg(process.pid, signal.SIGTERM)
                     with contextlib.suppress(subprocess.TimeoutExpired):
                         process.wait(10)
-                os.killpg(process.pid, signal.SIGKILL)  # workers and ranks that are left
+                os.killpg(process.pid, signal.SIGKILL)  # remaining workers and ranks
             process.wait()
     if not status:
         return ""
