@@ -340,9 +340,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         usage="%(prog)s [options] IMAGES ... --root PHOTOS [-- options of train.py fit]",
         description="Trains variants of one codec and compares them.",
     )
-    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGES", help="what is measured: files and folders")
+    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGES", help="image files and folders to measure")
     parser.add_argument("--root", type=Path, required=True, metavar="PHOTOS", help="photographs to train on")
-    parser.add_argument("--config", type=Path, default=ROOT / "configs/small.yaml", help="the base (default: small)")
+    parser.add_argument("--config", type=Path, default=ROOT / "configs/small.yaml", help="base config (default: small)")
     parser.add_argument(
         "--studies",
         nargs="+",

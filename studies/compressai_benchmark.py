@@ -233,12 +233,12 @@ def ratios(found: dict[str, dict[str, Any]], first: str) -> list[tuple[str, str,
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(description="Times our codec beside those of CompressAI, as ratios.")
+    parser = argparse.ArgumentParser(description="Compares our codecs with those of CompressAI, as ratios.")
     parser.add_argument("images", nargs="+", type=Path, metavar="PHOTO")
     parser.add_argument(
         "--weights", nargs="+", default=["small"], help="ours, by name or file: the first is compared with all others"
     )
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of every codec")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="threads of every codec")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--environment", type=Path, default=Path(".compressai"), help="folder for CompressAI")
     parser.add_argument("--json", type=Path, help="file to write seconds and GiB to")
