@@ -1,4 +1,4 @@
-"""A callback for the tests of training: records each rank's patches and final weights in files."""
+"""A callback for the tests of training, which writes each rank's patches and final weights to files."""
 
 import hashlib
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""FORMAT.md in slow whole numbers: context models, the order of bits, the range decoder; and damaged payloads."""
+"""Slow integer versions of parts of FORMAT.md (context models, order of bits, range decoder), and damaged payloads."""
 
 import math
 from fractions import Fraction

@@ -1,4 +1,4 @@
-"""The baselines: what Pillow writes with the documented options, and what comes back."""
+"""Tests of the baselines: options, settings, and files that Pillow writes and reads."""
 
 import io
 
@@ -55,7 +55,7 @@ def test_options_reach_the_encoders():
 
 
 def test_settings_survive_the_table():
-    """Where they have six digits; what comes back as another setting would be measured again."""
+    """Settings have at most six digits; with more, the cache would not find them again."""
     for baseline in BASELINES.values():
         for setting in (*baseline.settings, *baseline.scale):
             assert from_csv(to_csv([Point("a", baseline.name, setting, 1, 1)]))[0].setting == setting
@@ -70,7 +70,7 @@ def test_grayscale_files_come_back_as_rgb():
 
 @pytest.mark.parametrize("name", [name for name in BASELINES if name not in ("png", "jxl")])
 def test_matched_files_enclose_the_bytes(name):
-    """Against the sizes at all settings, for a codec that is quick enough; else against the promise alone."""
+    """All codecs enclose the bytes; for JPEG, which is fast, all settings are compared."""
     baseline = BASELINES[name]
     if not baseline.available:
         pytest.skip(f"Pillow cannot write {baseline.title} here")

@@ -1,4 +1,4 @@
-"""The benchmark script, on tiny sizes: it runs and reports every ratio."""
+"""Tests of the benchmark script with tiny sizes: it runs and reports every ratio."""
 
 import json
 from pathlib import Path

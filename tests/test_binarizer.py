@@ -1,4 +1,4 @@
-"""The binarizers: values, probabilities, gradients, and one answer at inference."""
+"""Tests of the binarizers: values, probabilities, gradients, and equal bits at inference."""
 
 import math
 
@@ -47,7 +47,7 @@ def test_sign_does_not_change_in_training():
 @DTYPES
 @pytest.mark.parametrize("y", [-1.0, -1 + 2**-8, -0.75, -0.25, 0.0, 0.125, 0.5, 0.96875, 1.0])
 def test_stochastic_probability(y, dtype):
-    """The share of +1 among n draws is within five standard errors of (1 + y) / 2 (none at the ends)."""
+    """The share of +1 among n draws is within five standard errors of (1 + y) / 2; at the ends, these are 0."""
     torch.manual_seed(1)
     n = 400_000
     bits = binarize(torch.full((n,), y, dtype=dtype), True, "stochastic")
@@ -65,7 +65,7 @@ def test_stochastic_bits_of_equal_features_are_independent():
 
 @DTYPES
 def test_noise_is_uniform_over_one_quantization_step(dtype):
-    """y plus uniform noise in [-1, 1]: its range, mean (0) and variance (1/3)."""
+    """The noise has the range [-1, 1], mean 0 and variance 1/3."""
     torch.manual_seed(3)
     n = 200_000
     y = torch.full((n,), 0.25, dtype=dtype)
@@ -115,7 +115,7 @@ def test_module_draws_in_training_and_not_at_inference():
 
 
 def test_module_gradient_passes_through_tanh():
-    """d bits / d weight is the gradient of tanh(W x + b) alone."""
+    """d bits / d weight is the gradient of tanh(W x + b), as if there were no quantization."""
     torch.manual_seed(7)
     binarizer = Binarizer(3, 2)
     x = torch.randn(1, 3, 4, 4)

@@ -1,4 +1,4 @@
-"""The recurrent cells against plain NumPy transcriptions of their equations, in float64 and step by step."""
+"""Tests of the recurrent cells against NumPy versions of their equations, in float64 and step by step."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""The command line, called in this process: what it writes, what it says, and its exit status."""
+"""Tests of the command line, called in this process: its files, messages and exit status."""
 
 import io
 import json
@@ -162,7 +162,7 @@ def test_info(codec, capsys):
 
 
 def test_entropy_coders(codec, capsys):
-    """Each option gives what the codec gives, decodes by itself, and is told by `info`."""
+    """Each option writes the codec's bytes, which decode without an option, and `info` shows the sizes."""
     y, x = np.mgrid[:320, :320] // 2
     ramp = np.stack([y, x, y], -1).astype(np.uint8)
     Image.fromarray(ramp).save("ramp.png")
@@ -350,7 +350,7 @@ def test_nonsense_from_a_pipe(command, data, monkeypatch, capsys):
 
 
 def test_no_more_is_read_than_the_header_announces(codec, monkeypatch, capsys):
-    """An endless pipe, and a header that promises more than there is room for."""
+    """The inputs are an endless pipe, and a header that announces more bytes than the limit."""
 
     class Endless(io.RawIOBase):
         taken = 0
@@ -374,7 +374,7 @@ def test_no_more_is_read_than_the_header_announces(codec, monkeypatch, capsys):
 
 
 def test_weights(codec, pretrained, capsys):
-    """Files are decoded with the weights they name: shipped ones by themselves, others if they are given."""
+    """Files are decoded with the weights that they name: shipped ones by default, others if they are given."""
     assert main(["encode", "a.png", "o.rnc", "--weights", "other", "--iterations", "2"]) == 0
     assert main(["encode", "a.png", "s.rnc", "--iterations", "2"]) == 0
     assert main(["decode", "o.rnc", "s.rnc", "--output-dir", "out"]) == 0
@@ -498,7 +498,7 @@ def test_closed_pipes_end_quietly(codec):
     ],
 )
 def test_train_and_evaluate_are_commands_with_lines_of_their_own(command, module, extra, missing, monkeypatch):
-    """What follows them is theirs alone; where their packages are missing, one line names the extra that has them."""
+    """They parse all arguments after their name; if a package is missing, one line names the extra that has it."""
     seen = []
     stub = types.SimpleNamespace(main=lambda args, program: seen.append((args, program)) or 3)
     monkeypatch.setitem(sys.modules, module, stub)

@@ -1,4 +1,4 @@
-"""The codec: agreement of encoder and decoder, any size, tiles, targets, and whatever can be wrong with a file."""
+"""Tests of the codec: agreement of encoder and decoder, image sizes, tiles, targets, and faulty files."""
 
 import dataclasses
 import io
@@ -199,7 +199,7 @@ def test_wrong_targets(codec, target):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_halo_is_the_receptive_field(codecs, name):
-    """Bits beyond the halo of a block do not change its pixels; some of those within it do."""
+    """Bits beyond the halo of a block do not change its pixels, but some bits within it do."""
     codec = codecs[name]
     stride = codec.config.stride
     halo, block = receptive_field(codec.config)
@@ -359,7 +359,7 @@ def test_max_pixels(codec, data):
 
 
 def test_corrupt_files(codec, data):
-    """Every change of a byte, insertion or removal is noticed."""
+    """Every changed, inserted or removed byte raises an error."""
     generator = random.Random(0)
     for _ in range(500):
         broken = bytearray(data)
@@ -393,7 +393,7 @@ def test_truncated_files(codec, data):
 
 
 def test_a_file_that_claims_more_than_it_has_allocates_nothing(codec, data):
-    """The largest image, with the right fingerprint and checksum, but without its payloads."""
+    """The header is that of the largest image, with the right fingerprint and checksum, but without payloads."""
     small = format.read_header(data)
     entries = (Iteration(format.RAW, 4096 * 4096 * small.bits // 8, 0),) * 16
     header = dataclasses.replace(small, width=65535, height=65535, iterations=entries)

@@ -1,4 +1,4 @@
-"""The comparison: real trainings of a few steps, of which one is resumed and one fails, and what is made of them."""
+"""Tests of the comparison of variants, with real trainings of a few steps, one of which is resumed and one fails."""
 
 import csv
 import os

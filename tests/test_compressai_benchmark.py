@@ -1,4 +1,4 @@
-"""The benchmark beside CompressAI: its processes, its ratios, and, where there is an environment, the real thing."""
+"""Tests of the benchmark with CompressAI: processes, ratios and, if CompressAI is installed, a real run."""
 
 import json
 import os

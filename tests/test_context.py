@@ -1,4 +1,4 @@
-"""The context models: causality, gradients, and the exact network against slow integer arithmetic in NumPy."""
+"""Tests of the context models: causality, gradients, and the exact network against slow integer arithmetic."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""Training of context models: alone on a frozen codec, and joint; what becomes of their checkpoints."""
+"""Tests of the training of context models, on a frozen codec and joint, and of the export of their checkpoints."""
 
 import json
 import math

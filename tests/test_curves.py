@@ -1,4 +1,4 @@
-"""Rate curves: means, areas and BD-rate against hand-computed values; CSV and JSON and back."""
+"""Tests of rate-distortion curves: means, areas and BD-rate against values by hand, and CSV and JSON."""
 
 import csv
 import io
@@ -51,7 +51,7 @@ def test_mean_curve_is_the_mean_at_equal_setting():
 
 
 def test_an_equal_picture_takes_its_setting_out_of_the_curve():
-    """The mean of infinity is infinite, and no curve, area, BD-rate or JSON holds it."""
+    """A mean with an infinite value is infinite, and curves, areas, BD-rates and JSON leave it out."""
     finite = curve([0.25, 0.5, 0.75, 1.0, 1.25], [20, 22, 24, 26, 28])
     with_equal = mean_curve(
         [*finite, *(replace(p, image="b", psnr=math.inf if p.setting > 4 else p.psnr) for p in finite)]

@@ -1,3 +1,5 @@
+"""Tests of the training data: splits, cache, patches, resumption, ranks and workers, and the download of CLIC."""
+
 import hashlib
 import http.server
 import io

@@ -1,4 +1,4 @@
-"""The documents: links lead somewhere, and the commands and configs that they name exist."""
+"""Tests of the documents: their links are valid, and the commands and configs that they name exist."""
 
 import re
 import shlex

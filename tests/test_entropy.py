@@ -1,4 +1,4 @@
-"""The entropy coders: every payload decodes, costs what theory says, and damage is an error or the right prefix."""
+"""Tests of the entropy coders: payloads, their lengths, and damage, which is an error or leaves a correct prefix."""
 
 import math
 import warnings
@@ -111,7 +111,7 @@ def test_range_coder_is_the_documented_one():
 @pytest.mark.parametrize("kind", ["sequential", "parallel"])
 @pytest.mark.parametrize("iterations", [0, 2])
 def test_context_payloads_are_the_documented_ones(kind, iterations, monkeypatch):
-    """Three iterations in bands, the second of which is raw, decoded by the reference."""
+    """The reference decodes three iterations in bands, of which the second is raw."""
     torch.manual_seed(0)
     config = ContextConfig(kind=kind, bits=8, channels=6, groups=2, iterations=iterations)
     exact = ContextModel(config).quantize()

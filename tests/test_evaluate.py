@@ -1,4 +1,4 @@
-"""The evaluation: whole files over true pixels, every metric against another implementation, memory, tables, errors."""
+"""Tests of the evaluation: rates of whole files, metrics against other implementations, cache, tables and errors."""
 
 import csv
 import json
@@ -114,7 +114,7 @@ def test_another_picture_from_the_cut_file_is_an_error(weights, monkeypatch):
 
 
 def test_ideal_bytes_are_those_of_the_probabilities(weights_with_context):
-    """Against the documented arithmetic in whole numbers."""
+    """The reference computes them with integer arithmetic, as FORMAT.md specifies."""
     loaded = load_weights(weights_with_context)
     codec, x = Codec(loaded), data.astronaut()[:160, 100:260]
     coded = list(measure.ours(codec, 3).run(x, (1, 2, 3)))
@@ -148,7 +148,7 @@ def test_names_are_unique():
 
 
 def test_names_that_no_text_or_folder_can_have():
-    """Bytes that are not UTF-8, line breaks, the folder above, and more bytes than a longer name may have."""
+    """Names have bytes that are not UTF-8, line breaks, only dots, or more bytes than allowed."""
     paths = [Path(os.fsdecode(b"a\xff\xfe.png")), Path("a\n\r.png"), Path("...png"), Path("..png"), Path("ä" * 125)]
     assert measure.unique_names(paths) == ["a__", "a__-2", "_", "_-2", "ä" * 100]
 
@@ -223,7 +223,7 @@ def test_a_folder_with_an_unreadable_image(command, tmp_path, capsys):
 
 
 def test_saved_pictures_change_no_curve(command, tmp_path):
-    """Whether or not the other codecs are also measured at the bytes of single files."""
+    """Curves leave out the settings at which other codecs are measured to match the bytes of single files."""
     options, output = command
     arguments = [str(photographs(tmp_path / "photos")), *options, "--baselines", "jpeg"]
     names = ["mean.csv", "summary.csv", "jpeg.json", "rnncodec-tiny.json"]
@@ -333,7 +333,7 @@ def test_the_function_writes_and_prints_nothing_unless_asked(weights, command, t
 
 
 def test_codecs_by_name_are_measured_beside_each_other(weights, weights_with_context, tmp_path):
-    """The same bits, raw and coded, and each as if it were alone."""
+    """Two codecs with the same bits, raw and coded, give the same points as each alone."""
     folder, output = photographs(tmp_path / "photos"), tmp_path / "results"
     codecs = {"raw": rnncodec.load(weights), "coded": rnncodec.load(weights_with_context)}
     points = rnncodec.evaluate(codecs, folder, output=output)
@@ -383,7 +383,7 @@ def test_the_package_loads_the_evaluation_when_it_is_wanted():
 
 
 def test_only_runs_of_wandb_need_it(weights, tmp_path, monkeypatch):
-    """As in an installation with the extra `eval` alone."""
+    """Without W&B, as with only the extra `eval` installed, the rest of the evaluation works."""
     monkeypatch.setitem(sys.modules, "wandb", None)
     monkeypatch.delitem(sys.modules, "rnncodec.training.tracking", raising=False)
     codec, folder = rnncodec.load(weights), photographs(tmp_path / "photos")
@@ -451,7 +451,7 @@ def test_an_overlay_of_the_same_name_replaces_no_curve(command, tmp_path):
 
 
 def test_names_of_others_are_text(command, tmp_path, capsys):
-    """Neither Rich's markup nor Matplotlib's mathematics."""
+    """Names are shown as they are, not as Rich's markup or Matplotlib's mathematics."""
     options, output = command
     path = tmp_path / "theirs.json"
     path.write_text(json.dumps({"name": "[/b][ours] $_$", "results": {"bpp": [0.001, 3], "psnr-rgb": [1, 4]}}))

@@ -1,4 +1,4 @@
-"""The .rnc container against FORMAT.md, bytes made by hand, and hostile files."""
+"""Tests of the .rnc container against FORMAT.md, with bytes made by hand and with malicious files."""
 
 import random
 import re

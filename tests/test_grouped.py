@@ -1,4 +1,4 @@
-"""The grouped context model: exact against plain integers, the same everywhere, and files come back."""
+"""Tests of the grouped context model: exactness against integer arithmetic, equal results everywhere, and files."""
 
 import copy
 import subprocess
@@ -220,7 +220,7 @@ def test_payloads_decode_to_the_bits(shape):
 
 
 def test_payloads_are_the_documented_ones(monkeypatch):
-    """In bands, the second iteration raw, decoded by the reference."""
+    """The reference decodes iterations in bands, of which the second is raw."""
     torch.manual_seed(0)
     made = ContextModel(ContextConfig("grouped", BITS, 6, PASSES, GROUPS))
     made.grouped.start_odds(torch.full((PASSES, BITS, grouped.CASES), -1.5))
@@ -285,7 +285,7 @@ def test_damaged_payloads_are_an_error_or_other_bits():
 
 
 def test_training_learns_structure():
-    """Bits that repeat those of the pass before, and that of another group."""
+    """The model learns that bits depend on those of the previous pass and of another group."""
     torch.manual_seed(0)
     made = ContextModel(ContextConfig("grouped", BITS, 16, 2, GROUPS))
     optimizer = torch.optim.AdamW(made.parameters(), 1e-2, weight_decay=0)
@@ -384,7 +384,7 @@ def test_what_does_not_fit_is_refused():
 
 @pytest.mark.parametrize("int8", [True, False])
 def test_products_are_those_of_whole_numbers(int8, monkeypatch):
-    """In int8 where a processor can, in floats elsewhere: always what NumPy says, up to the ends of the range."""
+    """Products in int8, or in floats on other processors, equal those of NumPy up to the ends of the range."""
     if not int8:
         monkeypatch.setattr(arithmetic, "_int8_is_exact", lambda device: False)
     rng = np.random.default_rng(3)

@@ -1,4 +1,4 @@
-"""Images in and out: pixels worked out by hand, and everything that can be wrong with a file."""
+"""Tests of reading and writing images: pixels computed by hand, and faulty files."""
 
 import io
 import os
@@ -188,7 +188,7 @@ class TestMetadata:
     @pytest.mark.parametrize("format", ["JPEG", "PNG", "TIFF", "WEBP"])
     @pytest.mark.parametrize("orientation", range(1, 9))
     def test_orientation(self, orientation, format):
-        """The first stored row and column are, by the EXIF standard, at these sides of the upright picture."""
+        """The first stored row and column are at these sides of the upright picture, by the EXIF standard."""
         row, column = {
             1: ("top", "left"),
             2: ("top", "right"),
@@ -290,13 +290,13 @@ class TestLoadErrors:
             tracemalloc.stop()
 
     def test_larger_than_pillow_allows(self, monkeypatch):
-        """Only max_pixels counts; Pillow's own limit is a global variable, which stays as it is."""
+        """Only max_pixels counts; Pillow's limit, a global variable, is neither used nor changed."""
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
         assert load_image(file_of(Image.new("RGB", (20, 20)))).shape == (20, 20, 3)
         assert Image.MAX_IMAGE_PIXELS == 100
 
     def test_random_corruption(self):
-        """Nothing but an image or an ImageError comes out."""
+        """The result is always an image or an ImageError."""
         rng = random.Random(0)
         files = []
         for format in FORMATS:

@@ -1,4 +1,4 @@
-"""The loop in the latent space: its step in NumPy, its start from images, missing bits, windows, files."""
+"""Tests of the latent network: its step against NumPy, its start from images, missing bits, windows, files."""
 
 import copy
 import io
@@ -142,7 +142,7 @@ def test_step_is_that_of_the_equations(network, photos):
 
 @pytest.mark.parametrize("rows", [1, 3])
 def test_bands_of_rows_leave_no_trace(network, photos, monkeypatch, rows):
-    """Large maps go through the LSTMs in bands of rows: bits and latents are those of the whole map."""
+    """The LSTMs process large maps in bands of rows; bits and latents equal those of the whole map."""
     x = images(photos)[:2, :, :112, :80]
     with torch.no_grad():
         y = network.analyse(x)
@@ -168,7 +168,7 @@ def test_decoder_follows_the_encoder(network, photos):
 
 
 def test_start_is_a_principal_component_codec(photos):
-    """Components are NumPy's; an untrained network shows what they and the tables say, better with every iteration."""
+    """Components equal NumPy's, and the untrained network's pictures improve with every iteration."""
     torch.manual_seed(0)
     network, x = RecurrentCodec(TINY).eval(), images(photos)
     network.start(x)
@@ -256,7 +256,7 @@ def test_files(codec, size, photos):
 
 @pytest.mark.parametrize("size", [(1, 65535), (65535, 2)])
 def test_the_longest_sides(codec, size, photos):
-    """Their windows and bands are many; the prefix of a file is still what its first part codes to."""
+    """With many windows and bands, the prefix of a file still equals the file of fewer iterations."""
     strip = load_image(photos / "coffee.png")[:2].reshape(-1, 3)
     image = np.resize(strip, (*size, 3))
     data = codec.encode(image, 2)
@@ -282,7 +282,7 @@ def test_windows_leave_no_trace(codec, tile, photos):
 
 
 def test_very_large_maps_are_coded_in_bands_of_rows(codec, photos, monkeypatch):
-    """Each band by itself, but for the analysis, which sees beyond: as if latents were cut, not pixels."""
+    """Bands are coded independently after the analysis, which sees beyond them: latents are cut, not pixels."""
     image = load_image(photos / "coffee.png")[:330, :400]
     rows, columns = 21, 25
     x = 2 * torch.from_numpy(image).permute(2, 0, 1)[None].float() / 255 - 1
@@ -305,7 +305,7 @@ def test_very_large_maps_are_coded_in_bands_of_rows(codec, photos, monkeypatch):
 
 
 def test_bfloat16_changes_decisions_and_pictures_but_never_the_loop(network, photos):
-    """Its files decode everywhere: the decoder's states are those of float32, to the bit."""
+    """Files decode everywhere, because the decoder's states equal those of float32 exactly."""
     x = images(photos)[:1, :, :96, :96]
     fast = copy.deepcopy(network)
     fast.in_bfloat16 = True
@@ -346,7 +346,7 @@ def load_weights_of(codec):
 
 
 def test_halos_are_the_reach_of_the_transforms(network, photos):
-    """A change within a block changes the analysis, and one of a latent the picture, just as far as the halos say."""
+    """A change in a block affects the analysis, and one of a latent the picture, no farther than the halos."""
     x = images(photos, 256)[:1].clone()
     analysis, synthesis = network.transforms.halos
     for middle in (7, 8):
@@ -430,7 +430,7 @@ def test_an_image_object_is_encoded_like_its_pixels(codec, photos):
 
 
 def test_grouped_context_model_codes_the_bits_of_a_codec(network, photos, tmp_path):
-    """Files with the exact model decode to the same bits and are shorter than the questions' odds alone say of raw."""
+    """Files coded with the exact model decode to the same bits as raw files and are shorter."""
     context = ContextModel(ContextConfig(kind="grouped", bits=16, groups=4, channels=8, iterations=4))
     start_context(context, network)
     torch.manual_seed(0)
@@ -473,7 +473,7 @@ def test_a_grouped_context_model_needs_the_groups_of_its_network(network, tmp_pa
 @pytest.mark.slow
 @pytest.mark.skipif(not os.environ.get("RNNCODEC_PHOTOS"), reason="needs RNNCODEC_PHOTOS, a folder to train on")
 def test_an_untrained_network_is_a_decent_codec(tmp_path, capsys):
-    """On held-out photographs, with the default shape and nothing but components and tables: 28.8 dB at 0.75 bpp."""
+    """With only components and tables, the default network has 28.8 dB at 0.75 bpp on held-out photographs."""
     data = PatchDataModule(os.environ["RNNCODEC_PHOTOS"], cache_dir=tmp_path, tile_size=192, patch_size=128)
     data.prepare_data()
     data.setup()

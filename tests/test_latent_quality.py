@@ -1,4 +1,4 @@
-"""What trained weights of a latent network must do on held-out photographs; needs such weights, and minutes."""
+"""Tests of the quality of trained weights of a latent network on held-out photographs, which take minutes."""
 
 import os
 from collections.abc import Iterator
@@ -64,7 +64,7 @@ def lattice(images: list[np.ndarray], flat: np.ndarray) -> tuple[float, np.ndarr
 
 
 def test_flat_regions_have_no_lattice(codec, tiles, capsys):
-    """At one and two iterations, in the flattest eighth of the strips: at most 1.5 times the energy beside."""
+    """After one and two iterations, the flattest eighth of the strips has at most 1.5 times the energy beside."""
     originals = [tile[0].permute(1, 2, 0).numpy() for tile in tiles]
     spread = np.array([strip.std() for image in originals for strip in strips(image.astype(float))])
     flat = spread.argsort()[: len(spread) // 8]
@@ -87,7 +87,7 @@ def cut(network: RecurrentCodec, y: Tensor, limit: Tensor) -> Tensor:
 
 
 def test_locations_may_stop_at_different_groups(codec, tiles, capsys):
-    """Around eight passes, a random end of each location costs at most 0.3 dB against the same end of all."""
+    """Near eight passes, a random end for each location costs at most 0.3 dB over the same end for all."""
     network, generator = codec.network, torch.Generator().manual_seed(0)
     losses = []
     for tile in tiles[::3]:

@@ -1,3 +1,5 @@
+"""Tests of the distortion metrics against other implementations."""
+
 import io
 
 import numpy as np

@@ -1,4 +1,4 @@
-"""The codec network against hand counts, the papers' residual loop written out, and itself decoding its own bits."""
+"""Tests of the codec network: numbers of parameters, the residual loop of the papers, and decoding of its bits."""
 
 from dataclasses import replace
 from typing import Any
@@ -59,7 +59,7 @@ def lstm(before, after, hidden_kernel):
 
 
 def test_parameters_of_the_default():
-    """The LSTM of Toderici et al. 2017: each width below is written from their layer table, none read from the code."""
+    """Widths are those of the LSTM in the layer table of Toderici et al. 2017, and not read from the code."""
     encoder = convolution(3, 64, 3) + lstm(64, 256, 1) + lstm(256, 512, 1) + lstm(512, 512, 1)
     binarizer = convolution(512, 32, 1)
     decoder = convolution(32, 512, 1) + lstm(512, 512, 1) + lstm(128, 512, 1) + lstm(128, 256, 3) + lstm(64, 128, 3)
@@ -119,7 +119,7 @@ def test_stride_follows_the_depth(depth):
 @pytest.mark.parametrize("reconstruction", RECONSTRUCTIONS)
 @pytest.mark.parametrize("cell", CELLS)
 def test_residual_loop(cell, reconstruction):
-    """Toderici et al. 2017, eq. 1-2, from r = x, x_hat' = 0 and g = 1.
+    """The loop is that of Toderici et al. 2017, eq. 1-2, starting with r = x, x_hat' = 0 and g = 1.
 
     b = B(E(g r)), x_hat = D(b) / g + gamma x_hat', r = x - x_hat.
     """
@@ -224,7 +224,7 @@ def test_gradient_reaches_every_parameter_in_two_iterations(cell, reconstruction
 
 
 def test_fresh_output_layer_starts_near_zero():
-    """Sixteen untrained iterations stay small in sum, so that training starts from the residual x."""
+    """The sum of sixteen untrained iterations is small, so that training starts from the residual x."""
     torch.manual_seed(0)
     network = RecurrentCodec(NetworkConfig(**NARROW)).eval()
     with torch.no_grad():
@@ -311,7 +311,7 @@ def test_patches_are_coded_independently(encoder_cell, decoder_cell, reconstruct
 
 @torch.no_grad()
 def test_fully_connected_model_is_a_multilayer_perceptron():
-    """One additive step of the feed-forward patch model as matrix products over flattened patches."""
+    """An additive step of the feed-forward patch model equals matrix products over flattened patches."""
     network = lively(**PATCHES, encoder_cell="none", decoder_cell="none").eval()
 
     def dense(layer, x):
@@ -330,7 +330,7 @@ def test_fully_connected_model_is_a_multilayer_perceptron():
 
 
 def test_default_config():
-    """The layer table of Toderici et al. 2017, and 32 bits for each block of 16x16."""
+    """The defaults are those of Toderici et al. 2017, with 32 bits for each 16x16 block."""
     config = NetworkConfig()
     assert (config.encoder_cell, config.decoder_cell) == ("lstm", "lstm")
     assert config.bits == 32
@@ -373,7 +373,7 @@ def test_first_decoder_channels_need_not_be_a_multiple_of_4():
 @pytest.mark.parametrize("reconstruction", RECONSTRUCTIONS)
 @pytest.mark.parametrize("cell", CELLS)
 def test_cpu_and_gpu_agree(cell, reconstruction):
-    """First bits agree but where the features are zero up to rounding; the same bits decode to the same images."""
+    """The first bits agree except where features are nearly zero, and equal bits decode to equal images."""
     network = narrow(cell, reconstruction).eval()
     x = images()
     encoded = list(network.unroll(x, 4))

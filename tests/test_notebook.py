@@ -1,4 +1,4 @@
-"""The notebook: it is committed without outputs, and it runs, draws, and shows what it says."""
+"""Tests of the notebook: it is committed without outputs, it runs, and its figures show what the text says."""
 
 import base64
 import io

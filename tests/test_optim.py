@@ -1,4 +1,4 @@
-"""The optimizer against PyTorch's own Muon and AdamW, and against the singular value decomposition."""
+"""Tests of the optimizer against PyTorch's Muon and AdamW, and against the singular value decomposition."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The questions of the latent space, against their rules in plain Python and their statistics in NumPy."""
+"""Tests of the questions of a latent network, against their rules in Python and their statistics in NumPy."""
 
 import math
 
@@ -96,7 +96,7 @@ def test_cases_follow_the_rules(questions, batch, height, width):
 
 
 def test_bits_are_decided_and_add_up_question_by_question(questions):
-    """What `ask` decides and `values` adds, one location and one question after the other."""
+    """`ask` and `values` equal the rules, applied to one location and one question after the other."""
     rng = np.random.default_rng(2)
     residual, offset = rng.normal(size=(1, CHANNELS, 2, 3)) * 2, rng.normal(size=(1, BITS, 2, 3)) * 0.1
     reference, known = Reference(questions, 1, 2, 3), questions.start(torch.zeros(1, 0, 2, 3))
@@ -160,7 +160,7 @@ def test_the_gradient_is_straight_through_between_the_two_values(questions):
 
 
 def test_learned_tables_are_the_statistics_of_their_cases():
-    """Of each case of the first groups: values are its means on both sides of a threshold, costs its frequencies."""
+    """In each case of the first group, values are the means on both sides of the threshold, and costs frequencies."""
     torch.manual_seed(0)
     spread = torch.linspace(3, 0.1, CHANNELS).view(-1, 1, 1)
     y = torch.randn(40, CHANNELS, 8, 8) * spread * torch.rand(40, 1, 8, 8).add(0.1)

@@ -1,4 +1,4 @@
-"""Rating by people: matching, order of trials, storage, model, server and page."""
+"""Tests of rating by people: matching, order of trials, storage, model, server and page."""
 
 import csv
 import http.client
@@ -362,7 +362,7 @@ def test_who_always_wins_has_a_finite_score():
 
 @pytest.mark.parametrize("seed", range(6))
 def test_maximum_of_the_likelihood(seed):
-    """Against a general optimizer, batched, with codecs that never met and codecs that never lost."""
+    """Scores equal those of a general optimizer, also with codecs that never met or never lost."""
     rng = np.random.default_rng(seed)
     wins = rng.integers(0, 30, (3, 5, 5)) * (rng.random((3, 5, 5)) < 0.5)
 
@@ -410,7 +410,7 @@ def test_intervals_cover_the_truth(raters, monkeypatch):
 
 
 def test_bootstrap_resamples_raters():
-    """Raters who agree with themselves but not with each other are as uncertain as there are few of them."""
+    """The uncertainty follows from the number of raters, if each is consistent but they disagree."""
     one_way, other_way = np.array([[0, 50], [0, 0]]), np.array([[0, 0], [50, 0]])
     wins = np.array([one_way, other_way] * 3)
     low, high = bootstrap(wins)
@@ -493,7 +493,7 @@ def test_votes_are_stored_and_undone(tmp_path):
 
 
 def test_a_kill_in_the_middle_of_writing(results):
-    """What was not committed, though partly on disk, is rolled back by whoever comes next, if only to read."""
+    """Uncommitted changes, although partly on disk, are rolled back at the next access, even if it only reads."""
     path = results / "votes.sqlite"
     Votes(path).add(vote())
     code = f"""

@@ -1,4 +1,4 @@
-"""The page of an evaluation: what it holds, what it refuses, and what a person sees and does in a browser."""
+"""Tests of the report of an evaluation: its content, its errors, and its use in a browser."""
 
 import base64
 import csv
@@ -179,7 +179,7 @@ def test_match_takes_the_better_of_the_same_bytes():
 
 
 def test_chosen_settings(shared, tmp_path):
-    """As the fixture lays the bytes: the smallest, the equal one, the one before the largest, and the largest."""
+    """With the fixture's bytes, these are the smallest, the equal, the second largest and the largest file."""
     data, rows = Page(write_report(shared, tmp_path / "page.html")).data, rows_of(shared)
     assert [image["name"] for image in data["images"]] == ["alpha", "beta"]
     for image in data["images"]:
@@ -626,7 +626,7 @@ def test_curves_and_table(shared, browser, open_page):
 
 @pytest.mark.browser
 def test_a_codec_that_is_exact_for_one_image_is_not_called_lossless(results, browser, open_page):
-    """A mean is infinite if one image is reproduced exactly; what the codec lost of the others still has its curve."""
+    """The mean is infinite if one image is reproduced exactly, but the curves of the other images are still drawn."""
     rows = rows_of(results)
     for row in rows:
         if (row["image"], row["codec"]) == ("beta", "jpeg"):

@@ -1,4 +1,4 @@
-"""What an offline run of W&B holds after a training and after an evaluation: tables, curves, pictures, artifacts."""
+"""Tests of offline W&B runs of a training and of an evaluation: tables, curves, pictures and artifacts."""
 
 import csv
 import json

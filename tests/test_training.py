@@ -1,4 +1,4 @@
-"""Training: schedules, the guard against divergence, and whole runs of train.py that are killed, resumed and shared."""
+"""Tests of training: schedules, the guard against divergence, and runs that are killed, resumed or distributed."""
 
 import csv
 import inspect

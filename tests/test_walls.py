@@ -1,4 +1,4 @@
-"""The walls between the rooms: which may import which, as pyproject.toml says and import-linter holds."""
+"""Tests of the import rules between the rooms, which pyproject.toml defines and import-linter checks."""
 
 import shutil
 import subprocess

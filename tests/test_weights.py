@@ -1,4 +1,4 @@
-"""Weights files: what is saved comes back, and nothing else gets in."""
+"""Tests of weights files: saved weights are loaded unchanged, and invalid files are refused."""
 
 import hashlib
 import json
