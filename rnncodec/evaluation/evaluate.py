@@ -54,7 +54,7 @@ def evaluate(
 ) -> list[Point]:
     """Measures codecs on images, and other codecs on the same images.
 
-    Rates count the bytes of whole files over the pixels of the image. Files are written only to the given folders.
+    Rates are those of whole files, in bits per pixel of the image. Files are written only to the given folders.
 
     Args:
         codecs: a codec, or several by name; the others are compared with the first. In the results, `rnncodec-`
@@ -206,7 +206,7 @@ def _saver(folder: Path | None) -> Callable[[Source, Coded], str] | None:
 
 
 def _logger() -> Callable[..., None]:
-    """Imports the function that logs to W&B, which is needed only there.
+    """Imports the function that logs to W&B; other evaluations work without it.
 
     Raises:
         ValueError: W&B is not installed.

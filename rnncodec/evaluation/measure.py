@@ -94,7 +94,7 @@ def ours(codec: Codec, iterations: int, name: str = "") -> Source:
     if codec.context is not None:
         description += f"{codec.context.config.kind} context model ({codec.context_fingerprint.hex()}), "
     description += f"1 to {iterations} iterations"
-    # Both change the bits, so that the cache must distinguish them.
+    # Both change the bits, so the cache must distinguish them.
     if codec.network.in_bfloat16:
         description += ", in bfloat16"
     if codec.loop.tile is not None:
