@@ -1,6 +1,7 @@
 """Tests of the distortion metrics against other implementations."""
 
 import io
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -11,7 +12,8 @@ from scipy.ndimage import correlate1d
 from skimage import data
 from skimage.metrics import peak_signal_noise_ratio
 
-from rnncodec.metrics.distortion import LUMA, PeakSignalNoiseRatioHVS, l1, ms_ssim, psnr, psnr_hvs
+from rnncodec.metrics.curves import CURVES, METRICS, Point
+from rnncodec.metrics.distortion import DISTORTIONS, LUMA, PeakSignalNoiseRatioHVS, l1, ms_ssim, psnr, psnr_hvs
 
 
 def to_tensor(*images):
@@ -154,7 +156,7 @@ def test_l1_is_the_mean_of_absolute_differences():
     assert l1(x, x_hat).tolist() == pytest.approx(expected.tolist())
 
 
-@pytest.mark.parametrize("metric", [l1, psnr, ms_ssim, psnr_hvs])
+@pytest.mark.parametrize("metric", DISTORTIONS.values(), ids=DISTORTIONS)
 @pytest.mark.parametrize(
     ("x", "x_hat"),
     [
@@ -167,6 +169,13 @@ def test_l1_is_the_mean_of_absolute_differences():
 def test_other_tensors_are_refused(metric, x, x_hat):
     with pytest.raises(ValueError, match=r"different shapes|expected uint8"):
         metric(x, x_hat)
+
+
+def test_every_metric_has_a_column_and_a_way_to_be_shown():
+    columns = [field.name for field in fields(Point)]
+    assert columns[columns.index("ideal_bpp") + 1 : columns.index("encode_seconds")] == list(METRICS)
+    assert list(DISTORTIONS) == list(METRICS)
+    assert all(isinstance(getattr(Point("a", "codec", 1, 1, 1), name), float) for name in CURVES)
 
 
 def test_mixed_precision_changes_nothing():

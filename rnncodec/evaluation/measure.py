@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from rnncodec.evaluation.report import TYPES
 from rnncodec.files.format import read_header, truncate
 from rnncodec.files.images import atomic_write
 from rnncodec.metrics.curves import NAN, Point, from_csv, to_csv
-from rnncodec.metrics.distortion import REPORTED_ITERATIONS, l1, ms_ssim, psnr, psnr_hvs
+from rnncodec.metrics.distortion import DISTORTIONS, REPORTED_ITERATIONS
 
 NAME_BYTES = 200  # longest name of an image, which leaves room for suffixes
 CACHE_VERSION = 1  # measurements of other versions are not used
@@ -157,6 +157,7 @@ def measure(image: str, codec: str, x: np.ndarray, coded: Coded, device: torch.d
     """Computes all metrics of one reconstruction of an image x, uint8 [H, W, 3]."""
     original, x_hat = (torch.tensor(a, device=device).permute(2, 0, 1)[None] for a in (x, coded.x_hat))
     scale = 8 / (x.shape[0] * x.shape[1])
+    metrics: dict[str, Any] = {name: distortion(original, x_hat).item() for name, distortion in DISTORTIONS.items()}
     return Point(
         image,
         codec,
@@ -164,13 +165,9 @@ def measure(image: str, codec: str, x: np.ndarray, coded: Coded, device: torch.d
         coded.size,
         bpp=scale * coded.size,
         ideal_bpp=scale * coded.ideal_bytes,
-        l1=l1(original, x_hat).item(),
-        psnr=psnr(original, x_hat).item(),
-        ms_ssim=ms_ssim(original, x_hat).item(),
-        psnr_hvs=psnr_hvs(original, x_hat).item(),
-        psnr_hvs_m=psnr_hvs(original, x_hat, masking=True).item(),
         encode_seconds=coded.encode_seconds,
         decode_seconds=coded.decode_seconds,
+        **metrics,
     )
 
 

@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from rnncodec.evaluation.measure import Coded, Source
 from rnncodec.files.images import atomic_write, load_image, save_image
-from rnncodec.metrics.curves import Point, largest_within, samples
+from rnncodec.metrics.curves import CURVES, Point, largest_within, samples
 from rnncodec.metrics.distortion import REPORTED_ITERATIONS
 
 PANEL = (224, 224)  # width and height in pixels of a picture in a comparison
@@ -20,12 +20,12 @@ PANEL = (224, 224)  # width and height in pixels of a picture in a comparison
 def figure(curves: dict[str, list[Point]], overlays: Sequence[str] = ()) -> Figure:
     """Draws mean curves over bpp, each with a label on the right; the first sets the range, overlays are dashed."""
     end = next(iter(curves.values()))[-1].bpp
-    drawing = Figure(figsize=(15, 4.8), dpi=110, layout="constrained")
-    panels = {"PSNR (dB)": "psnr", "MS-SSIM (dB)": "ms_ssim_db", "PSNR-HVS-M (dB)": "psnr_hvs_m"}
-    for axes, (title, metric) in zip(drawing.subplots(1, 3), panels.items(), strict=True):
+    drawing = Figure(figsize=(5 * len(CURVES), 4.8), dpi=110, layout="constrained")
+    panels = drawing.subplots(1, len(CURVES), squeeze=False)[0]
+    for axes, (attribute, metric) in zip(panels, CURVES.items(), strict=True):
         labels = []
         for i, (name, curve) in enumerate(curves.items()):
-            x, y = samples(curve, metric)
+            x, y = samples(curve, attribute)
             if not len(x) or x[0] > end:
                 continue
             last = min(end, x[-1])
@@ -38,7 +38,7 @@ def figure(curves: dict[str, list[Point]], overlays: Sequence[str] = ()) -> Figu
             labels.append([y_visible[-1], name, f"C{i}"])
         axes.set_xlim(0, end * 1.02)
         axes.set_xlabel("bits per pixel, whole files")
-        axes.set_title(title, loc="left", fontsize=11)
+        axes.set_title(metric.titled(metric.curve_unit), loc="left", fontsize=11)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
         low, high = axes.get_ylim()

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rnncodec.codec import MAX_ITERATIONS
-from rnncodec.metrics.curves import NAN, Point, area, bd_rate, interpolate
+from rnncodec.metrics.curves import CURVES, METRICS, NAN, Point, area, bd_rate, interpolate
 from rnncodec.metrics.distortion import REPORTED_ITERATIONS
 
 WINDOW = (0.25, 1.875)  # bits per pixel; in a fixed range, the area under a curve favors no codec
@@ -19,25 +19,18 @@ SPANS = {
     "to 2": (None, 2.0),
     f"{WINDOW[0]} to\n{WINDOW[1]}": WINDOW,
 }  # bits per pixel; the first as in Toderici et al. 2017
-AREAS = {
-    "ms_ssim": "MS-SSIM",
-    "psnr_hvs": "PSNR-HVS",
-    "psnr": "PSNR",
-}  # the first two are those of Toderici et al. 2017
-BD_RATES = {"psnr": "PSNR", "ms_ssim_db": "MS-SSIM", "psnr_hvs_m": "PSNR-HVS-M"}
-METRICS = (("psnr", 2), ("ms_ssim", 4))  # of `rivals_table`, with their digits
+AREAS = ("ms_ssim", "psnr_hvs", "psnr")  # the first two are those of Toderici et al. 2017
+COMPARED = ("psnr", "ms_ssim")  # of `rivals_table`
 
 
 def curve_table(curve: Sequence[Point], images: str) -> Table:
     """A table of all metrics of a mean curve."""
     result = Table(title=f"{curve[0].codec}, mean of {images}")
-    for column in ("", "bytes", "bpp", "L1", "PSNR", "MS-SSIM", "PSNR-HVS", "PSNR-HVS-M"):
+    for column in ("", "bytes", "bpp", *(metric.title for metric in METRICS.values())):
         result.add_column(column, justify="right", no_wrap=True)
     for point in curve:
-        values = [(point.bpp, 4), (point.l1, 2), (point.psnr, 2), (point.ms_ssim, 4)]
-        values += [(point.psnr_hvs, 2), (point.psnr_hvs_m, 2)]
-        cells = [number(value, digits) for value, digits in values]
-        result.add_row(f"{point.setting:g}", number(point.bytes, 0), *cells)
+        cells = [number(getattr(point, name), metric.digits) for name, metric in METRICS.items()]
+        result.add_row(f"{point.setting:g}", number(point.bytes, 0), number(point.bpp, 4), *cells)
     return result
 
 
@@ -52,7 +45,8 @@ def rivals_table(curves: dict[str, list[Point]]) -> Table:
         result.add_column(f"{setting:g}\n{bpp:.3f}", justify="right", no_wrap=True)
     for name, curve in curves.items():
         cells = [
-            "\n".join(number(interpolate(curve, metric, bpp), digits) for metric, digits in METRICS) for _, bpp in rates
+            "\n".join(number(interpolate(curve, name, bpp), METRICS[name].digits) for name in COMPARED)
+            for _, bpp in rates
         ]
         result.add_row(Text(name), *cells, end_section=True)
     return result
@@ -65,7 +59,7 @@ class Summary:
     Attributes:
         codec: name of the codec.
         areas: areas under the curve, for each metric of `AREAS` and each range of `SPANS`.
-        bd_rates: for each metric of `BD_RATES`, how many percent more bits the first codec takes than this one for
+        bd_rates: for each metric of `CURVES`, how many percent more bits the first codec takes than this one for
             equal quality, and the share of its range of quality that this one has too; None for the first codec.
     """
 
@@ -84,7 +78,7 @@ def summaries(curves: dict[str, list[Point]], evaluated: int = 1) -> list[Summar
     for i, (name, curve) in enumerate(curves.items()):
         saturates = i < evaluated and curve[-1].setting == MAX_ITERATIONS
         areas = [[area(curve, metric, *span, saturates=saturates) for span in SPANS.values()] for metric in AREAS]
-        bd_rates = None if curve is mine else [bd_rate(curve, mine, metric) for metric in BD_RATES]
+        bd_rates = None if curve is mine else [bd_rate(curve, mine, metric) for metric in CURVES]
         result.append(Summary(name, areas, bd_rates))
     return result
 
@@ -92,11 +86,11 @@ def summaries(curves: dict[str, list[Point]], evaluated: int = 1) -> list[Summar
 def summary_csv(summaries: Sequence[Summary]) -> str:
     """Writes summaries as CSV, one row for each curve; missing values are left empty."""
     names = [f"auc_{metric}_{name}" for metric in AREAS for name in ("to_2", "window")]
-    names += [f"bd_rate_{metric}{end}" for metric in BD_RATES for end in ("", "_overlap")]
+    names += [f"bd_rate_{metric}{end}" for metric in CURVES for end in ("", "_overlap")]
     rows = [["codec", *names]]
     for each in summaries:
         values = [value for pair in each.areas for value in pair]
-        values += [value for pair in each.bd_rates or [(NAN, NAN)] * len(BD_RATES) for value in pair]
+        values += [value for pair in each.bd_rates or [(NAN, NAN)] * len(CURVES) for value in pair]
         rows.append([each.codec, *("" if np.isnan(value) else repr(float(value)) for value in values)])
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)
@@ -106,7 +100,7 @@ def summary_csv(summaries: Sequence[Summary]) -> str:
 def area_table(summaries: Sequence[Summary]) -> Table:
     """A table of the areas under all curves."""
     result = Table(title="area under the curves, over bits per pixel")
-    names = [f"{title}\n{span}" for title in AREAS.values() for span in SPANS]
+    names = [f"{METRICS[name].title}\n{span}" for name in AREAS for span in SPANS]
     for column in ("codec", *names):
         result.add_column(column, justify="left" if column == "codec" else "right", overflow="fold")
     for each in summaries:
@@ -118,7 +112,7 @@ def bd_rate_table(summaries: Sequence[Summary]) -> Table:
     """A table of how many more bits the first codec takes than each of the others."""
     first, *others = summaries
     result = Table(title=f"BD-rate: how many more bits {first.codec} takes for the same quality")
-    for column in ("than", *BD_RATES.values()):
+    for column in ("than", *(metric.title for metric in CURVES.values())):
         result.add_column(column, justify="left" if column == "than" else "right")
     partial = False
     for each in others:

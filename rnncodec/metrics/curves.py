@@ -72,15 +72,48 @@ class Point:
 
 MEASURES = tuple(field.name for field in fields(Point) if field.type is float)[1:]
 
-# Metrics by the name that CompressAI gives them.
-COMPRESSAI = {
-    "bpp": "bpp",
-    "psnr-rgb": "psnr",
-    "ms-ssim-rgb": "ms_ssim",
-    "psnr-hvs": "psnr_hvs",
-    "psnr-hvs-m": "psnr_hvs_m",
-    "l1": "l1",
+
+@dataclass(frozen=True)
+class Metric:
+    """How a metric is shown.
+
+    Attributes:
+        title: in tables, figures and on the page.
+        unit: of its values; empty if they have none.
+        digits: after the decimal point.
+        compressai: CompressAI's name for it; empty if it has none.
+        drawn: whether figures, the page, W&B and BD-rates have it. It must rise with quality.
+        decibels: whether curves and BD-rates take -10 log10(1 - value), which `Point` has under its name with `_db`.
+    """
+
+    title: str
+    unit: str
+    digits: int
+    compressai: str = ""
+    drawn: bool = False
+    decibels: bool = False
+
+    @property
+    def curve_unit(self) -> str:
+        """The unit of its curves."""
+        return "dB" if self.decibels else self.unit
+
+    def titled(self, unit: str) -> str:
+        """The title with a unit, if there is one."""
+        return f"{self.title} ({unit})" if unit else self.title
+
+
+# By the attribute of `Point`; `rnncodec.metrics.distortion.DISTORTIONS` computes them.
+METRICS = {
+    "l1": Metric("L1", "", 2, "l1"),
+    "psnr": Metric("PSNR", "dB", 2, "psnr-rgb", drawn=True),
+    "ms_ssim": Metric("MS-SSIM", "", 4, "ms-ssim-rgb", drawn=True, decibels=True),
+    "psnr_hvs": Metric("PSNR-HVS", "dB", 2, "psnr-hvs"),
+    "psnr_hvs_m": Metric("PSNR-HVS-M", "dB", 2, "psnr-hvs-m", drawn=True),
 }
+DRAWN = {name: metric for name, metric in METRICS.items() if metric.drawn}
+CURVES = {name + "_db" * metric.decibels: metric for name, metric in DRAWN.items()}  # by what curves take of a `Point`
+COMPRESSAI = {"bpp": "bpp"} | {metric.compressai: name for name, metric in METRICS.items() if metric.compressai}
 
 
 def mean_curve(points: Iterable[Point]) -> list[Point]:

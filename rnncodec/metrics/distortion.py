@@ -4,6 +4,8 @@ L1, PSNR and MS-SSIM are of RGB. PSNR-HVS and PSNR-HVS-M are of luma; they weigh
 blocks by their visibility.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -184,6 +186,16 @@ def ms_ssim(x: Tensor, x_hat: Tensor) -> Tensor:
             for image, image_hat in zip(x, x_hat, strict=True)
         ]
     return torch.cat(values)
+
+
+# By the attribute of `rnncodec.metrics.curves.Point`, where `METRICS` says how each is shown.
+DISTORTIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "l1": l1,
+    "psnr": psnr,
+    "ms_ssim": ms_ssim,
+    "psnr_hvs": psnr_hvs,
+    "psnr_hvs_m": partial(psnr_hvs, masking=True),
+}
 
 
 def _channels_last(image: Tensor) -> Tensor:

@@ -13,10 +13,9 @@ from urllib.parse import urlparse
 import wandb
 from wandb.sdk.wandb_run import Run
 
-from rnncodec.metrics.curves import Point
+from rnncodec.metrics.curves import DRAWN, Point
 
 SERVERS = ("https://api.wandb.ai", "https://api.forge.coreweave.com")  # the default before wandb 0.31, and since
-METRICS = {"psnr": "PSNR (dB)", "ms_ssim": "MS-SSIM", "psnr_hvs_m": "PSNR-HVS-M (dB)"}  # of curves, with titles
 
 
 def login_exists() -> bool:
@@ -55,16 +54,17 @@ def points_table(points: Iterable[Point]) -> wandb.Table:
 def curve_charts(curves: Mapping[str, Sequence[Point]]) -> dict[str, Any]:
     """Custom charts over bpp: one for each metric that the curves have, with one line for each curve."""
     charts = {}
-    for metric, title in METRICS.items():
+    for name, metric in DRAWN.items():
         rows = [
-            [name, point.setting, point.bpp, value]
-            for name, curve in curves.items()
+            [codec, point.setting, point.bpp, value]
+            for codec, curve in curves.items()
             for point in curve
-            if math.isfinite(value := getattr(point, metric))
+            if math.isfinite(value := getattr(point, name))
         ]
         if rows:
-            table = wandb.Table(["codec", "setting", "bpp", metric], rows)
-            charts[f"curve/{metric}"] = wandb.plot.line(table, "bpp", metric, stroke="codec", title=title)
+            table = wandb.Table(["codec", "setting", "bpp", name], rows)
+            title = metric.titled(metric.unit)
+            charts[f"curve/{name}"] = wandb.plot.line(table, "bpp", name, stroke="codec", title=title)
     return charts
 
 
@@ -79,11 +79,11 @@ def log_rates(run: Run, curve: Sequence[Point], suffix: str = "") -> None:
         suffix: suffix of the metrics' names, for codecs other than the run's own.
     """
     run.define_metric("rate/bpp", hidden=True)
-    for metric in METRICS:
+    for metric in DRAWN:
         # By full names, because Lightning defines "*", which may take precedence over another pattern.
         run.define_metric(f"rate/{metric}{suffix}", step_metric="rate/bpp")
     for point in curve:
-        values = {f"rate/{metric}{suffix}": getattr(point, metric) for metric in METRICS}
+        values = {f"rate/{metric}{suffix}": getattr(point, metric) for metric in DRAWN}
         run.log({"rate/bpp": point.bpp} | {name: value for name, value in values.items() if math.isfinite(value)})
 
 
