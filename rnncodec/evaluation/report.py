@@ -4,10 +4,11 @@ import base64
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path, PurePosixPath
 
 from rnncodec.files.images import atomic_write
-from rnncodec.metrics.curves import Point, largest_within, picture_path, read_points
+from rnncodec.metrics.curves import DRAWN, Point, largest_within, picture_path, read_points
 
 TEMPLATE = Path(__file__).with_name("report.html")
 # Media types of the pictures that browsers show, by suffix.
@@ -17,7 +18,7 @@ TYPES = {".png": "image/png", ".jpg": "image/jpeg", ".webp": "image/webp", ".avi
 SHOWN_AS_CODED = (".jpg", ".webp", ".avif")
 
 # Attributes of a point that the page has.
-COLUMNS = ("image", "codec", "setting", "bytes", "bpp", "psnr", "ms_ssim", "psnr_hvs_m")
+COLUMNS = ("image", "codec", "setting", "bytes", "bpp", *DRAWN)
 
 
 def write_report(results: Path, path: Path | None = None, images: int = 4) -> Path:
@@ -80,6 +81,7 @@ def write_report(results: Path, path: Path | None = None, images: int = 4) -> Pa
         "codec": codec,
         "count": len({point.image for point in points}),
         "columns": COLUMNS,
+        "metrics": {name: asdict(metric) | {"curve_unit": metric.curve_unit} for name, metric in DRAWN.items()},
         "points": [_values(point) for point in points],
         "mean": [_values(point) for point in read_points(results, "mean.csv")],
         "images": embedded,
