@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from rnncodec.data import PatchDataModule
 from rnncodec.metrics.curves import NAN, Point
-from rnncodec.metrics.distortion import REPORTED_ITERATIONS, ms_ssim, psnr
+from rnncodec.metrics.distortion import DISTORTIONS, REPORTED_ITERATIONS
 from rnncodec.network import (
     LatentConfig,
     NetworkConfig,
@@ -28,6 +28,7 @@ from rnncodec.training.optim import MuonAdamW, parameter_groups
 from rnncodec.weights import load_weights
 
 START_BLOCKS = 2**16  # 16x16 blocks of training images from which a latent network is initialized
+VALIDATED = ("psnr", "ms_ssim")  # metrics of the validation
 
 
 class CodecTraining(Training):
@@ -223,17 +224,11 @@ class CodecTraining(Training):
                 errors.append(self.error(residual))
                 if k in REPORTED_ITERATIONS:
                     x_hat = to_uint8(picture[..., :height, :width])
-                    point = Point(
-                        "",
-                        "",
-                        k,
-                        bytes=k * raw / 8,
-                        bpp=k * raw / (height * width),
-                        psnr=psnr(original, x_hat).mean().item(),
-                        ms_ssim=ms_ssim(original, x_hat).mean().item(),
-                    )
-                    values |= {f"psnr_{k}": point.psnr, f"ms_ssim_{k}": point.ms_ssim}
-                    points.append(point)
+                    metrics: dict[str, Any] = {
+                        name: DISTORTIONS[name](original, x_hat).mean().item() for name in VALIDATED
+                    }
+                    values |= {f"{name}_{k}": value for name, value in metrics.items()}
+                    points.append(Point("", "", k, bytes=k * raw / 8, bpp=k * raw / (height * width), **metrics))
                     pictures.append(x_hat)
         values["psnr"] = sum(values[f"psnr_{k}"] for k in REPORTED_ITERATIONS) / len(REPORTED_ITERATIONS)
         values["l1"] = torch.stack(losses).mean().item()
@@ -246,7 +241,7 @@ class CodecTraining(Training):
 
     def curve(self, means: Mapping[str, float]) -> list[Point]:
         bpp = self.network.config.bits / self.network.config.stride**2
-        return [
-            Point("mean", "", k, NAN, k * bpp, psnr=means[f"psnr_{k}"], ms_ssim=means[f"ms_ssim_{k}"])
-            for k in REPORTED_ITERATIONS
-        ]
+        metrics: dict[int, dict[str, Any]] = {
+            k: {name: means[f"{name}_{k}"] for name in VALIDATED} for k in REPORTED_ITERATIONS
+        }
+        return [Point("mean", "", k, NAN, k * bpp, **metrics[k]) for k in REPORTED_ITERATIONS]
