@@ -25,14 +25,13 @@ from PIL import Image
 from scipy.optimize import minimize
 
 from rnncodec.cli import main
-from rnncodec.metrics.curves import Point, read_points
+from rnncodec.metrics.curves import Point, read_points, to_csv
 from rnncodec.rating import Server, Study, Vote, Votes, bootstrap, bradley_terry, match, summarize
 from rnncodec.rating.votes import SCHEMA
 
 RATES = (0.25, 0.5, 1.0)
 ADA, BOB = "a" * 32, "b" * 32
-COLUMNS = "image codec setting bytes bpp ideal_bpp l1 psnr ms_ssim psnr_hvs psnr_hvs_m encode_seconds decode_seconds"
-COLUMNS += " picture"
+COLUMNS = [field.name for field in fields(Point)]
 
 # Codec, setting, bytes, PSNR and suffix of what each image is coded to; 64x64 pixels, so 128 bytes are 0.25 bpp.
 CODED = (
@@ -63,7 +62,7 @@ EXPECTED = {
 def make_results(folder, images):
     """What evaluate.py leaves, as far as rating reads it."""
     rng = np.random.default_rng(0)
-    rows = []
+    points = []
     for image in images:
         place = folder / "pictures" / image
         place.mkdir(parents=True)
@@ -73,14 +72,14 @@ def make_results(folder, images):
             picture = f"pictures/{image}/{codec}-{setting}.{suffix}" if suffix else ""
             if suffix:
                 Image.fromarray(x // 8 * 8 + len(codec) % 8).save(folder / picture)
-            rows.append([image, codec, setting, size, size / 512, "", 0.05, psnr, "", 30, 31, 0.1, 0.1, picture])
-    write_points(folder, rows)
+            points.append(Point(image, codec, setting, size, size / 512, psnr=psnr, picture=picture))
+    (folder / "points.csv").write_text(to_csv(points))
     return folder
 
 
-def write_points(folder, rows, columns=COLUMNS):
+def write_points(folder, rows):
     with open(folder / "points.csv", "w", newline="") as file:
-        csv.writer(file).writerows([columns.split(), *rows])
+        csv.writer(file).writerows([COLUMNS, *rows])
 
 
 def read_rows(folder):
@@ -194,7 +193,7 @@ def test_nothing_to_compare(results, not_serving, capsys):
 def changed(rows, column, value):
     """The rows with another value in the second."""
     second = list(rows[1])
-    second[COLUMNS.split().index(column)] = value
+    second[COLUMNS.index(column)] = value
     return [rows[0], second, *rows[2:]]
 
 

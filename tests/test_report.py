@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -25,8 +26,7 @@ from selenium.webdriver.support.ui import Select, WebDriverWait
 from rnncodec.evaluation.report import match, write_report
 from rnncodec.metrics.curves import Point, mean_curve, read_points, to_csv
 
-COLUMNS = ["image", "codec", "setting", "bytes", "bpp", "ideal_bpp", "l1", "psnr", "ms_ssim", "psnr_hvs", "psnr_hvs_m"]
-COLUMNS += ["encode_seconds", "decode_seconds", "picture"]
+COLUMNS = [field.name for field in fields(Point)]
 SIZES = {"alpha": (96, 64), "beta": (64, 96)}  # width, height
 CODEC = "rnncodec-tiny"
 QUALITIES = {"jpeg": (10, 30, 45, 60, 90), "webp": (5, 50, 95), "avif": (20, 60, 90)}
@@ -48,7 +48,7 @@ def make_results(folder, sizes=SIZES, codec=CODEC, webp="webp"):
     The bytes of the four iterations are laid around those of the JPEG files: below all, exactly as many as quality 30
     takes, one less than quality 90, and above all.
     """
-    rows = []
+    points = []
     for seed, (name, (width, height)) in enumerate(sizes.items()):
         pictures = folder / "pictures" / f"image-{seed}"
         pictures.mkdir(parents=True)
@@ -56,10 +56,10 @@ def make_results(folder, sizes=SIZES, codec=CODEC, webp="webp"):
         original.save(pictures / "original.png")
 
         def add(codec, setting, size, psnr, picture, name=name, pixels=width * height):
-            ms_ssim = "" if name == "alpha" else 0.9 + setting / 1000
-            path = "" if picture is None else picture.relative_to(folder)
-            bpp = 8 * size / pixels
-            rows.append([name, codec, setting, size, bpp, "", 0.01, psnr, ms_ssim, 1, psnr + 1, 0.5, 0.25, path])
+            ms_ssim = math.nan if name == "alpha" else 0.9 + setting / 1000
+            path = "" if picture is None else str(picture.relative_to(folder))
+            metrics = {"psnr": psnr, "ms_ssim": ms_ssim, "psnr_hvs_m": psnr + 1}
+            points.append(Point(name, codec, setting, size, 8 * size / pixels, **metrics, picture=path))
 
         taken = {}
         for coder, qualities in QUALITIES.items():
@@ -79,8 +79,7 @@ def make_results(folder, sizes=SIZES, codec=CODEC, webp="webp"):
             path = pictures / f"ours-{t}.png"
             photograph(10 * seed + t, width, height).save(path)
             add(codec, t, size, 20 + 2 * t + seed, path)
-    with open(folder / "points.csv", "w", newline="") as file:
-        csv.writer(file).writerows([COLUMNS, *rows])
+    (folder / "points.csv").write_text(to_csv(points))
     write_means(folder)
     return folder
 
@@ -588,15 +587,18 @@ def test_curves_and_table(shared, browser, open_page):
     rates, levels = zip(*((mean("jpeg", q, "bpp"), mean("jpeg", q, "psnr")) for q in QUALITIES["jpeg"]), strict=True)
     cells = [[cell.text for cell in row.find_elements(By.CSS_SELECTOR, "td")] for row in rows_in(browser)]
     assert [row[0] for row in cells] == ["1", "2", "4"]
+    own = [cell.text for cell in browser.find_elements(By.CSS_SELECTOR, "thead th[rowspan]")]
+    assert own[3:6] == ["PSNR, dB", "MS-SSIM", "PSNR-HVS-M, dB"]
     names = [cell.text for cell in browser.find_elements(By.CSS_SELECTOR, "thead tr:last-child th")]
+    jpeg = len(own) + names.index("JPEG")
     for t, row in zip((1, 2, 4), cells, strict=True):
         bpp = mean(CODEC, t, "bpp")
         assert row[1:4] == [whole(mean(CODEC, t, "bytes")), f"{bpp:.4f}", f"{20.5 + 2 * t:.2f}"]
         assert row[4:6] == [f"{0.9 + t / 1000:.4f}", f"{21.5 + 2 * t:.2f}"]
         expected = f"{np.interp(bpp, rates, levels):.2f}" if rates[0] <= bpp <= rates[-1] else "–"
-        assert row[6 + names.index("JPEG")] == expected
-    assert cells[0][6 + names.index("JPEG")] == "–"
-    assert cells[1][6 + names.index("JPEG")] != "–"
+        assert row[jpeg] == expected
+    assert cells[0][jpeg] == "–"
+    assert cells[1][jpeg] != "–"
 
     for anchor, at, axis, level in (("middle", "x", "cx", mean(CODEC, 1, "bpp")), ("end", "y", "cy", 22.5)):
         ticks = browser.find_elements(By.CSS_SELECTOR, f"#chart text[text-anchor={anchor}]")
