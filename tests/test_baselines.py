@@ -23,7 +23,7 @@ def test_files_grow_with_the_setting_and_so_does_the_quality(name):
     files = [baseline.encode(X, setting) for setting in settings]
     decoded = [baseline.decode(file) for file in files]
     assert all(x_hat.shape == X.shape and x_hat.dtype == np.uint8 for x_hat in decoded)
-    if name == "png":
+    if len(baseline.settings) == 1:  # lossless
         np.testing.assert_array_equal(decoded[0], X)
         return
     assert len(files[0]) < len(files[1]) < len(files[2])
@@ -68,7 +68,7 @@ def test_grayscale_files_come_back_as_rgb():
             assert baseline.decode(baseline.encode(gray, baseline.settings[-1])).shape == gray.shape
 
 
-@pytest.mark.parametrize("name", [name for name in BASELINES if name not in ("png", "jxl")])
+@pytest.mark.parametrize("name", [name for name in BASELINES if BASELINES[name].scale and name != "jxl"])
 def test_matched_files_enclose_the_bytes(name):
     """All codecs enclose the bytes; for JPEG, which is fast, all settings are compared."""
     baseline = BASELINES[name]

@@ -357,7 +357,7 @@ def test_codecs_by_name_are_measured_beside_each_other(weights, weights_with_con
         ({"iterations": 17}, "iterations must be in 1..16, not 17"),
         ({"save_images": True}, "output folder"),
         ({"wandb": "a run"}, "output folder"),
-        ({"baselines": ["gif"]}, "gif"),
+        ({"baselines": ["no-such-codec"]}, "no-such-codec"),
         ({"codecs": {}}, "no codec"),
         ({"codecs": "../a"}, "not '../a'"),
         ({"images": []}, "no image could be measured"),
@@ -524,7 +524,7 @@ def test_a_codec_that_pillow_lacks_is_named(command, tmp_path, capsys, monkeypat
         (["nowhere", "--weights", "no-such-weights"], 1, "no-such-weights"),
         (["nowhere", "--overlay", "no-such-curve"], 1, "no-such-curve"),
         (["nowhere", "--iterations", "0"], 2, "--iterations"),
-        (["nowhere", "--baselines", "gif"], 2, "gif"),
+        (["nowhere", "--baselines", "no-such-codec"], 2, "no-such-codec"),
         ([], 2, "required"),
     ],
 )

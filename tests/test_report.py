@@ -23,6 +23,7 @@ from selenium.webdriver.common.actions.wheel_input import ScrollOrigin
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import Select, WebDriverWait
 
+from rnncodec.evaluation.baselines import BASELINES
 from rnncodec.evaluation.report import match, write_report
 from rnncodec.metrics.curves import Point, mean_curve, read_points, to_csv
 
@@ -146,6 +147,13 @@ def test_the_data_are_those_of_the_csv(shared, tmp_path):
                 assert value == (row[column] or None)
             else:
                 assert value == float(row[column])
+
+
+def test_the_page_names_codecs_as_the_baselines_do(shared, tmp_path):
+    named = Page(write_report(shared, tmp_path / "page.html")).data["baselines"]
+    assert list(named) == list(BASELINES)
+    assert named["jpeg"] == {"label": "JPEG", "setting": "quality"}
+    assert named["jpeg2000"] == {"label": BASELINES["jpeg2000"].title, "setting": "target bpp"}
 
 
 def test_pictures_are_the_files(shared, tmp_path):

@@ -33,6 +33,8 @@ class Baseline:
         description: what one needs to repeat the measurement, without versions.
         plugin: module that adds the format to Pillow, if one is needed.
         library: otherwise, Pillow's name of the library that encodes and decodes.
+        label: name on the page of an evaluation; empty for the title.
+        setting: what that page calls a setting.
     """
 
     name: str
@@ -45,6 +47,8 @@ class Baseline:
     description: str
     plugin: str = ""
     library: str = ""
+    label: str = ""
+    setting: str = "quality"
 
     @property
     def available(self) -> bool:
@@ -96,7 +100,7 @@ class Baseline:
             return np.asarray(image.convert("RGB"))
 
 
-def _jpeg(name: str, subsampling: str) -> Baseline:
+def _jpeg(name: str, subsampling: str, label: str = "") -> Baseline:
     return Baseline(
         name,
         f"JPEG {subsampling}",
@@ -107,13 +111,14 @@ def _jpeg(name: str, subsampling: str) -> Baseline:
         range(1, 96),
         f"JPEG {subsampling}, optimized Huffman tables",
         library="jpg",
+        label=label,
     )
 
 
 BASELINES = {
     baseline.name: baseline
     for baseline in (
-        _jpeg("jpeg", "4:2:0"),
+        _jpeg("jpeg", "4:2:0", label="JPEG"),
         _jpeg("jpeg444", "4:4:4"),
         Baseline(
             "jpeg2000",
@@ -125,6 +130,7 @@ BASELINES = {
             [i / 250 for i in range(8, 1001)],  # exact in the six digits of a printed setting
             "JPEG 2000, 9/7 wavelet, color transform, settings are target bits per pixel",
             library="jpg_2000",
+            setting="target bpp",
         ),
         Baseline(
             "webp",
@@ -147,6 +153,7 @@ BASELINES = {
             range(101),
             "AVIF 4:4:4, speed 6",
             library="avif",
+            label="AVIF",
         ),
         Baseline(
             "jxl",

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path, PurePosixPath
 
+from rnncodec.evaluation.baselines import BASELINES
 from rnncodec.files.images import atomic_write
 from rnncodec.metrics.curves import DRAWN, Point, largest_within, picture_path, read_points
 
@@ -15,7 +16,7 @@ TEMPLATE = Path(__file__).with_name("report.html")
 TYPES = {".png": "image/png", ".jpg": "image/jpeg", ".webp": "image/webp", ".avif": "image/avif"}
 
 # Baselines are embedded if browsers show their own files. As PNG, others would be a hundred times as large.
-SHOWN_AS_CODED = (".jpg", ".webp", ".avif")
+SHOWN_AS_CODED = tuple(suffix for suffix in TYPES if suffix != ".png")
 
 # Attributes of a point that the page has.
 COLUMNS = ("image", "codec", "setting", "bytes", "bpp", *DRAWN)
@@ -24,8 +25,8 @@ COLUMNS = ("image", "codec", "setting", "bytes", "bpp", *DRAWN)
 def write_report(results: Path, path: Path | None = None, images: int = 4) -> Path:
     """Writes an evaluation to one HTML file, with its pictures and a script that shows them.
 
-    The page loads no other files. It contains all iterations of the embedded images, the JPEG, WebP and AVIF files that
-    `match` chooses for them, and the numbers of all codecs.
+    The page loads no other files. It contains all iterations of the embedded images, the files that `match` chooses for
+    them of codecs whose files browsers show, and the numbers of all codecs.
 
     Args:
         results: folder with points.csv, mean.csv and the pictures that points.csv names.
@@ -82,6 +83,10 @@ def write_report(results: Path, path: Path | None = None, images: int = 4) -> Pa
         "count": len({point.image for point in points}),
         "columns": COLUMNS,
         "metrics": {name: asdict(metric) | {"curve_unit": metric.curve_unit} for name, metric in DRAWN.items()},
+        "baselines": {
+            name: {"label": baseline.label or baseline.title, "setting": baseline.setting}
+            for name, baseline in BASELINES.items()
+        },
         "points": [_values(point) for point in points],
         "mean": [_values(point) for point in read_points(results, "mean.csv")],
         "images": embedded,
