@@ -1,6 +1,7 @@
 # make demo    installs, compresses a photograph with the shipped weights, measures it, trains for a minute
 # make test    installs and runs the tests (two to eight minutes on two cores)
 # make lint    checks style, types, and which room imports which
+# make wheel   builds the wheel, and codes a picture with it in an environment that has nothing else
 
 SHELL := /bin/bash
 PYTHON ?= python3
@@ -8,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint wheel clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -39,5 +40,16 @@ lint: $(VENV)/installed
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
 
+# From nothing: what an earlier build left in build/ would become part of the wheel.
+wheel:
+	rm -rf build dist
+	$(PYTHON) -m pip wheel --quiet --no-deps --wheel-dir dist .
+	$(PYTHON) -m venv build/bare
+	build/bare/bin/python -m pip install --quiet --constraint constraints.txt dist/*.whl
+	cd build && PATH="$$PWD/bare/bin:$$PATH" && \
+		python -c "from PIL import Image; Image.radial_gradient('L').convert('RGB').resize((200, 120)).save('a.png')" && \
+		rnncodec encode a.png a.rnc --iterations 4 && rnncodec info a.rnc && rnncodec decode a.rnc b.png && \
+		python -c "from PIL import Image; assert Image.open('b.png').size == (200, 120)"
+
 clean:
-	rm -rf $(VENV) demo
+	rm -rf $(VENV) build demo dist

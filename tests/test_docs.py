@@ -9,7 +9,7 @@ from urllib.parse import unquote
 
 import pytest
 
-from rnncodec import cli
+from rnncodec import __version__, cli
 
 ROOT = Path(__file__).parent.parent
 LISTED = subprocess.run(["git", "ls-files", "*.md"], cwd=ROOT, capture_output=True, text=True, check=False)
@@ -102,6 +102,15 @@ def test_commands_and_configs_that_are_named_exist(path, capsys):
     assert [name for name in named if not (ROOT / name).is_file()] == []
     rules = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE)
     assert set(re.findall(r"(?:^|\n)make (\w+)", text)) <= set(rules)
+
+
+def test_the_version_is_the_same_everywhere():
+    cited = re.search(r"^version: (\S+)$", (ROOT / "CITATION.cff").read_text("utf-8"), re.MULTILINE)
+    unreleased, latest, *_ = re.findall(r"^## (.+)$", (ROOT / "CHANGELOG.md").read_text("utf-8"), re.MULTILINE)
+    assert cited is not None
+    assert cited[1] == __version__
+    assert unreleased == "Unreleased"
+    assert re.fullmatch(re.escape(__version__) + r", \d{4}-\d\d-\d\d", latest)
 
 
 def test_the_readme_says_how_to_call_the_command_line():
