@@ -27,7 +27,7 @@ from rnncodec.evaluation import evaluate, measure, pictures
 from rnncodec.evaluation.baselines import BASELINES
 from rnncodec.evaluation.measure import Coded
 from rnncodec.files.format import truncate
-from rnncodec.metrics.curves import COMPRESSAI, Point, from_csv, to_csv
+from rnncodec.metrics.curves import Point, from_csv, to_csv
 from rnncodec.network import NetworkConfig, RecurrentCodec
 from rnncodec.weights import load_weights, save_weights
 
@@ -214,7 +214,7 @@ def test_a_folder_with_an_unreadable_image(command, tmp_path, capsys):
 
     for codec, count in (("rnncodec-tiny", 2), ("jpeg", len(BASELINES["jpeg"].settings))):
         results = json.loads((output / f"{codec}.json").read_text())["results"]
-        assert set(results) == set(COMPRESSAI)
+        assert set(results) == {"bpp", "psnr-rgb", "ms-ssim-rgb", "psnr-hvs", "psnr-hvs-m", "l1"}
         assert {len(values) for values in results.values()} == {count}
         first = [p for p in points if p.codec == codec and p.setting == (5 if codec == "jpeg" else 1)]
         assert [point.image for point in first] == ["astronaut", "coffee"]
