@@ -149,8 +149,8 @@ def base_settings(args: argparse.Namespace) -> tuple[Variant, dict[str, Any]]:
         raise ValueError(error_line(done.stderr, done.returncode))
     settings = yaml.safe_load(done.stdout)
     network = settings["model"]["init_args"].get("network")
-    if not isinstance(network, dict):
-        raise ValueError(f"{args.config}: not a config of a codec's training")
+    if not isinstance(network, dict) or not network.keys() >= set(COMPARED):
+        raise ValueError(f"{args.config}: not a config of the training of a codec with cells to compare")
     if settings["trainer"]["default_root_dir"] or settings.get("ckpt_path"):
         raise ValueError("--output decides where the runs are and what is resumed")
     return Variant(**{name: network.pop(name) for name in COMPARED}), settings

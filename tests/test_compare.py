@@ -391,3 +391,10 @@ def test_options_that_train_py_refuses_are_refused_at_once(crops, tmp_path, quie
         "compare: error: error: unrecognized arguments: --trainer.max_stepss 3"
     ]
     assert not (tmp_path / "out").exists()
+
+
+def test_a_network_without_cells_to_compare_is_refused(crops, tmp_path, quiet, capsys):
+    images, config = [str(crops / "coffee.png")], str(ROOT / "configs" / "latent.yaml")
+    arguments = [*images, "--root", str(crops), "--config", config, "--output", str(tmp_path / "out")]
+    assert compare.main([*arguments, "--", "--trainer.max_steps", "1"]) == 1
+    assert "cells to compare" in capsys.readouterr().err

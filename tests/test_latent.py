@@ -24,7 +24,7 @@ from rnncodec.network import (
     pad_to_blocks,
     to_uint8,
 )
-from rnncodec.training.context import start_context
+from rnncodec.training.context import JointTraining, start_context
 from rnncodec.training.module import START_BLOCKS
 from rnncodec.weights import WeightsError, load_weights, save_weights
 
@@ -427,6 +427,17 @@ def test_an_image_object_is_encoded_like_its_pixels(codec, photos):
     buffer = io.BytesIO()
     Image.fromarray(array).save(buffer, "png")
     assert codec.encode(Image.open(buffer), 2) == codec.encode(array, 2)
+
+
+def test_a_new_context_model_starts_from_the_odds_of_given_weights(network, tmp_path):
+    path = tmp_path / "latent.safetensors"
+    save_weights(path, network, "latent")
+    module = JointTraining(network=asdict(TINY), weights=str(path), distortion="rmse")
+    # The cost of a yes and of a no, in 1/256 bit.
+    no, yes = module.network.binarizer.questions.cost.view(4, 16, -1, 2).double().unbind(-1)
+    assert yes.any()
+    expected = (no - yes) / 256 * np.log(2)
+    torch.testing.assert_close(module.context.grouped.odds.double(), expected, atol=1e-4, rtol=0)
 
 
 def test_grouped_context_model_codes_the_bits_of_a_codec(network, photos, tmp_path):

@@ -238,7 +238,7 @@ def main(argv: Sequence[str] | None = None, program: str = "evaluate.py") -> int
     parser.add_argument("images", nargs="+", type=Path, help="image files and folders")
     parser.add_argument("--weights", default="small", help="name of shipped weights, or a file (default: small)")
     parser.add_argument(
-        "--iterations", type=int, default=MAX_ITERATIONS, help="iterations to measure (default: %(default)s)"
+        "--iterations", type=int, help=f"iterations to measure (default: all, but at most {MAX_ITERATIONS})"
     )
     parser.add_argument("--output", type=Path, default=Path("results"), help="folder to write to (default: results)")
     parser.add_argument("--device", default="cpu")
@@ -272,7 +272,7 @@ def main(argv: Sequence[str] | None = None, program: str = "evaluate.py") -> int
         help="folder that keeps measurements for later runs (default: rnncodec/results in the user's cache folder)",
     )
     args = parser.parse_args(argv)
-    if args.iterations < 1:
+    if args.iterations is not None and args.iterations < 1:
         parser.error(f"--iterations must be at least 1, not {args.iterations}")
     console, title = Console(stderr=True), program.removesuffix(".py")
     failures = 0

@@ -57,6 +57,7 @@ class Source:
         suffix: suffix of saved pictures.
         settings: settings at which every image is measured.
         run: codes an image, uint8 [H, W, 3], at given settings.
+        saturates: whether the codec makes no larger files than at the last setting.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Source:
     suffix: str
     settings: tuple[float, ...]
     run: Callable[[np.ndarray, Sequence[float]], Iterator[Coded]]
+    saturates: bool = False
 
 
 def ours(codec: Codec, iterations: int, name: str = "") -> Source:
@@ -100,7 +102,8 @@ def ours(codec: Codec, iterations: int, name: str = "") -> Source:
     if codec.loop.tile is not None:
         description += f", in tiles of {codec.loop.tile} pixels"
     name = f"rnncodec-{name or codec.name}"
-    return Source(name, name, description, ".png", tuple(range(1, iterations + 1)), run)
+    settings = tuple(range(1, iterations + 1))
+    return Source(name, name, description, ".png", settings, run, saturates=iterations == codec.max_iterations)
 
 
 def baseline(codec: Baseline) -> Source:

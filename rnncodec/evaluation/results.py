@@ -62,7 +62,7 @@ class Results:
     @cached_property
     def summaries(self) -> list[Summary]:
         """The summaries of the drawn curves."""
-        return summaries(self.drawn, self.evaluated)
+        return summaries(self.drawn, {source.title for source in self.sources if source.saturates})
 
     @cached_property
     def mean_sizes(self) -> dict[str, np.ndarray]:

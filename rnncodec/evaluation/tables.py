@@ -2,14 +2,13 @@
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from rich.table import Table
 from rich.text import Text
 
-from rnncodec.codec import MAX_ITERATIONS
 from rnncodec.metrics.curves import CURVES, METRICS, NAN, Point, area, bd_rate, interpolate
 from rnncodec.metrics.distortion import REPORTED_ITERATIONS
 
@@ -68,16 +67,17 @@ class Summary:
     bd_rates: list[tuple[float, float]] | None
 
 
-def summaries(curves: dict[str, list[Point]], evaluated: int = 1) -> list[Summary]:
+def summaries(curves: dict[str, list[Point]], saturated: Collection[str] = ()) -> list[Summary]:
     """Computes the areas under all curves, and the BD-rates of the first curve against each of the others.
 
-    The first `evaluated` curves belong to evaluated codecs. Of others, the last point may not be the largest file.
+    The last points of those that are `saturated` are the largest files that their codecs make.
     """
     mine = next(iter(curves.values()))
     result = []
-    for i, (name, curve) in enumerate(curves.items()):
-        saturates = i < evaluated and curve[-1].setting == MAX_ITERATIONS
-        areas = [[area(curve, metric, *span, saturates=saturates) for span in SPANS.values()] for metric in AREAS]
+    for name, curve in curves.items():
+        areas = [
+            [area(curve, metric, *span, saturates=name in saturated) for span in SPANS.values()] for metric in AREAS
+        ]
         bd_rates = None if curve is mine else [bd_rate(curve, mine, metric) for metric in CURVES]
         result.append(Summary(name, areas, bd_rates))
     return result

@@ -200,5 +200,5 @@ def wandb_runs(trainer: L.Trainer) -> list[Run]:
 
 def _mean(values: Sequence[float]) -> float:
     """The mean of the values that are not nan; nan if there are none."""
-    finite = [value for value in values if not math.isnan(value)]
-    return sum(finite) / len(finite) if finite else math.nan
+    known = [value for value in values if not math.isnan(value)]
+    return sum(known) / len(known) if known else math.nan

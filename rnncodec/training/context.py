@@ -219,6 +219,8 @@ class JointTraining(CodecTraining):
             start = load_weights(others["weights"]).context
             if start is not None and start.config == self.context.config:
                 self.context.load_state_dict(start.state_dict())
+            else:
+                start_context(self.context, self.network)
         self.save_hyperparameters()
         self.plain_hyperparameters(network=asdict(self.network.config), context=asdict(self.context.config))
         self.rate_weight = rate_weight
