@@ -6,7 +6,7 @@ Tiles depend only on the size of an image and on the network, so that every pref
 import math
 from typing import NamedTuple
 
-from rnncodec.network import LatentConfig, NetworkConfig, Window
+from rnncodec.network import CELLS, LatentConfig, NetworkConfig, Window
 
 MAX_ITERATIONS = 16  # of a network whose loop runs on pixels; the default of all networks
 MAX_SIDE = 65535  # pixels of an image, two bytes in the header of a file
@@ -55,14 +55,13 @@ def activation_bytes(config: NetworkConfig) -> float:
     layers = len(config.decoder_hidden_kernels)
     patches = config.patch_size > 1
     cells = []  # channels for each pixel, of each cell
-    for side, widths, recurrent in (
+    for side, widths, cell in (
         ("encoder", config.encoder_channels[1:], config.encoder_cell),
         ("decoder", config.decoder_channels[1:], config.decoder_cell),
     ):
-        copies = 2 if recurrent == "associative_lstm" else 1  # several copies of the memory, but one of the gates
         for i, width in enumerate(widths):
             scale = config.stride if patches else 2 ** (i + 2 if side == "encoder" else layers - i)
-            cells.append(copies * width / scale**2)
+            cells.append(CELLS[cell].footprint * width / scale**2)
     return 4 * (4 * sum(cells) + 16 * max(cells, default=0) + 32)
 
 
@@ -71,11 +70,11 @@ def receptive_field(config: NetworkConfig) -> tuple[int, int]:
 
     A cell at a scale of s pixels sees one location further, s pixels, through its 3x3 input kernel. All cells do so
     once between the bits and the image. For each earlier iteration, a hidden kernel k sees (k - 1) / 2 locations
-    further (twice that in a GRU, whose reset gate and candidate follow each other), and the gain network of residual
-    scaling one of its own blocks. Each step back in time takes one of these paths, and the longest takes the widest 15
+    further (as many times as the `reach` of the cell says), and the gain network of residual scaling one of its own
+    blocks. Each step back in time takes one of these paths, and the longest takes the widest 15
     times:
 
-        halo = sum of s + (16 - 1) max(s (k - 1) / 2, gain block), rounded up to whole blocks
+        halo = sum of s + (16 - 1) max(reach s (k - 1) / 2, gain block), rounded up to whole blocks
 
     Returns:
         In pixels: the halo, and the side of the blocks (of code and gain network) that tiles must not divide.
@@ -83,11 +82,9 @@ def receptive_field(config: NetworkConfig) -> tuple[int, int]:
     patches = config.patch_size > 1
     layers = len(config.decoder_hidden_kernels)
     scales = [config.stride if patches else 2 ** (layers - i) for i in range(layers)]
-    twice = 2 if config.decoder_cell == "gru" else 1
-    recurrent = config.decoder_cell != "none"
+    reach = CELLS[config.decoder_cell].reach
     hops = [
-        recurrent * twice * scale * (kernel - 1) // 2
-        for scale, kernel in zip(scales, config.decoder_hidden_kernels, strict=True)
+        reach * scale * (kernel - 1) // 2 for scale, kernel in zip(scales, config.decoder_hidden_kernels, strict=True)
     ]
     block = config.stride
     if config.reconstruction == "residual_scaling":

@@ -1,10 +1,12 @@
 """Tests of the recurrent cells against NumPy versions of their equations, in float64 and step by step."""
 
+from typing import get_args
+
 import numpy as np
 import pytest
 import torch
 
-from rnncodec.network.cells import CELLS, AssociativeConvLSTM, ConvGRU, ConvLSTM, Feedforward
+from rnncodec.network.cells import CELLS, AssociativeConvLSTM, CellName, ConvGRU, ConvLSTM, Feedforward
 
 SIZES = pytest.mark.parametrize(("stride", "hidden_kernel"), [(1, 1), (1, 3), (2, 1), (2, 3)])
 
@@ -162,6 +164,11 @@ def random_cell(kind, stride=1, hidden_kernel=1, in_channels=3, hidden_channels=
     return cell
 
 
+def test_every_cell_has_a_name_and_a_reference():
+    assert tuple(CELLS) == get_args(CellName)
+    assert set(CELLS.values()) == set(REFERENCES)
+
+
 @SIZES
 @pytest.mark.parametrize("kind", REFERENCES)
 def test_cell_equals_transcription(kind, stride, hidden_kernel):
@@ -188,15 +195,15 @@ def test_float32_equals_transcription(kind):
 
 
 @SIZES
-@pytest.mark.parametrize("kind", [ConvLSTM, ConvGRU, AssociativeConvLSTM])
+@pytest.mark.parametrize("kind", REFERENCES)
 def test_state_has_the_documented_shapes_and_none_is_zero(kind, stride, hidden_kernel):
     cell = random_cell(kind, stride, hidden_kernel)
     x = torch.randn(2, 3, 6, 8, dtype=torch.float64)
     y, state = cell(x)
     rows, columns = 6 // stride, 8 // stride
-    memory = {ConvLSTM: [4], ConvGRU: [], AssociativeConvLSTM: [4 * 4]}[kind]
+    parts = {Feedforward: [], ConvLSTM: [4, 4], AssociativeConvLSTM: [4, 4 * 4]}.get(kind, [4])
     assert y.shape == (2, 4, rows, columns)
-    assert [part.shape for part in state] == [(2, channels, rows, columns) for channels in [4, *memory]]
+    assert [part.shape for part in state] == [(2, channels, rows, columns) for channels in parts]
     y_zero, state_zero = cell(x, tuple(torch.zeros_like(part) for part in state))
     torch.testing.assert_close(y_zero, y, rtol=0, atol=1e-12)
     torch.testing.assert_close(state_zero, state, rtol=0, atol=1e-12)
@@ -292,6 +299,22 @@ def test_forget_gate_starts_open(kind):
     means = [cell.input.bias[n * gate : (n + 1) * gate].mean().item() for n in range(3)]
     # Biases of a convolution with a fan-in of 3 are uniform with deviation 1/3: six standard errors of their mean.
     assert means == pytest.approx([0, 1, 0], abs=2 / gate**0.5)
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_a_state_reaches_as_far_as_the_cell_says(name):
+    cell = random_cell(CELLS[name], hidden_kernel=3)
+    x = torch.randn(1, 3, 9, 9, dtype=torch.float64)
+    _, before = cell(x)
+    changed = tuple(part.clone() for part in before)
+    for part in changed:
+        part[..., 4, 4] += 1
+    (y, state), (other, other_state) = cell(x, before), cell(x, changed)
+    far = 0
+    for a, b in zip((y, *state), (other, *other_state), strict=True):
+        rows = (a != b).any(1).any(-1)[0].nonzero().flatten()
+        far = max([far, *(rows - 4).abs().tolist()])
+    assert far == CELLS[name].reach
 
 
 @pytest.mark.parametrize("name", CELLS)

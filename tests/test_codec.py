@@ -16,7 +16,7 @@ from rnncodec.codec import Codec
 from rnncodec.files import format
 from rnncodec.files.format import Container, FormatError, Iteration
 from rnncodec.loop import Loop, exact
-from rnncodec.network import NetworkConfig, RecurrentCodec
+from rnncodec.network import CELLS, NetworkConfig, RecurrentCodec
 from rnncodec.tiling import activation_bytes, receptive_field
 from rnncodec.weights import Weights, WeightsError, load_weights, save_weights
 
@@ -28,6 +28,9 @@ CONFIGS = {
     "associative": dataclasses.replace(CONFIG, decoder_cell="associative_lstm", reconstruction="one_shot"),
     "patches": NetworkConfig("lstm", "lstm", "additive", "sign", 5, (8, 8), (1,), (8, 8), (1,), patch_size=8),
 }
+for cell in CELLS:  # those that are in none of the above
+    if not any(cell in (config.encoder_cell, config.decoder_cell) for config in CONFIGS.values()):
+        CONFIGS[cell] = dataclasses.replace(CONFIG, encoder_cell=cell, decoder_cell=cell)
 SIZES = [(1, 1), (1, 500), (17, 33), (49, 67)]
 
 
@@ -240,9 +243,9 @@ def test_halo_by_hand():
     ("name", "size", "tile"),
     [
         ("additive", (77, 453), 128),
-        ("one_shot_gru", (33, 453), 96),
         ("patches", (33, 97), 16),
         ("residual_scaling", (16, 1101), 256),
+        *((name, (33, 453), 96) for name in CONFIGS if name not in ("additive", "patches", "residual_scaling")),
     ],
 )
 def test_tiles_leave_no_seams(codecs, name, size, tile):

@@ -8,9 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from rnncodec.network import GainNetwork, NetworkConfig, RecurrentCodec, widened
+from rnncodec.network import CELLS, GainNetwork, NetworkConfig, RecurrentCodec, widened
 
-CELLS = ["none", "lstm", "gru", "associative_lstm"]
 RECONSTRUCTIONS = ["one_shot", "additive", "residual_scaling"]
 NARROW: dict[str, Any] = dict(
     encoder_channels=(4, 8, 8, 8), decoder_channels=(8, 12, 8, 8, 8), bits=6, gain_channels=(4, 4, 4, 4)
@@ -390,7 +389,7 @@ def test_cpu_and_gpu_agree(cell, reconstruction):
 # Wider networks
 
 
-@pytest.mark.parametrize("cell", ["none", "lstm", "gru"])
+@pytest.mark.parametrize("cell", [name for name, cell in CELLS.items() if cell.widens])
 @pytest.mark.parametrize("reconstruction", RECONSTRUCTIONS)
 def test_a_widened_network_codes_alike_and_every_new_channel_can_learn(cell, reconstruction):
     network = narrow(cell, reconstruction).eval()
@@ -444,5 +443,5 @@ def test_what_is_not_wider_is_refused(changes):
         widened(network, replace(network.config, **changes))
     associative = narrow("associative_lstm")
     assert widened(associative, associative.config).config == associative.config
-    with pytest.raises(ValueError, match="associative LSTM"):
+    with pytest.raises(ValueError, match="cells of the kind associative_lstm"):
         widened(associative, replace(associative.config, encoder_channels=(4, 8, 8, 16)))

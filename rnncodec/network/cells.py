@@ -1,6 +1,6 @@
 """Convolutional recurrent cells, which compute one step for each call and take and return their state as a value."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,13 +24,31 @@ class GateConv(nn.Conv2d):
         self.gates = gates
 
 
-class Feedforward(nn.Module):
+class Cell(nn.Module):
+    """Base of the cells: what the rest of the program needs to know of each.
+
+    The first two decide where large images are cut, on which files depend: they never change once a cell is trained.
+
+    Attributes:
+        reach: how many hidden kernels a state passes in one step, one after the other, on its way to the next state.
+        footprint: memory that a channel takes, as a multiple of an LSTM's.
+        widens: whether `widened` can add channels.
+    """
+
+    reach: ClassVar[int] = 1
+    footprint: ClassVar[int] = 1
+    widens: ClassVar[bool] = True
+
+
+class Feedforward(Cell):
     """A convolution with tanh that has the interface of a cell, for models without recurrence.
 
     Toderici et al. 2016, sec. 3.2.
 
     Arguments and shapes are those of `ConvLSTM`; the state is an empty tuple.
     """
+
+    reach = 0
 
     def __init__(
         self, in_channels: int, hidden_channels: int, kernel_size: int = 3, hidden_kernel_size: int = 1, stride: int = 1
@@ -42,7 +60,7 @@ class Feedforward(nn.Module):
         return torch.tanh(self.input(x)), ()
 
 
-class ConvLSTM(nn.Module):
+class ConvLSTM(Cell):
     """LSTM without peepholes, with convolutions for its matrix products (Toderici et al. 2017, sec. 3.1).
 
     Args:
@@ -78,7 +96,7 @@ class ConvLSTM(nn.Module):
         return hidden, (hidden, memory)
 
 
-class ConvGRU(nn.Module):
+class ConvGRU(Cell):
     """GRU with residual connections in its state and its output (Toderici et al. 2017, sec. 3.1).
 
         z = sigmoid(W_z x + U_z h)        r = sigmoid(W_r x + U_r h)
@@ -87,6 +105,8 @@ class ConvGRU(nn.Module):
 
     Arguments and shapes are those of `ConvLSTM`; the state is (h,), and `residual_scale` is a_h and a_x.
     """
+
+    reach = 2  # that of the reset gate, then that of the candidate
 
     def __init__(
         self,
@@ -117,7 +137,7 @@ class ConvGRU(nn.Module):
         return hidden + self.residual_scale * output, (hidden,)
 
 
-class AssociativeConvLSTM(nn.Module):
+class AssociativeConvLSTM(Cell):
     """LSTM with an associative memory of complex numbers, which is written and read by keys.
 
     Danihelka et al. 2016; Toderici et al. 2017, sec. 3.1.
@@ -135,6 +155,8 @@ class AssociativeConvLSTM(nn.Module):
     fixed random permutation P_s of the keys.
     """
 
+    footprint = 2  # several copies of the memory, but one of the gates
+    widens = False
     permutations: Tensor
 
     def __init__(

@@ -369,7 +369,7 @@ def widened(network: RecurrentCodec, config: NetworkConfig | LatentConfig) -> Re
         config: at least as many channels in every layer; the binarizer may differ, all else is the same.
 
     Raises:
-        ValueError: the config differs in anything else, or widens an associative LSTM or a latent network.
+        ValueError: the config differs in anything else, or widens a latent network or cells that cannot be widened.
     """
     if isinstance(network.config, LatentConfig) or isinstance(config, LatentConfig):
         if config != network.config:
@@ -379,8 +379,9 @@ def widened(network: RecurrentCodec, config: NetworkConfig | LatentConfig) -> Re
     same = replace(config, binarizer=old.binarizer, **{name: getattr(old, name) for name in widths}) == old
     if not same or len(config.gain_channels) != len(old.gain_channels):
         raise ValueError("a network can only become wider: its cells and all else but the binarizer must stay the same")
-    if "associative_lstm" in (old.encoder_cell, old.decoder_cell) and replace(config, binarizer=old.binarizer) != old:
-        raise ValueError("a network with an associative LSTM cannot become wider")
+    for cell in (old.encoder_cell, old.decoder_cell):
+        if not CELLS[cell].widens and replace(config, binarizer=old.binarizer) != old:
+            raise ValueError(f"a network with cells of the kind {cell} cannot become wider")
     wide = RecurrentCodec(config)
     layers = dict(network.named_modules())
     for name, layer in wide.named_modules():
