@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import numpy as np
 from PIL import Image
@@ -295,7 +295,7 @@ def _parser() -> argparse.ArgumentParser:
     coder = sub.add_mutually_exclusive_group()
     coder.add_argument(
         "--entropy",
-        choices=("context", "huffman", "static", "adaptive"),
+        choices=get_args(format.EntropyName)[1:],
         help="entropy coder (default: the context model of the weights)",
     )
     coder.add_argument(

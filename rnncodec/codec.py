@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from rnncodec.entropy import CLASSICAL, NAMES, ContextSession, EntropyName, Session
+from rnncodec.entropy import CLASSICAL, ContextSession, EntropyName, Session
 from rnncodec.files import format
-from rnncodec.files.format import CONTEXT, Container, FormatError, Header, Iteration
+from rnncodec.files.format import CODINGS, CONTEXT, Container, FormatError, Header, Iteration
 from rnncodec.files.images import MAX_PIXELS, to_rgb
 from rnncodec.loop import Loop, Progress
 from rnncodec.network import to_uint8
@@ -278,7 +278,7 @@ class Codec:
             raise WeightsError(
                 f"the file needs the weights {header.weights!r} with the context model {header.context.hex()}; {loaded}"
             )
-        session = self.session(NAMES[max(codings)], header.rows, header.cols)  # RAW is 0; there is at most one other
+        session = self.session(CODINGS[max(codings)], header.rows, header.cols)  # RAW is 0; there is at most one other
         planes = (session.decode(*coded)[None] for coded in zip(codings, payloads, strict=True))
         return header, len(payloads), planes
 

@@ -7,7 +7,17 @@ import numpy as np
 
 from rnncodec.entropy.exact import SCALE
 from rnncodec.entropy.ranges import RangeDecoder, RangeEncoder, Session
-from rnncodec.files.format import ADAPTIVE, HUFFMAN, RAW, STATIC, FormatError, pack_bits, unpack_bits
+from rnncodec.files.format import (
+    ADAPTIVE,
+    CODINGS,
+    HUFFMAN,
+    RAW,
+    STATIC,
+    EntropyName,
+    FormatError,
+    pack_bits,
+    unpack_bits,
+)
 
 Code = Callable[[np.ndarray, tuple[int, int]], np.ndarray]
 """Codes the bits at a location (y, x), given P(1) * SCALE of each: int [bits] to bool [bits]."""
@@ -164,3 +174,8 @@ class AdaptiveSession(Session):
                 ones[context] += 2 * plane[y, x]
                 total[context] += 2
         return plane[1:, 1:].transpose(2, 0, 1)
+
+
+CLASSICAL: dict[EntropyName, type[Session]] = {
+    CODINGS[session.coding]: session for session in (RawSession, HuffmanSession, StaticSession, AdaptiveSession)
+}

@@ -1,22 +1,19 @@
-"""`ContextSession`, which codes with a context model, and all coders by name."""
+"""`ContextSession`, which codes with a context model."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from rnncodec.entropy.classical import AdaptiveSession, HuffmanSession, RawSession, StaticSession
 from rnncodec.entropy.context import ContextModel, Memory, Read
 from rnncodec.entropy.exact import SCALE, STEP, probability
 from rnncodec.entropy.grouped import Pass, Questions, grid
 from rnncodec.entropy.ranges import RangeDecoder, RangeEncoder, Session
 from rnncodec.files.format import CONTEXT
-
-EntropyName = Literal["none", "context", "huffman", "static", "adaptive"]
 
 
 class Band(ABC):
@@ -230,13 +227,3 @@ class ContextSession(Session):
     def _advance(self, plane: np.ndarray) -> None:
         for rows, band in self.bands:
             band.advance(plane[:, rows])
-
-
-# The coders that need no model.
-CLASSICAL: dict[EntropyName, type[Session]] = {
-    "none": RawSession,
-    "huffman": HuffmanSession,
-    "static": StaticSession,
-    "adaptive": AdaptiveSession,
-}
-NAMES: dict[int, EntropyName] = {CONTEXT: "context", **{session.coding: name for name, session in CLASSICAL.items()}}

@@ -6,14 +6,15 @@ import re
 import struct
 import zlib
 from dataclasses import dataclass, replace
+from typing import Literal, get_args
 
 import numpy as np
 
 MAGIC = b"\x8fRNC"  # a first byte above 0x7f is neither ASCII nor the start of UTF-8: no text editor claims the file
 RAW_VERSION, CODED_VERSION = 1, 2  # of files whose payloads are all raw, and of others
-RAW = 0  # the coding of a payload that holds the bits as they are
-CONTEXT, HUFFMAN, STATIC, ADAPTIVE = 1, 2, 3, 4  # entropy coders, see rnncodec.entropy
-CODINGS = (RAW, CONTEXT, HUFFMAN, STATIC, ADAPTIVE)  # those that this program can decode
+EntropyName = Literal["none", "context", "huffman", "static", "adaptive"]
+CODINGS: dict[int, EntropyName] = dict(enumerate(get_args(EntropyName)))  # of payloads, raw or by an entropy coder
+RAW, CONTEXT, HUFFMAN, STATIC, ADAPTIVE = CODINGS
 MAX_ITERATIONS = 255  # a byte in the header
 SIZES = struct.Struct(">HH8s")  # width, height, fingerprint
 SHAPE = struct.Struct(">BBB")  # stride, bits, length of the name
