@@ -6,7 +6,7 @@ Tiles depend only on the size of an image and on the network, so that every pref
 import math
 from typing import NamedTuple
 
-from rnncodec.network import CELLS, LatentConfig, NetworkConfig, Window
+from rnncodec.network import CELLS, AnyConfig, LatentConfig, NetworkConfig, Window
 
 MAX_ITERATIONS = 16  # of a network whose loop runs on pixels; the default of all networks
 MAX_SIDE = 65535  # pixels of an image, two bytes in the header of a file
@@ -24,7 +24,7 @@ class Tile(NamedTuple):
     core: Box
 
 
-def tiles(config: NetworkConfig | LatentConfig, rows: int, columns: int, side: int | None = None) -> list[Tile]:
+def tiles(config: AnyConfig, rows: int, columns: int, side: int | None = None) -> list[Tile]:
     """The tiles of an image of `rows` x `columns` blocks.
 
     Args:

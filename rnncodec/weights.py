@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from rnncodec.entropy import ContextConfig, ContextModel
 from rnncodec.files.format import NAME_PATTERN
 from rnncodec.files.images import atomic_write, one_line
-from rnncodec.network import LatentConfig, NetworkConfig, Questions, RecurrentCodec
+from rnncodec.network import AnyConfig, LatentConfig, Questions, RecurrentCodec, config_class
 
 PRETRAINED = Path(__file__).parent / "pretrained"
 DEFAULT_NAME = "small"
@@ -32,7 +32,7 @@ class WeightsError(ValueError):
     """Raised for weights that are missing, damaged or not those that a file needs; the message is one line."""
 
 
-Config = TypeVar("Config", NetworkConfig, LatentConfig, ContextConfig)
+Config = TypeVar("Config", bound=AnyConfig | ContextConfig)
 
 
 @dataclass(frozen=True)
@@ -166,17 +166,17 @@ def stored(network: RecurrentCodec) -> dict[str, torch.Tensor]:
     }
 
 
-def network_config_of(values: Any) -> NetworkConfig | LatentConfig:
-    """Checks the config of a network, of unknown origin; that of a latent network contains `latents`."""
-    if isinstance(values, dict) and "latents" in values:
-        config = _config(LatentConfig, values)
-        if config.iterations > 255 or config.iterations * config.bits > MAX_QUESTIONS:
-            raise ValueError(f"{config.iterations} iterations of {config.bits} bits are too many")
-        return config
-    return _config(NetworkConfig, values)
+def network_config_of(values: Any) -> AnyConfig:
+    """Checks the config of a network, of unknown origin."""
+    config = _config(config_class(values if isinstance(values, dict) else {}), values)
+    if isinstance(config, LatentConfig) and (
+        config.iterations > 255 or config.iterations * config.bits > MAX_QUESTIONS
+    ):
+        raise ValueError(f"{config.iterations} iterations of {config.bits} bits are too many")
+    return config
 
 
-def context_config_of(values: Any, network: NetworkConfig | LatentConfig) -> ContextConfig:
+def context_config_of(values: Any, network: AnyConfig) -> ContextConfig:
     """Checks the config of a context model for a network, of unknown origin."""
     config = _config(ContextConfig, values)
     if config.bits != network.bits:

@@ -44,7 +44,7 @@ from rnncodec.codec import Codec
 from rnncodec.data import PatchDataModule
 from rnncodec.files.format import RAW, read_header
 from rnncodec.files.images import atomic_write, load_image, save_image
-from rnncodec.network import LatentConfig, NetworkConfig, RecurrentCodec
+from rnncodec.network import AnyConfig, RecurrentCodec
 from rnncodec.training.context import JointTraining
 from rnncodec.training.module import CodecTraining
 from rnncodec.training.optim import bfloat16_pays
@@ -181,7 +181,7 @@ def make_training(training: Training, iterations: int, mode: Mode, compile: bool
     return training(iterations=iterations, growth={}, compile=compile and mode == "fastest")
 
 
-def make_codec(network: NetworkConfig | LatentConfig, folder: Path, mode: Mode, compile: bool) -> Codec:
+def make_codec(network: AnyConfig, folder: Path, mode: Mode, compile: bool) -> Codec:
     """A codec with random weights, which take as long as trained ones."""
     path = folder / "weights.safetensors"
     save_weights(path, RecurrentCodec(network), "benchmark", {})

@@ -8,12 +8,14 @@ from rnncodec.network.cells import CELLS, CellName, GateConv
 from rnncodec.network.latent import LatentBinarizer, LatentConfig
 from rnncodec.network.questions import Questions
 from rnncodec.network.recurrent import (
+    AnyConfig,
     GainNetwork,
     NetworkConfig,
     ReconstructionName,
     RecurrentCodec,
     State,
     Step,
+    config_class,
     network_config,
     pad_to_blocks,
     to_uint8,
@@ -23,6 +25,7 @@ from rnncodec.network.transforms import Window
 
 __all__ = [
     "CELLS",
+    "AnyConfig",
     "Binarizer",
     "BinarizerName",
     "CellName",
@@ -38,6 +41,7 @@ __all__ = [
     "Step",
     "Window",
     "binarize",
+    "config_class",
     "network_config",
     "pad_to_blocks",
     "to_uint8",

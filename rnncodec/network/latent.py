@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from rnncodec.network.binarizer import Coded
 from rnncodec.network.cells import CellState, ConvLSTM, GateConv
+from rnncodec.network.parts import Parts
 from rnncodec.network.questions import Answered, Known, Questions, at
-from rnncodec.network.transforms import STRIDE, full_precision, zero_conv
+from rnncodec.network.transforms import STRIDE, Analysis, LatentTransforms, Synthesis, full_precision, zero_conv
 
 BAND = 2**12  # locations that an LSTM computes at once, which bounds its memory
 
@@ -68,6 +69,19 @@ class LatentConfig:
     def stride(self) -> int:
         """Side in pixels of the block that one location stands for."""
         return STRIDE
+
+    def parts(self) -> Parts:
+        """Makes the parts of a network."""
+        counts = self.iterations * self.groups
+        return Parts(
+            LatentTransforms(
+                Analysis(self.latents, self.analysis_channels, self.analysis_blocks),
+                Synthesis(self.latents, self.decoder_channels, counts, self.synthesis_channels, self.synthesis_blocks),
+            ),
+            LatentEncoder(self),
+            LatentBinarizer(self),
+            LatentDecoder(self),
+        )
 
 
 class EncoderState(NamedTuple):

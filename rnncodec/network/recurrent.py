@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from rnncodec.network.binarizer import Binarizer, BinarizerName, Coded
 from rnncodec.network.cells import CELLS, CellName, CellState, GateConv, conv
-from rnncodec.network.latent import LatentBinarizer, LatentConfig, LatentDecoder, LatentEncoder
+from rnncodec.network.latent import LatentConfig
+from rnncodec.network.parts import Parts
 from rnncodec.network.transforms import WHOLE, LatentTransforms, Pixels, Window
 
 ReconstructionName = Literal["one_shot", "additive", "residual_scaling"]
@@ -103,14 +104,33 @@ class NetworkConfig:
         """Side in pixels of the block that one location stands for."""
         return self.patch_size if self.patch_size > 1 else 2 ** len(self.encoder_channels)
 
+    def parts(self) -> Parts:
+        """Makes the parts of a network."""
+        return Parts(
+            Pixels(),
+            Encoder(self),
+            Binarizer(self.encoder_channels[-1], self.bits, self.binarizer),
+            Decoder(self),
+            GainNetwork(self.gain_channels) if self.reconstruction == "residual_scaling" else None,
+            sums=self.reconstruction != "one_shot",
+        )
 
-def network_config(values: Mapping[str, Any]) -> NetworkConfig | LatentConfig:
-    """Builds a config from plain values; those of a latent network contain `latents`.
+
+AnyConfig = NetworkConfig | LatentConfig
+
+
+def config_class(values: Mapping[str, Any]) -> type[AnyConfig]:
+    """The class of a config whose fields have these values, some of which may be missing."""
+    return LatentConfig if "latents" in values else NetworkConfig
+
+
+def network_config(values: Mapping[str, Any]) -> AnyConfig:
+    """Builds the config of a network from the values of its fields.
 
     Raises:
-        ValueError, TypeError: the values are not those of a config.
+        ValueError, TypeError: the values are invalid.
     """
-    return (LatentConfig if "latents" in values else NetworkConfig)(**values)
+    return config_class(values)(**values)
 
 
 class State(NamedTuple):
@@ -227,38 +247,11 @@ class RecurrentCodec(nn.Module):
             and decoder, on which both sides must agree, keep their precision.
     """
 
-    # Any, because pixel and latent networks have different parts with different states.
-    transforms: Any
-    encoder: Any
-    binarizer: Any
-    decoder: Any
-
-    def __init__(self, config: NetworkConfig | LatentConfig | None = None) -> None:
+    def __init__(self, config: AnyConfig | None = None) -> None:
         super().__init__()
-        self.config = config = config or NetworkConfig()
+        self.config = config or NetworkConfig()
         self.in_bfloat16 = False
-        self.gain = None
-        if isinstance(config, LatentConfig):
-            self.transforms = LatentTransforms(
-                config.latents,
-                config.decoder_channels,
-                config.iterations * config.groups,
-                config.analysis_channels,
-                config.analysis_blocks,
-                config.synthesis_channels,
-                config.synthesis_blocks,
-            )
-            self.encoder = LatentEncoder(config)
-            self.binarizer = LatentBinarizer(config)
-            self.decoder = LatentDecoder(config)
-        else:
-            self.transforms = Pixels()
-            self.encoder = Encoder(config)
-            self.binarizer = Binarizer(config.encoder_channels[-1], config.bits, config.binarizer)
-            self.decoder = Decoder(config)
-            if config.reconstruction == "residual_scaling":
-                self.gain = GainNetwork(config.gain_channels)
-        self.sums = not isinstance(config, NetworkConfig) or config.reconstruction != "one_shot"
+        self.transforms, self.encoder, self.binarizer, self.decoder, self.gain, self.sums = self.config.parts()
 
     def forward(
         self,
@@ -358,7 +351,7 @@ class RecurrentCodec(nn.Module):
 
 
 @torch.no_grad()
-def widened(network: RecurrentCodec, config: NetworkConfig | LatentConfig) -> RecurrentCodec:
+def widened(network: RecurrentCodec, config: AnyConfig) -> RecurrentCodec:
     """A network with more channels that computes the same function, to continue training (after Chen et al. 2016).
 
     Old channels have zero weights for new inputs. New channels have random weights about as large as the old ones; for

@@ -73,6 +73,8 @@ class Analysis(nn.Module):
             for before, after in pairwise([*channels, 0])
         )
         self.output = zero_conv(channels[-1], latents, 1)
+        # Its 3x3 convolutions see 1 pixel at their resolution: in stem, residual blocks and strided layers.
+        self.halo = -(-(4 + 4 + 8 + 2 * (4 + 8 + 16) * blocks) // STRIDE)
 
     def forward(self, x: Tensor) -> Tensor:
         with full_precision(x):  # bfloat16 is too coarse for an image
@@ -109,6 +111,7 @@ class Synthesis(nn.Module):
             for before, after in pairwise([*channels, 0])
         )
         self.output = zero_conv(channels[-1], 3 * SHUFFLE**2, 3)
+        self.halo = -(-(4 + 2 * (4 + 8 + 16) * blocks) // STRIDE)  # likewise, of residual blocks and output
 
     def forward(self, y_hat: Tensor, hidden: Tensor, received: Tensor) -> Tensor:
         """Images, not limited to [-1, 1]; `received` is the number of groups of bits received, long [B, H, W]."""
@@ -135,29 +138,16 @@ class Pixels(nn.Module):
 class LatentTransforms(nn.Module):
     """Analysis and synthesis around a loop in the latent space.
 
-    Attributes:
-        halos: how many blocks beyond a block its analysis and its synthesis see on each side.
+    Args:
+        analysis: `Analysis`, or another module of its shapes. It has a `linear` part, which `start` sets, and a `halo`:
+            how many blocks beyond a block it sees on each side.
+        synthesis: `Synthesis`, likewise.
     """
 
-    def __init__(
-        self,
-        latents: int,
-        hidden: int,
-        counts: int,
-        analysis_channels: tuple[int, ...],
-        analysis_blocks: int,
-        synthesis_channels: tuple[int, ...],
-        synthesis_blocks: int,
-    ) -> None:
+    def __init__(self, analysis: Any, synthesis: Any) -> None:
         super().__init__()
-        self.analysis = Analysis(latents, analysis_channels, analysis_blocks)
-        self.synthesis = Synthesis(latents, hidden, counts, synthesis_channels, synthesis_blocks)
-        # Reach of the 3x3 convolutions in pixels: two of them in each residual block at 1/4, 1/8 and 1/16 of the
-        # resolution, one in the stem of the analysis, in each of its strided layers, and at the end of the synthesis.
-        self.halos = (
-            -(-(4 + 4 + 8 + 2 * (4 + 8 + 16) * analysis_blocks) // STRIDE),
-            -(-(4 + 2 * (4 + 8 + 16) * synthesis_blocks) // STRIDE),
-        )
+        self.analysis, self.synthesis = analysis, synthesis
+        self.halos = analysis.halo, synthesis.halo
 
     def analyse(self, x: Tensor) -> Tensor:
         return self.analysis(x)
@@ -170,7 +160,7 @@ class LatentTransforms(nn.Module):
 
 
 @torch.no_grad()
-def start_linear(analysis: Analysis, synthesis: Synthesis, x: Tensor) -> Tensor:
+def start_linear(analysis: Any, synthesis: Any, x: Tensor) -> Tensor:
     """Sets both linear transforms to the principal components of the blocks of images.
 
     A component with standard deviation s is multiplied by s ** -1/2, halfway between preserving distances (1) and

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from rnncodec.entropy import ContextConfig, ContextModel, code_length, code_nats
 from rnncodec.metrics.distortion import REPORTED_ITERATIONS
-from rnncodec.network import LatentBinarizer, LatentConfig, NetworkConfig, RecurrentCodec, Step, pad_to_blocks
+from rnncodec.network import AnyConfig, LatentBinarizer, LatentConfig, RecurrentCodec, Step, pad_to_blocks
 from rnncodec.training.base import Training, Validated
 from rnncodec.training.module import CodecTraining
 from rnncodec.weights import load_weights
 
 
-def _config(values: ContextConfig | dict[str, Any] | None, network: NetworkConfig | LatentConfig) -> ContextConfig:
+def _config(values: ContextConfig | dict[str, Any] | None, network: AnyConfig) -> ContextConfig:
     """Completes a config, or its values from a checkpoint, with the shape of the bits of a network.
 
     Raises:

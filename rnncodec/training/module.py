@@ -14,8 +14,8 @@ from rnncodec.data import PatchDataModule
 from rnncodec.metrics.curves import NAN, Point
 from rnncodec.metrics.distortion import DISTORTIONS, REPORTED_ITERATIONS
 from rnncodec.network import (
+    AnyConfig,
     LatentConfig,
-    NetworkConfig,
     RecurrentCodec,
     Step,
     network_config,
@@ -68,7 +68,7 @@ class CodecTraining(Training):
 
     def __init__(
         self,
-        network: NetworkConfig | LatentConfig | None = None,
+        network: AnyConfig | None = None,
         weights: str | None = None,
         iterations: int = 16,
         pictures: int = 0,
