@@ -375,7 +375,7 @@ def test_damaged_files_give_an_error_or_the_right_prefix(coder, tmp_path):
         else:
             prefixes += 1
             assert any(np.array_equal(found, image) for image in whole)
-    assert prefixes > 5  # the shorter the payloads, the more often the header is hit
+    assert prefixes > 20
 
 
 @pytest.mark.parametrize("entropy", [name for name in NUMBERS if name != "none"])
