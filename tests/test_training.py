@@ -539,3 +539,10 @@ def test_configs_that_come_along_go_by_their_names(given, found, tmp_path, monke
     (tmp_path / given).parent.mkdir(exist_ok=True)
     (tmp_path / given).write_text("")  # a file of that name comes first
     assert training_cli.with_configs(["--config", given]) == ["--config", given]
+
+
+def test_without_a_subcommand_it_is_fit():
+    options = ["--config", "small.yaml", "--name", "a"]
+    assert training_cli.with_subcommand(options) == ["fit", *options]
+    for args in (["fit", *options], ["validate", *options], [*options, "fit"], ["--help"], ["-h"], []):
+        assert training_cli.with_subcommand(args) == args

@@ -92,7 +92,7 @@ class CodecCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parses the arguments, in which names of shipped configs are allowed."""
-        self.config = parser.parse_args(with_configs(sys.argv[1:] if args is None else args))
+        self.config = parser.parse_args(with_subcommand(with_configs(sys.argv[1:] if args is None else args)))
 
     def _parse_ckpt_path(self) -> None:
         """Keeps the settings of a resumed run's config and command line; Lightning would take the checkpoint's."""
@@ -160,6 +160,12 @@ def with_configs(args: Sequence[str]) -> list[str]:
         else:
             found.append(arg)
     return found
+
+
+def with_subcommand(args: Sequence[str]) -> list[str]:
+    """Puts `fit` in front of arguments that name no subcommand."""
+    bare = bool(args) and args[0] not in ("-h", "--help") and not set(args) & set(CodecCLI.subcommands())
+    return ["fit", *args] if bare else list(args)
 
 
 def config_path(name: str) -> str:
