@@ -174,15 +174,15 @@ class CodecTraining(Training):
         """The iterations, counted from 0, that are reconstructed in a training step; the same on all ranks."""
         if self.pictures == 0 or self.pictures >= iterations:
             return list(range(iterations))
-        chance = random.Random(f"{global_seed()} {self.global_step} pictures")
+        generator = random.Random(f"{global_seed()} {self.global_step} pictures")
         ends = [iterations * i // self.pictures for i in range(self.pictures + 1)]
-        return [chance.randrange(start, end) for start, end in pairwise(ends)]
+        return [generator.randrange(start, end) for start, end in pairwise(ends)]
 
     def limit(self, x: Tensor) -> Tensor | None:
         """The most groups of bits of each location, or None in training steps in which no bits are missing."""
         config = self.network.config
-        chance = random.Random(f"{global_seed()} {self.global_step} missing").random()
-        if not isinstance(config, LatentConfig) or chance >= self.missing:
+        drawn = random.Random(f"{global_seed()} {self.global_step} missing").random()
+        if not isinstance(config, LatentConfig) or drawn >= self.missing:
             return None
         batch, _, height, width = x.shape
         counts = config.iterations * config.groups
