@@ -291,3 +291,8 @@ def test_published_curves(path):
     for metric, values in expected.items():
         for bpp, value in values.items():
             assert interpolate(points, metric, bpp) == pytest.approx(value, abs=6 * 10 ** -DRAWN[metric].digits)
+
+
+def test_the_columns_of_a_file_of_points():
+    names = "image codec setting bytes bpp ideal_bpp l1 psnr ms_ssim psnr_hvs psnr_hvs_m encode_seconds decode_seconds picture"
+    assert to_csv([]) == names.replace(" ", ",") + "\n"
