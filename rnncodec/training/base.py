@@ -33,7 +33,7 @@ class Validated(TypedDict):
     Attributes:
         values: metrics, by the name under which their means over all images are logged; nan does not count.
         points: the rate-distortion curve of the image, for a W&B table; names of image and codec may be empty.
-        pictures: the image and its reconstructions side by side, uint8 [3, H, W]; None if there are none.
+        pictures: the image and its reconstructions side by side, uint8 [3, H, W], for W&B; of the first image only.
     """
 
     values: dict[str, float]
@@ -156,7 +156,7 @@ class ValidationRecord(L.Callback):
         number = batch_idx * trainer.world_size + trainer.global_rank
         data = getattr(trainer, "datamodule", None)
         name = data.val_names[number] if isinstance(data, PatchDataModule) else str(number)
-        if batch_idx == 0 and found["pictures"] is not None:
+        if found["pictures"] is not None:
             strip = found["pictures"].permute(1, 2, 0).cpu().numpy()
             for run in wandb_runs(trainer):
                 run.log({"val/reconstructions": [wandb.Image(strip, caption="original, then its reconstructions")]})

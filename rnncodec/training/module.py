@@ -233,7 +233,8 @@ class CodecTraining(Training):
         values["psnr"] = sum(values[f"psnr_{k}"] for k in REPORTED_ITERATIONS) / len(REPORTED_ITERATIONS)
         values["l1"] = torch.stack(losses).mean().item()
         values |= self.validated_rate(bits, cases, self.mean_distortion(errors))
-        return {"values": values, "points": points, "pictures": torch.cat(pictures, dim=-1)[0]}
+        strip = torch.cat(pictures, dim=-1)[0] if batch_idx == 0 else None
+        return {"values": values, "points": points, "pictures": strip}
 
     def validated_rate(self, bits: list[Tensor], cases: list[Tensor | None], distortion: Tensor) -> dict[str, float]:
         """More values of an image, from its bits and their cases, in trainings that minimize the rate."""
