@@ -107,7 +107,7 @@ def encode(args: argparse.Namespace) -> int:
         data = codec.encode(image, args.iterations, bpp=args.bpp, psnr=args.psnr, entropy=args.entropy, progress=report)
         write(target, data)
         header = format.read_header(data)
-        return f"{len(header.iterations)} iterations, {len(data)} bytes, {header.bpp[-1]:.4f} bpp"
+        return f"{len(header.entries) / header.parts:g} iterations, {len(data)} bytes, {header.bpp[-1]:.4f} bpp"
 
     return do_each(jobs, work)
 
@@ -143,8 +143,13 @@ def info(args: argparse.Namespace) -> int:
 
     def work(source: str, target: str, report: Report) -> None:
         header, data = read(source)
-        complete = len(format.read(data, max_pixels=2**32).payloads)
-        rows = list(zip(header.sizes, header.bpp, strict=True))
+        found = len(format.read(data, max_pixels=2**32).payloads)
+        complete = found // header.parts
+        rows = [(end, header.sizes[end - 1], header.bpp[end - 1]) for end in header.ends]
+        codings = [
+            max(entry.coding for entry in header.entries[start : start + header.parts])
+            for start in range(0, len(header.entries), header.parts)
+        ]
         if args.json:
             document = {
                 "file": source,
@@ -156,21 +161,31 @@ def info(args: argparse.Namespace) -> int:
                 "fingerprint": header.fingerprint.hex(),
                 "complete": complete,
                 "context": header.context.hex(),
+                "parts": header.parts,
+                "maps": header.maps,
                 "iterations": [
-                    {"iteration": t, "bytes": size, "bpp": bpp, "coding": it.coding}
-                    for t, ((size, bpp), it) in enumerate(zip(rows, header.iterations, strict=True), 1)
+                    {"iteration": t, "bytes": size, "bpp": bpp, "coding": coding}
+                    for t, ((_, size, bpp), coding) in enumerate(zip(rows, codings, strict=True), 1)
                 ],
+                "sizes": header.sizes,
             }
             print(json.dumps(document))
             return
         print(f"{printable(source)}: {header.width}x{header.height}, {len(data)} bytes, version {header.version}")
         print(f"weights {header.weights} ({header.fingerprint.hex()}), {complete} of {len(rows)} iterations complete")
+        if header.parts > 1 or header.maps:
+            maps = ", locations stop where the picture needs no more" if header.maps else ""
+            print(f"can be cut after {len(header.entries)} payloads, {header.parts} of each iteration{maps}")
         table = Table("iteration", "bytes", "bpp", "payload", "")
         for column in table.columns[:4]:
             column.justify = "right"
-        for t, ((size, bpp), it) in enumerate(zip(rows, header.iterations, strict=True), 1):
-            payload = "raw" if it.coding == format.RAW else f"{it.length / header.raw_length:.1%}"
-            table.add_row(str(t), str(size), f"{bpp:.4f}", payload, "" if t <= complete else "missing")
+        start = 0
+        for t, ((end, size, bpp), coding) in enumerate(zip(rows, codings, strict=True), 1):
+            length = sum(entry.length for entry in header.entries[start:end])
+            payload = "raw" if coding == format.RAW else f"{length / (header.raw_length * header.parts):.1%}"
+            missing = "" if end <= found else "missing" if start >= found else "cut"
+            table.add_row(str(t), str(size), f"{bpp:.4f}", payload, missing)
+            start = end
         Console(highlight=False).print(table)
 
     return do_each([Job(file, "", True) for file in args.paths], work)
@@ -182,7 +197,8 @@ def truncate(args: argparse.Namespace) -> int:
     def work(source: str, target: str, report: Report) -> str:
         data = format.truncate(read(source)[1], iterations=args.iterations, max_bytes=args.bytes)
         write(target, data)
-        return f"{len(format.read_header(data).iterations)} iterations, {len(data)} bytes"
+        header = format.read_header(data)
+        return f"{len(header.entries) / header.parts:g} iterations, {len(data)} bytes"
 
     return do_each([Job(args.input, args.output, True)], work)
 

@@ -1,6 +1,7 @@
 """Encodes images of any size to compressed files and decodes them, with one trained network."""
 
 import copy
+import math
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TypedDict
@@ -10,14 +11,18 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from rnncodec.entropy import CLASSICAL, ContextSession, EntropyName, Session
+from rnncodec.entropy import CLASSICAL, ContextSession, EntropyName, PartsSession, Session, signs
 from rnncodec.files import format
-from rnncodec.files.format import CODINGS, CONTEXT, Container, FormatError, Header, Iteration
+from rnncodec.files.format import CODINGS, CONTEXT, PARTS_VERSION, RAW_VERSION, Container, Entry, FormatError, Header
 from rnncodec.files.images import MAX_PIXELS, to_rgb
 from rnncodec.loop import Loop, Progress
 from rnncodec.network import to_uint8
 from rnncodec.tiling import MAX_ITERATIONS, MAX_SIDE
 from rnncodec.weights import Weights, WeightsError
+
+PART = (
+    256  # locations for each part of an iteration: smaller images have fewer parts, whose headers would cost too much
+)
 
 
 class Compressed(TypedDict):
@@ -122,7 +127,8 @@ class Codec:
         """Writes bits that this codec has computed as a file; `read_bits` reads them.
 
         Args:
-            planes: bool [bits, rows, columns] for each iteration; those that do not fit into bpp are left out.
+            planes: int8 [bits, rows, columns] of -1 and +1 for each iteration; those that do not fit into bpp are left
+                out.
             height: of the image in pixels.
             width: of the image in pixels.
             entropy: as in `encode`.
@@ -137,17 +143,23 @@ class Codec:
         self, planes: Iterable[np.ndarray], session: Session, height: int, width: int, bpp: float | None
     ) -> bytes:
         """Writes a file as `write_bits` does, with a new session."""
-        entries: list[Iteration] = []
+        entries: list[Entry] = []
         payloads: list[bytes] = []
+        version = PARTS_VERSION if session.parts > 1 or session.maps else RAW_VERSION
         for plane in planes:
-            coding, payload = session.encode(plane)
-            header = self._header(height, width, [*entries, Iteration.of(payload, coding)])
-            if bpp is not None and header.bpp[-1] > bpp:
-                if not entries:
-                    raise ValueError(f"one iteration takes {header.bpp[-1]:.4f} bpp, more than {bpp:g}")
-                break
-            entries, payloads = list(header.iterations), [*payloads, payload]
-        return format.write(Container(self._header(height, width, entries), tuple(payloads)))
+            for coding, payload in session.encode(plane):
+                header = self._header(height, width, [*entries, Entry.of(payload, coding, version)], session)
+                if bpp is not None and header.bpp[-1] > bpp:
+                    if not entries:
+                        raise ValueError(f"{header.place(0)} takes {header.bpp[-1]:.4f} bpp, more than {bpp:g}")
+                    return self._file(height, width, entries, payloads, session)
+                entries, payloads = list(header.entries), [*payloads, payload]
+        return self._file(height, width, entries, payloads, session)
+
+    def _file(
+        self, height: int, width: int, entries: Sequence[Entry], payloads: Sequence[bytes], session: Session
+    ) -> bytes:
+        return format.write(Container(self._header(height, width, entries, session), tuple(payloads)))
 
     def decode(
         self,
@@ -213,7 +225,7 @@ class Codec:
         if not bool(((x >= 0) & (x <= 1)).all()):
             raise ValueError("a batch holds values in [0, 1]")
         planes = np.stack(list(self.loop.encode(x.detach(), self._check_iterations(iterations), None)))
-        strings = [[format.pack_bits(plane) for plane in planes[:, i]] for i in range(len(x))]
+        strings = [[format.pack_bits(plane > 0) for plane in planes[:, i]] for i in range(len(x))]
         return {"strings": strings, "shape": (x.shape[2], x.shape[3])}
 
     def decompress(
@@ -241,7 +253,9 @@ class Codec:
         rows, columns = self.loop.grid(height, width)
         planes = np.stack(
             [
-                np.stack([format.unpack_bits(payloads[t], self.config.bits, rows, columns) for payloads in strings])
+                signs(
+                    np.stack([format.unpack_bits(payloads[t], self.config.bits, rows, columns) for payloads in strings])
+                )
                 for t in range(iterations)
             ]
         )
@@ -251,9 +265,12 @@ class Codec:
         return x
 
     def read_bits(self, data: bytes, iterations: int | None = None, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-        """Reads the bits of a file, which may have been cut, bool [iterations, bits, rows, columns].
+        """Reads the bits of a file, which may have been cut.
 
         Arguments and errors as in `decode`.
+
+        Returns:
+            int8 [iterations, bits, rows, columns] of -1 and +1, and 0 where nothing was sent.
         """
         return np.concatenate(list(self._read(data, iterations, max_pixels)[2]))
 
@@ -264,37 +281,54 @@ class Codec:
         header = format.read_header(data)
         self._check_header(header)
         payloads = format.read(data, max_pixels=max_pixels, iterations=iterations).payloads
+        parts = header.parts
         if not payloads:
-            raise FormatError("the file has no complete iteration")
-        if iterations is not None and iterations > len(payloads):
-            raise ValueError(f"the file has {len(payloads)} complete iterations, not {iterations}")
-        if iterations is None and len(payloads) < len(header.iterations):
-            warnings.warn(
-                f"the file is cut: decoded {len(payloads)} of {len(header.iterations)} iterations", stacklevel=3
-            )
-        codings = [it.coding for it in header.iterations[: len(payloads)]]
+            raise FormatError(f"the file has no complete {'part of an ' if parts > 1 else ''}iteration")
+        if iterations is not None and iterations > len(payloads) // parts:
+            raise ValueError(f"the file has {len(payloads) // parts} complete iterations, not {iterations}")
+        if iterations is None and len(payloads) < len(header.entries):
+            found, whole = (f"{count / parts:g}" for count in (len(payloads), len(header.entries)))
+            warnings.warn(f"the file is cut: decoded {found} of {whole} iterations", stacklevel=3)
+        codings = [entry.coding for entry in header.entries[: len(payloads)]]
         if CONTEXT in codings and header.context != self.context_fingerprint:
             loaded = f"those that are loaded have {self.context_fingerprint.hex() if self.context else 'none'}"
             raise WeightsError(
                 f"the file needs the weights {header.weights!r} with the context model {header.context.hex()}; {loaded}"
             )
-        session = self.session(CODINGS[max(codings)], header.rows, header.cols)  # RAW is 0; there is at most one other
-        planes = (session.decode(*coded)[None] for coded in zip(codings, payloads, strict=True))
-        return header, len(payloads), planes
+        entropy = CODINGS[max(codings)]  # RAW is 0; there is at most one other
+        if parts > 1 or header.maps:
+            entropy = "context"
+        session = self._session(entropy, header.rows, header.cols, parts, header.maps)
+        pieces = list(zip(codings, payloads, strict=True))
+        planes = (session.decode(pieces[t : t + parts])[None] for t in range(0, len(pieces), parts))
+        return header, -(-len(pieces) // parts), planes
 
-    def session(self, entropy: EntropyName | Session | None, rows: int, columns: int) -> Session:
-        """A new session of an entropy coder, chosen as in `encode`; a given session is returned as it is."""
+    def session(self, entropy: EntropyName | Session | None, rows: int, columns: int, maps: bool = False) -> Session:
+        """A new session of an entropy coder, chosen as in `encode`; a given session is returned as it is.
+
+        If `maps` is set, locations may stop. Raises ValueError or WeightsError if the weights have no fitting coder.
+        """
         if isinstance(entropy, Session):
             return entropy
-        entropy = entropy or ("context" if self.context else "none")
-        if entropy in CLASSICAL:
+        parts = 1
+        if self.context is not None and entropy in (None, "context") and self.context.config.kind == "grouped":
+            parts = max(1, math.gcd(self.context.config.groups, rows * columns // PART))
+        return self._session(entropy or ("context" if self.context else "none"), rows, columns, parts, maps)
+
+    def _session(self, entropy: EntropyName, rows: int, columns: int, parts: int, maps: bool) -> Session:
+        """A new session that codes iterations in parts, or locations that may stop."""
+        if parts == 1 and not maps and entropy in CLASSICAL:
             return CLASSICAL[entropy](self.config.bits, rows, columns)
-        if entropy != "context":
+        if entropy not in ("context", *CLASSICAL):
             raise ValueError(f"entropy is one of context, {', '.join(CLASSICAL)}, not {entropy!r}")
         if self.context is None:
             raise WeightsError(f"the weights {self.name!r} have no context model")
         questions = self.network.binarizer.questions if self.context.config.kind == "grouped" else None
-        return ContextSession(self.context, self.config.bits, rows, columns, questions)
+        if parts == 1 and not maps:
+            return ContextSession(self.context, self.config.bits, rows, columns, questions)
+        if questions is None or entropy != "context":
+            raise ValueError("stop maps and parts of iterations need a context model of the kind grouped")
+        return PartsSession(self.context, self.config.bits, rows, columns, questions, parts, maps)
 
     def _check_iterations(self, iterations: int | None) -> int:
         """A number of iterations in range, 16 by default."""
@@ -304,7 +338,7 @@ class Codec:
             raise ValueError(f"iterations must be in 1..{self.max_iterations}, not {iterations}")
         return iterations
 
-    def _header(self, height: int, width: int, iterations: Sequence[Iteration]) -> Header:
+    def _header(self, height: int, width: int, entries: Sequence[Entry], session: Session) -> Header:
         return Header(
             width=width,
             height=height,
@@ -312,8 +346,10 @@ class Codec:
             weights=self.name,
             stride=self.config.stride,
             bits=self.config.bits,
-            iterations=tuple(iterations),
-            context=self.context_fingerprint if any(it.coding == CONTEXT for it in iterations) else bytes(8),
+            entries=tuple(entries),
+            context=self.context_fingerprint if any(entry.coding == CONTEXT for entry in entries) else bytes(8),
+            parts=session.parts,
+            maps=session.maps,
         )
 
     def _check_header(self, header: Header) -> None:
@@ -328,8 +364,8 @@ class Codec:
                 f"the header says stride {header.stride} and {header.bits} bits, "
                 f"its weights have stride {self.config.stride} and {self.config.bits} bits"
             )
-        if len(header.iterations) > self.max_iterations:
-            raise FormatError(f"{len(header.iterations)} iterations, its weights decode up to {self.max_iterations}")
+        if header.iterations > self.max_iterations:
+            raise FormatError(f"{header.iterations} iterations, its weights decode up to {self.max_iterations}")
 
 
 def _as_array(image: Image.Image | np.ndarray | Tensor) -> np.ndarray:

@@ -16,7 +16,7 @@ from rnncodec.files import format, images
 from rnncodec.files.format import FormatError, Header
 from rnncodec.files.images import one_line
 
-HEADER_BYTES = 4096  # no header is longer
+HEADER_BYTES = 2**15  # no header is longer
 MAX_FILE_BYTES = 2**31  # twice the size of 16 iterations of the largest image
 FAILURES = (ValueError, OSError, MemoryError, RuntimeError)  # torch reports exhausted memory as RuntimeError
 

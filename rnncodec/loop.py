@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rnncodec import tiling
-from rnncodec.network import LatentConfig, RecurrentCodec, State, pad_to_blocks, to_uint8
+from rnncodec.network import LatentConfig, RecurrentCodec, State, Step, pad_to_blocks, to_uint8
 from rnncodec.tiling import MAX_ITERATIONS, MAX_SIDE, Box, Tile, inside, windows
 
 WINDOW = 1024  # pixels, side of the windows of the transforms of a latent network, without halo
@@ -32,7 +32,7 @@ class Loop:
         self.max_iterations = self.config.iterations if isinstance(self.config, LatentConfig) else MAX_ITERATIONS
 
     def encode(self, images: Tensor, iterations: int, progress: Progress | None) -> Iterator[np.ndarray]:
-        """Yields the bits of images [B, 3, H, W], bool [B, bits, rows, columns] for each iteration."""
+        """Yields the bits of images [B, 3, H, W], int8 [B, bits, rows, columns] for each iteration."""
         height, width = images.shape[-2:]
         areas = self.tiles(height, width)
         if len(areas) == 1:  # an iteration is computed only when it is asked for
@@ -43,13 +43,13 @@ class Loop:
                     step = next(steps)
                 if progress:
                     progress(t + 1, iterations)
-                yield (step.bits > 0).cpu().numpy()
+                yield _plane(step)
             return
-        planes = np.empty((iterations, len(images), self.config.bits, *self.grid(height, width)), bool)
+        planes = np.empty((iterations, len(images), self.config.bits, *self.grid(height, width)), np.int8)
         with exact():
             for i, tile in enumerate(areas):
                 for t, step in enumerate(self.network.unroll(self._input(images, tile.area), iterations)):
-                    planes[t][..., *tile.core] = (step.bits > 0)[..., *inside(tile)].cpu().numpy()
+                    planes[t][..., *tile.core] = _plane(step)[..., *inside(tile)]
                     if progress:
                         progress(i * iterations + t + 1, len(areas) * iterations)
         yield from planes
@@ -72,7 +72,7 @@ class Loop:
             found = []
             with exact():
                 for t, step in enumerate(self.network.unroll(self._input(image, areas[0].area), most)):
-                    found.append((step.bits > 0).cpu().numpy())
+                    found.append(_plane(step))
                     pictures = self._pictures(step.state, areas[0], height, width)
                     reached = decibel(sum(squared_error(x_hat, box) for box, x_hat in pictures))
                     if progress:
@@ -105,7 +105,7 @@ class Loop:
         progress: Progress | None,
         every: bool = False,
     ) -> Iterator[tuple[int, Box, Tensor]]:
-        """Decodes `count` iterations [B, bits, rows, columns]; yields iterations, boxes in pixels and their x_hat.
+        """Decodes `count` iterations, int8 [B, bits, rows, columns]; yields iterations, boxes in pixels and x_hat.
 
         These are of the last iteration only, or of all if `every` is set.
         """
@@ -116,7 +116,7 @@ class Loop:
             state = None
             for t, plane in enumerate(planes):
                 with exact():
-                    bits = torch.from_numpy(plane[..., *tile.area]).to(self.device).float() * 2 - 1
+                    bits = torch.from_numpy(plane[..., *tile.area]).to(self.device).float()
                     step = self.network(state, bits=bits.contiguous(memory_format=torch.channels_last))
                 state = step.state
                 if progress:
@@ -183,6 +183,11 @@ class Loop:
 
     def tiles(self, height: int, width: int) -> list[Tile]:
         return tiling.tiles(self.config, *self.grid(height, width), self.tile)
+
+
+def _plane(step: Step) -> np.ndarray:
+    """The bits of a step, int8."""
+    return step.bits.to(torch.int8).cpu().numpy()
 
 
 @contextmanager

@@ -273,7 +273,7 @@ def compare_entropy(codec: Codec, x: np.ndarray, scale: Scale, tick: Callable[[]
         timed(synthesis, lambda raw=raw: codec.decode(raw))
         bits = codec.read_bits(raw)
         file = timed(coder, lambda bits=bits: codec.write_bits(bits, height, width, "context"))
-        if scale is not QUICK and any(it.coding == RAW for it in read_header(file).iterations):
+        if scale is not QUICK and any(it.coding == RAW for it in read_header(file).entries):
             print(
                 "benchmark: bits of this image do not shrink and are not decoded; --image takes another",
                 file=sys.stderr,

@@ -186,7 +186,7 @@ def test_entropy_coders(codec, capsys):
     raw = 20 * 20 * 4 / 8
     expected = [
         f"{it.length / raw:.1%}" if it.coding else "raw"
-        for it in format.read_header(Path("x.rnc").read_bytes()).iterations
+        for it in format.read_header(Path("x.rnc").read_bytes()).entries
     ]
     assert [row[6] for row in rows] == expected
     assert main(["info", "x.rnc", "--json"]) == 0

@@ -14,7 +14,7 @@ from PIL import Image
 from rnncodec import tiling
 from rnncodec.codec import Codec
 from rnncodec.files import format
-from rnncodec.files.format import Container, FormatError, Iteration
+from rnncodec.files.format import Container, Entry, FormatError
 from rnncodec.loop import Loop, exact
 from rnncodec.network import CELLS, NetworkConfig, RecurrentCodec
 from rnncodec.tiling import activation_bytes, receptive_field
@@ -334,7 +334,7 @@ def test_headers_that_contradict_the_weights(codec, data, change):
     count = change.pop("iterations", 1)
     locations = math.prod(math.ceil(side / change.get("stride", 16)) for side in (header.width, header.height))
     payloads = (bytes(math.ceil(locations * change.get("bits", 4) / 8)),) * count
-    header = dataclasses.replace(header, **change, iterations=tuple(map(Iteration.of, payloads)))
+    header = dataclasses.replace(header, **change, entries=tuple(map(Entry.of, payloads)))
     with pytest.raises(FormatError, match=r"its weights have|17 iterations"):
         codec.decode(format.write(Container(header, payloads)))
 
@@ -398,7 +398,7 @@ def test_truncated_files(codec, data):
 def test_a_file_that_claims_more_than_it_has_allocates_nothing(codec, data):
     """The header is that of the largest image, with the right fingerprint and checksum, but without payloads."""
     small = format.read_header(data)
-    entries = (Iteration(format.RAW, 4096 * 4096 * small.bits // 8, 0),) * 16
+    entries = (Entry(format.RAW, 4096 * 4096 * small.bits // 8, 0),) * 16
     header = dataclasses.replace(small, width=65535, height=65535, iterations=entries)
     forged = format.write_header(header)
     tracemalloc.start()
@@ -432,7 +432,7 @@ def test_decode_tensor_is_the_decoded_image(codec, data):
 
 def ends(header):
     """Where each payload ends in a file."""
-    return list(header.size + np.cumsum([iteration.length for iteration in header.iterations]))
+    return list(header.size + np.cumsum([iteration.length for iteration in header.entries]))
 
 
 def test_compress_gives_the_payloads_of_files(codec):

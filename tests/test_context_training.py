@@ -153,7 +153,7 @@ def test_export_adds_a_context_model_that_shrinks_files(trained, codec_file, nam
     codec = Codec(weights)
     x = ((Patches(1, 320)[0][0] + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
     data, raw = codec.encode(x, 4), codec.encode(x, 4, entropy="none")
-    assert {it.coding for it in format.read_header(data).iterations} == {format.CONTEXT}
+    assert {it.coding for it in format.read_header(data).entries} == {format.CONTEXT}
     assert len(data) < 0.9 * len(raw)
     np.testing.assert_array_equal(np.asarray(codec.decode(data)), np.asarray(Codec(before).decode(raw)))
 

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from rnncodec.files.format import (
     Container,
+    Entry,
     FormatError,
     Header,
-    Iteration,
     pack_bits,
     read,
     read_header,
@@ -63,7 +63,7 @@ def container(width=20, height=10, stride=16, bits=5, iterations=2, seed=0, weig
     rng = np.random.default_rng(seed)
     rows, cols = -(-height // stride), -(-width // stride)
     payloads = tuple(pack_bits(rng.random((bits, rows, cols)) < 0.5) for _ in range(iterations))
-    entries = tuple(Iteration.of(payload) for payload in payloads)
+    entries = tuple(Entry.of(payload) for payload in payloads)
     return Container(Header(width, height, FINGERPRINT, weights, stride, bits, entries), payloads)
 
 
@@ -93,7 +93,7 @@ class TestExample:
 
     def test_write(self):
         payloads = tuple(pack_bits(np.array([bits], bool).transpose(2, 0, 1)) for bits in EXAMPLE_BITS)
-        header = Header(20, 10, FINGERPRINT, "small", 16, 5, tuple(map(Iteration.of, payloads)))
+        header = Header(20, 10, FINGERPRINT, "small", 16, 5, tuple(map(Entry.of, payloads)))
         assert write(Container(header, payloads)) == EXAMPLE
         assert (header.rows, header.cols, header.raw_length, header.size) == (1, 2, 2, 40)
         assert header.sizes == (37, 44)
@@ -103,7 +103,7 @@ class TestExample:
         header, payloads = (file := read(EXAMPLE, max_pixels=200)).header, file.payloads
         assert (header.width, header.height, header.stride, header.bits) == (20, 10, 16, 5)
         assert (header.weights, header.fingerprint) == ("small", FINGERPRINT)
-        assert header.iterations == (Iteration(0, 2, 0xF8EDAE14), Iteration(0, 2, 0x9DBC794A))
+        assert header.entries == (Entry(0, 2, 0xF8EDAE14), Entry(0, 2, 0x9DBC794A))
         for payload, bits in zip(payloads, EXAMPLE_BITS, strict=True):
             assert unpack_bits(payload, 5, 1, 2).astype(int).transpose(1, 2, 0).tolist() == [bits]
 
@@ -157,7 +157,7 @@ class TestRoundTrip:
 
     def test_bit_rate_of_multiples_of_16_is_an_eighth(self):
         header = container(768, 512, 16, 32, 16).header
-        assert all(it.length * 8 == 768 * 512 * 0.125 for it in header.iterations)
+        assert all(it.length * 8 == 768 * 512 * 0.125 for it in header.entries)
 
     def test_extremes(self):
         file = container(65535, 1, 255, 255, 255, weights="x" * 32)
@@ -179,14 +179,14 @@ class TestRoundTrip:
             {"weights": "bell\a"},
             {"weights": "../small"},
             {"weights": "small\n"},
-            {"iterations": ()},
-            {"iterations": (Iteration(0, 2, 0),) * 256},
-            {"iterations": (Iteration(0, 1, 0),)},
-            {"iterations": (Iteration(0, 3, 0),)},
-            {"iterations": (Iteration(1, 3, 0),)},
-            {"iterations": (Iteration(1, -1, 0),)},
-            {"iterations": (Iteration(256, 2, 0),)},
-            {"iterations": (Iteration(0, 2, 2**32),)},
+            {"entries": ()},
+            {"entries": (Entry(0, 2, 0),) * 256},
+            {"entries": (Entry(0, 1, 0),)},
+            {"entries": (Entry(0, 3, 0),)},
+            {"entries": (Entry(1, 3, 0),)},
+            {"entries": (Entry(1, -1, 0),)},
+            {"entries": (Entry(256, 2, 0),)},
+            {"entries": (Entry(0, 2, 2**32),)},
         ],
     )
     def test_header_refuses(self, change):
@@ -209,7 +209,7 @@ class TestCodedPayloads:
 
     def test_read_header(self):
         header = read_header(self.DATA)
-        assert [(it.coding, it.length) for it in header.iterations] == [(0, 64), (7, 3), (7, 1)]
+        assert [(it.coding, it.length) for it in header.entries] == [(0, 64), (7, 3), (7, 1)]
         assert header.size == len(self.HEAD) + 4
         assert header.sizes == (30 + 5 + 64, 38 + 5 + 6 + 64 + 3, len(self.DATA))  # the first is of version 1
 
@@ -217,7 +217,7 @@ class TestCodedPayloads:
         head = fixed(255, 255, 1, 255, version=2)
         head += b"\x01" + b"\2\x00\x00\x03" + crc(b"abc")  # raw: 2072672 bytes, 3 to write
         header = read_header(forge(head))
-        assert (header.raw_length, header.iterations[0].length) == (2072672, 3)
+        assert (header.raw_length, header.entries[0].length) == (2072672, 3)
         assert write(Container(header, (b"abc",))) == forge(head, b"abc")
 
     def test_read_needs_a_newer_version(self):
@@ -266,7 +266,7 @@ class TestErrors:
         with pytest.raises(FormatError, match="header is cut short"):
             read(EXAMPLE[:length], max_pixels=LIMIT)
 
-    @pytest.mark.parametrize("version", [0, 3, 255])
+    @pytest.mark.parametrize("version", [0, 4, 255])
     def test_other_version(self, version):
         with pytest.raises(FormatError, match=f"version {version} .* newer version"):
             read(b"\x8fRNC" + bytes([version]), max_pixels=LIMIT)
@@ -305,7 +305,7 @@ class TestErrors:
     @pytest.mark.parametrize(("length", "complete"), [(40, 0), (41, 0), (42, 1), (43, 1), (44, 2)])
     def test_cut_in_the_payloads(self, length, complete):
         file = read(EXAMPLE[:length], max_pixels=LIMIT)
-        assert len(file.header.iterations) == 2
+        assert file.header.iterations == 2
         assert file.payloads == (b"\xb3\x40", b"\xf8\x00")[:complete]
 
     def test_corrupt_payload_is_named_unless_less_is_asked_for(self):
@@ -334,7 +334,7 @@ class TestTruncate:
 
     def shorter(self, count):
         """As if only so many iterations had been encoded."""
-        header = replace(self.FILE.header, iterations=self.FILE.header.iterations[:count])
+        header = replace(self.FILE.header, entries=self.FILE.header.entries[:count])
         return write(Container(header, self.FILE.payloads[:count]))
 
     @pytest.mark.parametrize("count", range(1, 7))

@@ -5,11 +5,11 @@ coders need no model. Nothing here depends on networks, images or training.
 """
 
 from rnncodec.entropy.classical import CLASSICAL
-from rnncodec.entropy.coders import ContextSession
+from rnncodec.entropy.coders import ContextSession, PartsSession
 from rnncodec.entropy.context import ContextConfig, ContextModel, ContextName, code_length, code_nats
 from rnncodec.entropy.exact import SCALE, probability
 from rnncodec.entropy.grouped import Questions
-from rnncodec.entropy.ranges import RangeDecoder, RangeEncoder, Session
+from rnncodec.entropy.ranges import RangeDecoder, RangeEncoder, Session, signs
 from rnncodec.files.format import EntropyName
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "ContextName",
     "ContextSession",
     "EntropyName",
+    "PartsSession",
     "Questions",
     "RangeDecoder",
     "RangeEncoder",
@@ -27,4 +28,5 @@ __all__ = [
     "code_length",
     "code_nats",
     "probability",
+    "signs",
 ]

@@ -31,7 +31,7 @@ class RawSession(Session):
     def _encode(self, plane: np.ndarray) -> bytes:
         return pack_bits(plane)
 
-    def _decode(self, payload: bytes) -> np.ndarray:
+    def _decode_whole(self, payload: bytes) -> np.ndarray:
         return unpack_bits(payload, *self.shape)
 
 
@@ -55,7 +55,7 @@ class HuffmanSession(Session):
         nibbles = np.unpackbits(lengths[:, None], axis=1)[:, 4:]
         return np.packbits(nibbles).tobytes() + np.packbits(bits).tobytes()
 
-    def _decode(self, payload: bytes) -> np.ndarray:
+    def _decode_whole(self, payload: bytes) -> np.ndarray:
         bits, rows, cols = self.shape
         size = (4 << self.group) // 8
         flat = np.unpackbits(np.frombuffer(payload, np.uint8))
@@ -124,7 +124,7 @@ class StaticSession(Session):
         coder.write(self._probabilities(shares), plane.transpose(1, 2, 0).ravel())
         return shares.tobytes() + coder.finish()
 
-    def _decode(self, payload: bytes) -> np.ndarray:
+    def _decode_whole(self, payload: bytes) -> np.ndarray:
         bits, rows, cols = self.shape
         shares = np.frombuffer(payload[:bits], np.uint8)
         if len(shares) < bits or not shares.all():
@@ -153,7 +153,7 @@ class AdaptiveSession(Session):
         self._walk(write)
         return coder.finish()
 
-    def _decode(self, payload: bytes) -> np.ndarray:
+    def _decode_whole(self, payload: bytes) -> np.ndarray:
         coder = RangeDecoder(payload)
         plane = self._walk(lambda probabilities, place: coder.read(probabilities))
         coder.finish()

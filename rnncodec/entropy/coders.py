@@ -1,7 +1,7 @@
-"""`ContextSession`, which codes with a context model."""
+"""`ContextSession`, which codes with a context model, and `PartsSession`, whose iterations have several payloads."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,14 +10,20 @@ import torch
 from torch import Tensor
 
 from rnncodec.entropy.context import ContextModel, Memory, Read
-from rnncodec.entropy.exact import SCALE, STEP, probability
+from rnncodec.entropy.exact import STEP, probability
 from rnncodec.entropy.grouped import Pass, Questions, grid
-from rnncodec.entropy.ranges import RangeDecoder, RangeEncoder, Session
-from rnncodec.files.format import CONTEXT
+from rnncodec.entropy.ranges import Piece, RangeDecoder, RangeEncoder, RawDecoder, Session, signs
+from rnncodec.entropy.stops import StopMap
+from rnncodec.files.format import CONTEXT, RAW, FormatError
+
+Answer = Callable[[int, Tensor, Tensor], Tensor]
+"""Gives the bits [n, S] of a group at squares [n], given their logits [n, S]."""
 
 
 class Band(ABC):
     """A band of rows of an image, which an exact context model codes independently of all others.
+
+    Planes are int8 [bits, rows, cols] of -1 and +1, and 0 where nothing is sent.
 
     Args:
         model: exact.
@@ -62,7 +68,7 @@ class PlainBand(Band):
 
     def decode(self, read: Read) -> np.ndarray:
         found = self.model.predictor(self.iteration).decode(self._prior(), self.shape[0], read)
-        return (found[0] > 0).cpu().numpy()
+        return found[0].to(torch.int8).cpu().numpy()
 
     def advance(self, plane: np.ndarray) -> None:
         self.pending.append(plane)
@@ -73,10 +79,10 @@ class PlainBand(Band):
         pending, self.pending = self.pending, []
         for plane in pending:
             self.state = self.model.history(self._signs(plane), self.state)
-        return self.model.history.look(self.state, self._signs(np.zeros(self.shape, bool)))
+        return self.model.history.look(self.state, self._signs(np.zeros(self.shape, np.int8)))
 
     def _signs(self, plane: np.ndarray) -> Tensor:
-        return torch.from_numpy(plane).to(self.model.history.prior.weight)[None] * 2 - 1
+        return torch.from_numpy(plane).to(self.model.history.prior.weight)[None]
 
 
 @contextmanager
@@ -117,18 +123,37 @@ class GroupedBand(Band):
 
     def probabilities(self, plane: np.ndarray) -> np.ndarray:
         bits, rows, cols = self.shape
-        with _threads_for(rows * cols):
-            sent = self._rows(plane)
-            walked, _ = self._walk(lambda group, here, _: sent[here, group])
-            return probability(walked.all_logits() * STEP).view(rows, cols, bits).permute(2, 0, 1).cpu().numpy()
+        sent = self._rows(plane)
+        walked = self._walk(lambda group, here, _: sent[here, group])
+        return probability(walked.all_logits() * STEP).view(rows, cols, bits).permute(2, 0, 1).cpu().numpy()
 
     def decode(self, read: Read) -> np.ndarray:
-        def answer(group: int, here: Tensor, logits: Tensor) -> Tensor:
-            found = read(probability(logits.flatten() * STEP).cpu().numpy())
-            return torch.from_numpy(found).to(logits).view_as(logits) * 2 - 1
+        return self.code(lambda group, probabilities, _: read(probabilities))
 
-        with _threads_for(self.shape[1] * self.shape[2]):
-            return self._walk(answer)[1]
+    def code(self, code: "Code", plane: np.ndarray | None = None, living: np.ndarray | None = None) -> np.ndarray:
+        """Codes the next iteration group by group, in the order of coding.
+
+        Args:
+            code: codes bits.
+            plane: to encode; None to decode.
+            living: bool [rows, cols], the locations that are sent anything; None for all.
+
+        Returns:
+            The plane.
+        """
+        sent = None if plane is None else self._rows(plane)
+
+        def answer(group: int, here: Tensor, logits: Tensor) -> Tensor:
+            known = None if sent is None else sent[here, group]
+            bits = None if known is None else known.flatten().cpu().numpy() > 0
+            found = code(group, probability(logits.flatten() * STEP).cpu().numpy(), bits)
+            if found is None:
+                return torch.zeros_like(logits)
+            return torch.from_numpy(found).to(logits).view_as(logits) * 2 - 1 if known is None else known
+
+        self._walk(answer, living)
+        assert self.after is not None
+        return self.after[0]
 
     def advance(self, plane: np.ndarray) -> None:
         if self.after is None or not np.array_equal(self.after[0], plane):
@@ -139,14 +164,15 @@ class GroupedBand(Band):
         self.iteration += 1
 
     def _rows(self, plane: np.ndarray) -> Tensor:
-        """Bits [bits, rows, cols] as -1 and +1, [locations, groups, S]."""
-        signs = torch.from_numpy(plane).to(self.device, torch.float32) * 2 - 1
+        """A plane as [locations, groups, S]."""
+        signs = torch.from_numpy(plane).to(self.device, torch.float32)
         return signs.permute(1, 2, 0).reshape(-1, self.model.config.groups, self.model.grouped.size)
 
-    def _walk(self, answer: Callable[[int, Tensor, Tensor], Tensor]) -> tuple[Pass, np.ndarray]:
-        """Computes the next iteration, with bits from `answer(group, squares, logits)`; gives the pass and the bits."""
+    def _walk(self, answer: Answer, living: np.ndarray | None = None) -> Pass:
+        """Computes the next iteration, with bits from `answer`, and what follows from it, `after`."""
         (bits, rows, cols), groups = self.shape, self.model.config.groups
         found = torch.zeros(groups, rows * cols, bits // groups, device=self.device)
+        alive = None if living is None else torch.from_numpy(living.ravel()).to(self.device)
 
         def of_group(group: int, case: Tensor) -> Tensor:
             def tell(color: int, here: Tensor, logits: Tensor) -> Tensor:
@@ -157,14 +183,20 @@ class GroupedBand(Band):
             current.group(group, case[0].flatten(1).T, tell)
             return found[group].T.contiguous().unflatten(1, (rows, cols))[None]
 
-        with torch.autocast(self.device.type, enabled=False):
-            current = Pass(self.model.grouped, self.iteration, self.memory, (1, rows, cols))
+        with _threads_for(rows * cols), torch.autocast(self.device.type, enabled=False):
+            current = Pass(self.model.grouped, self.iteration, self.memory, (1, rows, cols), alive)
             number = torch.tensor(self.model.grouped.index(self.iteration), device=self.device)
-            signs, _, known = self.questions.walk(number, self.known, of_group)
+            planes, _, known = self.questions.walk(number, self.known, of_group)
             memory = current.remember()
-        plane = (signs[0] > 0).cpu().numpy()
-        self.after = plane, known, memory
-        return current, plane
+        self.after = planes[0].to(torch.int8).cpu().numpy(), known, memory
+        return current
+
+
+Code = Callable[[int, np.ndarray, np.ndarray | None], np.ndarray | None]
+"""Codes bits of a group, given P(1) * SCALE of each, int [n], and the bits, bool [n], or None to decode them.
+
+Gives the bits, or None if they are missing.
+"""
 
 
 class ContextSession(Session):
@@ -196,7 +228,7 @@ class ContextSession(Session):
             raise ValueError("questions are for context models of the grouped kind, which need them")
         self.ideal_bits: list[float] = []
         height = max(1, self.BAND // cols)
-        self.bands: list[tuple[slice, Band]] = []
+        self.bands: list[tuple[slice, Any]] = []
         for top in range(0, rows, height):
             band = slice(top, min(top + height, rows))
             shape = bits, band.stop - top, cols
@@ -209,21 +241,91 @@ class ContextSession(Session):
         return np.concatenate([band.probabilities(plane[:, rows]) for rows, band in self.bands], axis=1)
 
     def _encode(self, plane: np.ndarray) -> bytes:
-        probabilities, coder = self.probabilities(plane), RangeEncoder()
+        probabilities, coder = self.probabilities(signs(plane)), RangeEncoder()
         for rows, band in self.bands:
             order = band.order()
             coder.write(*(a[:, rows].transpose(1, 2, 0).ravel()[order] for a in (probabilities, plane)))
-        self.ideal_bits.append(float(-np.log2(np.where(plane, probabilities, SCALE - probabilities) / SCALE).sum()))
+        self.ideal_bits.append(coder.ideal_bits())
         return coder.finish()
 
     @torch.inference_mode()
-    def _decode(self, payload: bytes) -> np.ndarray:
+    def _decode_whole(self, payload: bytes) -> np.ndarray:
         coder = RangeDecoder(payload)
         plane = np.concatenate([band.decode(coder.read) for _, band in self.bands], axis=1)
         coder.finish()
-        return plane
+        return plane > 0
 
     @torch.inference_mode()
     def _advance(self, plane: np.ndarray) -> None:
         for rows, band in self.bands:
             band.advance(plane[:, rows])
+
+
+class PartsSession(ContextSession):
+    """Codes each iteration in several payloads, one after the other, and only the locations that have not stopped.
+
+    Args:
+        model: of the grouped kind.
+        bits, rows, cols: as in `ContextSession`.
+        questions: likewise.
+        parts: payloads of an iteration, a divisor of its number of groups.
+        maps: whether locations may stop. The first payload of each iteration then says which have.
+
+    Raises:
+        FormatError: the parts do not divide the groups.
+    """
+
+    def __init__(
+        self, model: ContextModel, bits: int, rows: int, cols: int, questions: Questions, parts: int, maps: bool
+    ) -> None:
+        super().__init__(model, bits, rows, cols, questions)
+        if model.config.groups % parts:
+            raise FormatError(f"{model.config.groups} groups cannot be divided into {parts} parts")
+        self.parts, self.maps, self.size = parts, maps, model.config.groups // parts
+        self.stops = StopMap(rows, cols)
+
+    @torch.inference_mode()
+    def encode(self, plane: np.ndarray) -> list[Piece]:
+        """Codes the next iteration, int8 [bits, rows, cols]; a payload is raw if coding saves nothing.
+
+        Raises:
+            ValueError: a location has only some of its bits, or bits after it had stopped, or there are no stop maps.
+        """
+        going = plane[0] != 0
+        if ((plane != 0) != going).any() or (going & ~self.stops.living).any() or not (self.maps or going.all()):
+            raise ValueError("a location gets all bits of an iteration, or none from there on")
+        coders = [RangeEncoder() for _ in range(self.parts)]
+
+        def code(group: int, probabilities: np.ndarray, bits: np.ndarray | None) -> np.ndarray | None:
+            assert bits is not None
+            coders[group // self.size].write(probabilities, bits)
+            return bits
+
+        if self.maps:
+
+            def code_flags(turn: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
+                coders[0].write(probabilities, going[turn])
+                return going[turn]
+
+            self.stops.advance(code_flags)
+        for rows, band in self.bands:
+            band.code(code, plane[:, rows], going[rows])
+            band.advance(plane[:, rows])
+        self.ideal_bits.append(sum(coder.ideal_bits() for coder in coders))
+        pieces = [(coder.finish(), coder.raw()) for coder in coders]
+        return [(CONTEXT, coded) if len(coded) < len(raw) else (RAW, raw) for coded, raw in pieces]
+
+    @torch.inference_mode()
+    def _decode(self, pieces: Sequence[Piece]) -> np.ndarray:
+        coders = [RawDecoder(payload) if coding == RAW else RangeDecoder(payload) for coding, payload in pieces]
+        if self.maps and not self.stops.advance(lambda _, probabilities: coders[0].read(probabilities)).any():
+            raise FormatError("an iteration in which no location goes on")
+
+        def code(group: int, probabilities: np.ndarray, _: np.ndarray | None) -> np.ndarray | None:
+            part = group // self.size
+            return coders[part].read(probabilities) if part < len(coders) else None
+
+        plane = np.concatenate([band.code(code, None, self.stops.living[rows]) for rows, band in self.bands], axis=1)
+        for coder in coders:
+            coder.finish()
+        return plane

@@ -272,11 +272,26 @@ class Pass:
         iteration: number of the pass.
         memory: what `remember` gave after the pass before.
         shape: batch, height and width of the planes.
+        living: bool [locations], those that are sent anything in this pass, all of which were before; None for all.
+            Nothing is computed for the others.
     """
 
-    def __init__(self, model: Grouped, iteration: int, memory: Tensor | None, shape: tuple[int, int, int]) -> None:
+    def __init__(
+        self,
+        model: Grouped,
+        iteration: int,
+        memory: Tensor | None,
+        shape: tuple[int, int, int],
+        living: Tensor | None = None,
+    ) -> None:
         self.model, self.t, self.memory = model, model.index(iteration), memory
         self.grid = grid(*shape, model.odds.device)
+        if living is not None:
+            kept = [living[squares] for squares in self.grid.squares]
+            self.grid = Grid(
+                [squares[keep] for squares, keep in zip(self.grid.squares, kept, strict=True)],
+                [around[:, keep] for around, keep in zip(self.grid.around, kept, strict=True)],
+            )
         count, width, t = math.prod(shape), model.turn.shape[-1], self.t
         self.odds, self.turn, self.shift = (bias[t] * UNIT for bias in (model.odds.flatten(1), model.turn, model.shift))
         self.expected = SIGMOID.to(self.odds)[(self.odds + SPAN * UNIT).long()] * UNIT
@@ -292,9 +307,8 @@ class Pass:
         self.logits: list[Tensor] = []  # of each group, black squares first
         self.prior = None
         if memory is not None:
-            remembered = (memory + model.level[t] * UNIT).clamp_(-UNIT, UNIT)
-            prior = model.prior.rescale(t, remembered @ model.prior.whole(t))
-            self.prior = [prior[squares] for squares in self.grid.squares]
+            remembered = [(memory[here] + model.level[t] * UNIT).clamp_(-UNIT, UNIT) for here in self.grid.squares]
+            self.prior = [model.prior.rescale(t, each @ model.prior.whole(t)) for each in remembered]
 
     def group(self, group: int, case: Tensor, tell: Tell) -> None:
         """Computes the two turns of a group, whose cases are [locations, S]."""
@@ -325,9 +339,9 @@ class Pass:
         self.surprises[:, :, group] = self.recent
 
     def all_logits(self) -> Tensor:
-        """The logits of all groups after their turns, [locations, bits]."""
-        logits = torch.cat(self.logits, 1)
-        return torch.empty_like(logits).index_copy_(0, torch.cat(self.grid.squares), logits)
+        """The logits of all groups after their turns, [locations, bits]; zeros for locations that are not living."""
+        logits, count = torch.cat(self.logits, 1), self.surprises.shape[1] - 1
+        return logits.new_zeros(count, logits.shape[1]).index_copy_(0, torch.cat(self.grid.squares), logits)
 
     def remember(self) -> Tensor:
         """The memory for the next pass, [locations, channels]."""

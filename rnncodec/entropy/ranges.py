@@ -1,10 +1,11 @@
 """The range coder, and `Session`, the interface of all coders.
 
-A session codes the iterations of one image in order. The payload of an iteration, bits [bits, rows, cols], depends only
-on this and earlier iterations, so that a file can be cut after any of them.
+A session codes the iterations of one image in order. The payloads of an iteration, bits [bits, rows, cols], depend only
+on this and earlier iterations, so that a file can be cut after any of them. Bits are -1 and +1, and 0 if not sent.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -14,6 +15,9 @@ from rnncodec.entropy.exact import SCALE
 from rnncodec.files.format import RAW, FormatError, length_size, pack_bits, unpack_bits
 
 BERNOULLI = stream.model.Bernoulli(perfect=False)
+
+Piece = tuple[int, bytes]
+"""A coding and a payload."""
 
 
 class RangeEncoder:
@@ -31,8 +35,19 @@ class RangeEncoder:
     def finish(self) -> bytes:
         """Codes all bits."""
         coder = stream.queue.RangeEncoder()
-        coder.encode(np.concatenate(self.bits).astype(np.int32), BERNOULLI, np.concatenate(self.probabilities) / SCALE)
+        if self.bits:
+            bits = np.concatenate(self.bits).astype(np.int32)
+            coder.encode(bits, BERNOULLI, np.concatenate(self.probabilities) / SCALE)
         return coder.get_compressed().astype("<u4").tobytes()
+
+    def raw(self) -> bytes:
+        """All bits without coding, the first is the highest of a byte; the last byte is filled up with zeros."""
+        return np.packbits(np.concatenate([np.empty(0, bool), *self.bits])).tobytes()
+
+    def ideal_bits(self) -> float:
+        """The code length of all bits under their probabilities."""
+        pairs = zip(self.probabilities, self.bits, strict=True)
+        return float(sum(-np.log2(np.where(bits, p, SCALE - p) / SCALE).sum() for p, bits in pairs))
 
 
 class RangeDecoder:
@@ -64,44 +79,91 @@ class RangeDecoder:
             raise FormatError("an entropy-coded payload is corrupt")
 
 
+class RawDecoder:
+    """Reads what `RangeEncoder.raw` gave; probabilities only count the bits."""
+
+    def __init__(self, payload: bytes) -> None:
+        self._bits = np.unpackbits(np.frombuffer(payload, np.uint8)).view(bool)
+        self._place = 0
+
+    def read(self, probabilities: np.ndarray) -> np.ndarray:
+        """The next bits, bool [n].
+
+        Raises:
+            FormatError: the payload is too short.
+        """
+        start, self._place = self._place, self._place + len(probabilities)
+        if self._place > len(self._bits):
+            raise FormatError("a raw payload is too short")
+        return self._bits[start : self._place]
+
+    def finish(self) -> None:
+        """Checks that the whole payload has been read.
+
+        Raises:
+            FormatError: something is left, or the last byte is not filled up with zeros.
+        """
+        if len(self._bits) - self._place > 7 or self._bits[self._place :].any():
+            raise FormatError("a raw payload is too long")
+
+
 class Session(ABC):
-    """Codes the iterations of one image in order.
+    """Codes the iterations of one image in order, each in one payload; `ContextSession` may divide them into parts.
 
     Args:
         bits, rows, cols: shape of the bits of an iteration.
     """
 
     coding: ClassVar[int]  # number of the coder in files, see FORMAT.md
+    parts = 1  # payloads of an iteration
+    maps = False  # whether locations may stop
 
     def __init__(self, bits: int, rows: int, cols: int) -> None:
         self.shape = bits, rows, cols
 
-    def encode(self, plane: np.ndarray) -> tuple[int, bytes]:
-        """Codes the next iteration, bool [bits, rows, cols]; gives coding and payload, raw if coding saves nothing."""
-        raw, coded = pack_bits(plane), self._encode(plane)
-        self._advance(plane)
-        # A coded payload takes a length field in the header, too.
-        return (self.coding, coded) if 0 < len(coded) < len(raw) - length_size(len(raw)) else (RAW, raw)
-
-    def decode(self, coding: int, payload: bytes) -> np.ndarray:
-        """Decodes the next iteration to bool [bits, rows, cols].
+    def encode(self, plane: np.ndarray) -> list[Piece]:
+        """Codes the next iteration, int8 [bits, rows, cols]; a payload is raw if coding saves nothing.
 
         Raises:
-            FormatError: the payload is corrupt, or of another coder.
+            ValueError: some bits are not sent, which this coder cannot tell.
         """
-        if coding not in (RAW, self.coding):
-            raise FormatError(f"coding {coding} where {self.coding} was expected")
-        plane = unpack_bits(payload, *self.shape) if coding == RAW else self._decode(payload)
+        if not plane.all():
+            raise ValueError("bits are left out, which needs a file with stop maps")
+        raw, coded = pack_bits(plane > 0), self._encode(plane > 0)
+        self._advance(plane)
+        # A coded payload takes a length field in the header, too.
+        return [(self.coding, coded) if 0 < len(coded) < len(raw) - length_size(len(raw)) else (RAW, raw)]
+
+    def decode(self, pieces: Sequence[Piece]) -> np.ndarray:
+        """Decodes the next iteration to int8 [bits, rows, cols]; bits of parts that are missing are 0.
+
+        Raises:
+            FormatError: a payload is corrupt, or of another coder.
+        """
+        for coding, _ in pieces:
+            if coding not in (RAW, self.coding):
+                raise FormatError(f"coding {coding} where {self.coding} was expected")
+        plane = self._decode(pieces)
         self._advance(plane)
         return plane
 
+    def _decode(self, pieces: Sequence[Piece]) -> np.ndarray:
+        """Decodes like `decode`, without a change of the state."""
+        ((coding, payload),) = pieces
+        return signs(unpack_bits(payload, *self.shape) if coding == RAW else self._decode_whole(payload))
+
     @abstractmethod
     def _encode(self, plane: np.ndarray) -> bytes:
-        """The payload of a plane."""
+        """The payload of a plane, bool."""
 
     @abstractmethod
-    def _decode(self, payload: bytes) -> np.ndarray:
-        """The plane of a payload."""
+    def _decode_whole(self, payload: bytes) -> np.ndarray:
+        """The plane of a payload, bool."""
 
     def _advance(self, plane: np.ndarray) -> None:  # noqa: B027 - most coders have no state
-        """Updates the state with an iteration."""
+        """Updates the state with an iteration, int8."""
+
+
+def signs(bits: np.ndarray) -> np.ndarray:
+    """Bits that are true or false as int8 of +1 and -1."""
+    return 2 * bits.astype(np.int8) - 1

@@ -1,23 +1,30 @@
-"""Reads and writes the .rnc file that FORMAT.md specifies: a header, then one payload for each iteration."""
+"""Reads and writes the .rnc file that FORMAT.md specifies: a header, then payloads, one or more for each iteration."""
 
+import binascii
 import io
 import itertools
+import operator
 import re
 import struct
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import numpy as np
 
 MAGIC = b"\x8fRNC"  # a first byte above 0x7f is neither ASCII nor the start of UTF-8: no text editor claims the file
-RAW_VERSION, CODED_VERSION = 1, 2  # of files whose payloads are all raw, and of others
+# Of files whose payloads are all raw, of others with one payload for each iteration, and of all that can hold more.
+RAW_VERSION, CODED_VERSION, PARTS_VERSION = 1, 2, 3
 EntropyName = Literal["none", "context", "huffman", "static", "adaptive"]
 CODINGS: dict[int, EntropyName] = dict(enumerate(get_args(EntropyName)))  # of payloads, raw or by an entropy coder
 RAW, CONTEXT, HUFFMAN, STATIC, ADAPTIVE = CODINGS
 MAX_ITERATIONS = 255  # a byte in the header
+MAX_PARTS = 16  # payloads of one iteration
+MAPS = 1  # the flag of files with stop maps
 SIZES = struct.Struct(">HH8s")  # width, height, fingerprint
 SHAPE = struct.Struct(">BBB")  # stride, bits, length of the name
+PARTS = struct.Struct(">BBBH")  # coding of coded payloads, parts of an iteration, flags, number of payloads
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,31}")  # safe to print and to look up, whatever the source
 
 
@@ -26,13 +33,13 @@ class FormatError(ValueError):
 
 
 @dataclass(frozen=True)
-class Iteration:
+class Entry:
     """The header's entry for one payload.
 
     Attributes:
         coding: `RAW`, or the entropy coder's number in 1..255.
         length: of the payload, in bytes.
-        checksum: CRC-32 of the payload.
+        checksum: of the payload: CRC-32, or CRC-16 from version 3 on, which has many small payloads.
     """
 
     coding: int
@@ -40,9 +47,10 @@ class Iteration:
     checksum: int
 
     @classmethod
-    def of(cls, payload: bytes, coding: int = RAW) -> "Iteration":
-        """The entry that describes a payload."""
-        return cls(coding, len(payload), zlib.crc32(payload))
+    def of(cls, payload: bytes, coding: int = RAW, version: int = RAW_VERSION) -> "Entry":
+        """The entry that describes a payload in a file of a version."""
+        checksum = zlib.crc32(payload) if version < PARTS_VERSION else binascii.crc_hqx(payload, 0xFFFF)
+        return cls(coding, len(payload), checksum)
 
 
 @dataclass(frozen=True)
@@ -55,8 +63,10 @@ class Header:
         weights: their name, for error messages; up to 32 of A-Z, a-z, 0-9, '.', '_', '-', the first a letter or digit.
         stride: side in pixels of the block that one location stands for, 1..255.
         bits: of one location in one iteration, 1..255.
-        iterations: 1 to 255 entries.
+        entries: one for each payload, of 1 to 255 iterations; the last iteration may lack some of its parts.
         context: 8 bytes that identify the context model; zeros if no payload is coded with one.
+        parts: payloads of an iteration, 1..16, a divisor of `bits`; above 1 only in version 3.
+        maps: whether the file says for each location which iteration is its last; only in version 3.
 
     Raises:
         FormatError: a value is out of range, or the length of a payload contradicts the geometry.
@@ -68,35 +78,57 @@ class Header:
     weights: str
     stride: int
     bits: int
-    iterations: tuple[Iteration, ...]
+    entries: tuple[Entry, ...]
     context: bytes = bytes(8)
+    parts: int = 1
+    maps: bool = False
 
     def __post_init__(self) -> None:
         for name, largest in (("width", 65535), ("height", 65535), ("stride", 255), ("bits", 255)):
             if not 1 <= getattr(self, name) <= largest:
                 raise FormatError(f"{name} must be in 1..{largest}, not {getattr(self, name)}")
+        if not (1 <= self.parts <= MAX_PARTS and self.bits % self.parts == 0):
+            raise FormatError(f"{self.bits} bits cannot be divided into {self.parts} parts")
         for fingerprint in self.fingerprint, self.context:
             if len(fingerprint) != 8:
                 raise FormatError(f"a fingerprint has 8 bytes, not {len(fingerprint)}")
         if not NAME_PATTERN.fullmatch(self.weights):
             raise FormatError(f"a name of weights is up to 32 letters, digits, '.', '_' and '-', not {self.weights!a}")
-        if not 1 <= len(self.iterations) <= MAX_ITERATIONS:
-            raise FormatError(f"a file holds 1 to {MAX_ITERATIONS} iterations, not {len(self.iterations)}")
-        codings = {it.coding for it in self.iterations} - {RAW}
+        if not 1 <= self.iterations <= MAX_ITERATIONS:
+            raise FormatError(f"a file holds 1 to {MAX_ITERATIONS} iterations, not {self.iterations}")
+        codings = {entry.coding for entry in self.entries} - {RAW}
         if len(codings) > 1:
             raise FormatError(f"codings {min(codings)} and {max(codings)} in one file")
         if (self.context != bytes(8)) != (codings == {CONTEXT}):
             raise FormatError("a context model must be named if, and only if, a payload is coded with one")
-        for number, it in enumerate(self.iterations, 1):
-            if not (0 <= it.coding <= 255 and 0 <= it.checksum < 2**32):
-                raise FormatError(f"iteration {number}: coding {it.coding} or checksum {it.checksum} is out of range")
-            if not (self.raw_length if it.coding == RAW else 1) <= it.length <= self.raw_length:
-                raise FormatError(f"iteration {number} takes {it.length} bytes, where raw bits take {self.raw_length}")
+        for number, entry in enumerate(self.entries):
+            if not (0 <= entry.coding <= 255 and 0 <= entry.checksum < self._checksums):
+                raise FormatError(f"{self.place(number)}: coding {entry.coding} or its checksum is out of range")
+            # In a part of an iteration, every location may have stopped.
+            least = 0 if self.version >= PARTS_VERSION else self.raw_length if entry.coding == RAW else 1
+            if not least <= entry.length <= self.raw_length:
+                raise FormatError(
+                    f"{self.place(number)} takes {entry.length} bytes, where raw bits take {self.raw_length}"
+                )
 
     @property
     def version(self) -> int:
         """The lowest version of the format that can hold this file."""
-        return RAW_VERSION if all(it.coding == RAW for it in self.iterations) else CODED_VERSION
+        if self.parts > 1 or self.maps:
+            return PARTS_VERSION
+        return RAW_VERSION if all(entry.coding == RAW for entry in self.entries) else CODED_VERSION
+
+    @property
+    def iterations(self) -> int:
+        """Number of iterations, of which the last may lack some of its parts."""
+        return _ceil(len(self.entries), self.parts)
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """Number of payloads up to the end of iteration 1, 2, ..."""
+        return tuple(
+            min(end, len(self.entries)) for end in range(self.parts, len(self.entries) + self.parts, self.parts)
+        )
 
     @property
     def rows(self) -> int:
@@ -110,37 +142,61 @@ class Header:
 
     @property
     def raw_length(self) -> int:
-        """Bytes of a raw payload, which no payload exceeds."""
-        return _raw_length(self.width, self.height, self.stride, self.bits)
+        """Bytes of a raw payload, in version 3 the most bytes of one; no payload exceeds it."""
+        return _raw_length(self.width, self.height, self.stride, self.bits // self.parts + self.maps)
 
     @property
     def size(self) -> int:
         """Bytes of this header."""
-        entries = sum(5 + (length_size(self.raw_length) if it.coding != RAW else 0) for it in self.iterations)
-        context = len(self.context) if self.version >= CODED_VERSION else 0
-        return len(MAGIC) + 1 + SIZES.size + context + SHAPE.size + len(self.weights) + 1 + entries + 4
+        return self._fixed_size + sum(map(self._entry_size, self.entries))
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """Bytes of the whole file when truncated after iteration 1, 2, ..."""
-        payloads = itertools.accumulate(it.length for it in self.iterations)
-        return tuple(self.shortened(count).size + length for count, length in enumerate(payloads, 1))
+        """Bytes of the whole file when truncated after payload 1, 2, ..."""
+        ends = itertools.accumulate(self._entry_size(entry) + entry.length for entry in self.entries)
+        fixed = [
+            self.shortened(count)._fixed_size if self.version < PARTS_VERSION else self._fixed_size
+            for count in range(1, len(self.entries) + 1)
+        ]
+        return tuple(map(operator.add, fixed, ends))
 
     def shortened(self, count: int) -> "Header":
-        """The header of a file of the first `count` iterations."""
-        iterations = self.iterations[:count]
-        coded = any(it.coding == CONTEXT for it in iterations)
-        return replace(self, iterations=iterations, context=self.context if coded else bytes(8))
+        """The header of a file of the first `count` payloads."""
+        entries = self.entries[:count]
+        coded = any(entry.coding == CONTEXT for entry in entries)
+        return replace(self, entries=entries, context=self.context if coded else bytes(8))
 
     @property
     def bpp(self) -> tuple[float, ...]:
         """Bits per pixel of the image, for each of `sizes`."""
         return tuple(8 * size / (self.width * self.height) for size in self.sizes)
 
+    def place(self, number: int) -> str:
+        """Where the payload of a number from 0 belongs, for messages."""
+        iteration, part = divmod(number, self.parts)
+        return f"iteration {iteration + 1}" + (f", part {part + 1}" if self.parts > 1 else "")
+
+    @property
+    def _fixed_size(self) -> int:
+        """Bytes of this header without its entries."""
+        version = {RAW_VERSION: 1, CODED_VERSION: len(self.context) + 1, PARTS_VERSION: len(self.context) + PARTS.size}
+        return len(MAGIC) + 1 + SIZES.size + SHAPE.size + len(self.weights) + version[self.version] + 4
+
+    def _entry_size(self, entry: Entry) -> int:
+        """Bytes of an entry in this header."""
+        if self.version >= PARTS_VERSION:
+            return len(_varint(2 * entry.length)) + 2
+        return 5 + (length_size(self.raw_length) if entry.coding != RAW else 0)
+
+    @property
+    def _checksums(self) -> int:
+        """Number of different checksums."""
+        return 2**16 if self.version >= PARTS_VERSION else 2**32
+
 
 @dataclass(frozen=True)
 class Container:
-    """A header and its payloads, fewer than its iterations if the file was cut or fewer were asked for."""
+    """A header and its payloads, fewer than its entries if the file was cut or fewer were asked for."""
 
     header: Header
     payloads: tuple[bytes, ...]
@@ -179,8 +235,9 @@ def write(container: Container) -> bytes:
         FormatError: the payloads are not those that the header describes.
     """
     header, payloads = container.header, container.payloads
-    if len(payloads) != len(header.iterations) or any(
-        Iteration.of(payload, it.coding) != it for payload, it in zip(payloads, header.iterations, strict=True)
+    if len(payloads) != len(header.entries) or any(
+        Entry.of(payload, entry.coding, header.version) != entry
+        for payload, entry in zip(payloads, header.entries, strict=True)
     ):
         raise FormatError("the payloads are not those that the header describes")
     return write_header(header) + b"".join(payloads)
@@ -192,13 +249,19 @@ def write_header(header: Header) -> bytes:
     data = MAGIC + bytes([header.version]) + SIZES.pack(header.width, header.height, header.fingerprint)
     if header.version >= CODED_VERSION:
         data += header.context
-    data += SHAPE.pack(header.stride, header.bits, len(name))
-    data += name + bytes([len(header.iterations)])
-    for it in header.iterations:
-        data += bytes([it.coding])
-        if it.coding != RAW:  # the geometry gives the length of raw bits
-            data += it.length.to_bytes(length_size(header.raw_length))
-        data += it.checksum.to_bytes(4)
+    data += SHAPE.pack(header.stride, header.bits, len(name)) + name
+    if header.version >= PARTS_VERSION:
+        coding = max(entry.coding for entry in header.entries)
+        data += PARTS.pack(coding, header.parts, MAPS * header.maps, len(header.entries))
+        for entry in header.entries:
+            data += _varint(2 * entry.length + (entry.coding != RAW)) + entry.checksum.to_bytes(2)
+        return data + zlib.crc32(data).to_bytes(4)
+    data += bytes([len(header.entries)])
+    for entry in header.entries:
+        data += bytes([entry.coding])
+        if entry.coding != RAW:  # the geometry gives the length of raw bits
+            data += entry.length.to_bytes(length_size(header.raw_length))
+        data += entry.checksum.to_bytes(4)
     return data + zlib.crc32(data).to_bytes(4)
 
 
@@ -220,7 +283,7 @@ def read_header(data: bytes) -> Header:
 
     version = take(len(MAGIC) + 1)[-1]
     # Checked first, because only the first five bytes are the same in every version.
-    if version not in (RAW_VERSION, CODED_VERSION):
+    if not RAW_VERSION <= version <= PARTS_VERSION:
         raise FormatError(f"version {version} of the format needs a newer version of this program")
     width, height, fingerprint = SIZES.unpack(take(SIZES.size))
     context = take(8) if version >= CODED_VERSION else bytes(8)
@@ -229,30 +292,51 @@ def read_header(data: bytes) -> Header:
     # The width of the lengths follows from the geometry, so zeros are refused before the checksum is known.
     if 0 in (width, height, stride, bits):
         raise FormatError("the header is corrupt")
-    raw_length = _raw_length(width, height, stride, bits)
-    iterations = []
-    for _ in range(take(1)[0]):
-        coding = take(1)[0]
-        length = raw_length if coding == RAW else int.from_bytes(take(length_size(raw_length)))
-        iterations.append(Iteration(coding, length, int.from_bytes(take(4))))
+    coding, parts, flags, entries = RAW, 1, 0, list[Entry]()
+    if version >= PARTS_VERSION:
+        coding, parts, flags, count = PARTS.unpack(take(PARTS.size))
+        if count > MAX_ITERATIONS * MAX_PARTS:
+            raise FormatError("the header is corrupt")
+        for _ in range(count):
+            coded = _take_varint(take)
+            entries.append(Entry(coding if coded % 2 else RAW, coded // 2, int.from_bytes(take(2))))
+    else:
+        raw_length = _raw_length(width, height, stride, bits)
+        for _ in range(take(1)[0]):
+            own = take(1)[0]
+            length = raw_length if own == RAW else int.from_bytes(take(length_size(raw_length)))
+            entries.append(Entry(own, length, int.from_bytes(take(4))))
     checksum = zlib.crc32(data[: file.tell()])
     if int.from_bytes(take(4)) != checksum:
         raise FormatError("the header is corrupt")
-    header = Header(width, height, fingerprint, name.decode("latin-1"), stride, bits, tuple(iterations), context)
-    if header.version != version:  # so that each file has only one valid header
-        raise FormatError(f"the codings of the payloads are not those of version {version} of the format")
+    if flags not in (0, MAPS):
+        raise FormatError(f"flags {flags} in the header need a newer version of this program")
+    header = Header(
+        width,
+        height,
+        fingerprint,
+        name.decode("latin-1"),
+        stride,
+        bits,
+        tuple(entries),
+        context,
+        parts,
+        flags == MAPS,
+    )
+    if header.version != version or write_header(header) != data[: header.size]:  # each file has only one valid header
+        raise FormatError(f"the header is not as it must be in version {version} of the format")
     return header
 
 
 def read(data: bytes, *, max_pixels: int, iterations: int | None = None) -> Container:
-    """Reads a file; one that was cut after its header gives its complete iterations.
+    """Reads a file; one that was cut after its header gives its complete payloads.
 
     Nothing is allocated from the lengths in the header, which are only compared with the bytes that are there.
 
     Args:
         data: the file.
         max_pixels: files of larger images are refused.
-        iterations: read and check at most so many, and ignore what follows; None reads all.
+        iterations: read and check the payloads of at most so many, and ignore what follows; None reads all.
 
     Returns:
         The header as it is, and the payloads, each with the right checksum; possibly none.
@@ -268,64 +352,85 @@ def read(data: bytes, *, max_pixels: int, iterations: int | None = None) -> Cont
     if header.width * header.height > max_pixels:
         size = f"{header.width}x{header.height}"
         raise FormatError(f"{size} pixels are above the limit of {max_pixels}; raise max_pixels to decode it")
-    payloads = _payloads(data, header, iterations)
-    for number, it in enumerate(header.iterations[: len(payloads)], 1):
-        if it.coding not in CODINGS:
-            raise FormatError(f"coding {it.coding} of iteration {number} needs a newer version of this program")
+    payloads = _payloads(data, header, None if iterations is None else iterations * header.parts)
+    for number, entry in enumerate(header.entries[: len(payloads)]):
+        if entry.coding not in CODINGS:
+            place = header.place(number)
+            raise FormatError(f"coding {entry.coding} of {place} needs a newer version of this program")
     return Container(header, payloads)
 
 
 def truncate(data: bytes, *, iterations: int | None = None, max_bytes: int | None = None) -> bytes:
-    """Shortens a file to its first iterations, byte for byte the file that encoding so many gives.
+    """Shortens a file to its first iterations or parts of them, byte for byte the file that encoding so much gives.
 
-    Works on cut files, and on codings that this version cannot decode. With neither limit, all complete iterations
-    are kept, which makes a whole file of a cut one.
+    Works on cut files, and on codings that this version cannot decode. With neither limit, all complete payloads are
+    kept, which makes a whole file of a cut one.
 
     Args:
         data: the file.
         iterations: how many to keep.
-        max_bytes: or keep as many as fit in so many bytes, header included.
+        max_bytes: or keep as many payloads as fit in so many bytes, header included.
 
     Raises:
         FormatError: as in `read_header`; or a payload to keep is corrupt, there are not enough complete iterations, or
-            not even one fits.
+            not even one payload fits.
         ValueError: both limits are given.
     """
     if iterations is not None and max_bytes is not None:
         raise ValueError("give iterations or max_bytes, not both")
     header = read_header(data)
-    ends = itertools.accumulate((it.length for it in header.iterations), initial=header.size)
-    complete = sum(end <= len(data) for end in ends) - 1
+    ends = itertools.accumulate((entry.length for entry in header.entries), initial=header.size)
+    keep = complete = sum(end <= len(data) for end in ends) - 1
     if complete < 1:
-        raise FormatError("no complete iteration")
-    keep = complete
+        raise FormatError(f"no complete {'part of an ' if header.parts > 1 else ''}iteration")
     if iterations is not None:
-        keep = iterations
-        if not 1 <= keep <= complete:
-            raise FormatError(f"cannot keep {keep} iterations of {complete} complete ones")
+        whole = complete // header.parts
+        if not 1 <= iterations <= whole:
+            raise FormatError(f"cannot keep {iterations} iterations of {whole} complete ones")
+        keep = iterations * header.parts
     elif max_bytes is not None:
         keep = sum(size <= max_bytes for size in header.sizes[:complete])
         if keep < 1:
-            raise FormatError(f"one iteration takes {header.sizes[0]} bytes, more than {max_bytes}")
+            raise FormatError(f"{header.place(0)} takes {header.sizes[0]} bytes, more than {max_bytes}")
     payloads = _payloads(data, header, keep)
     return write(Container(header.shortened(keep), payloads))
 
 
 def _payloads(data: bytes, header: Header, count: int | None) -> tuple[bytes, ...]:
-    """At most `count` complete payloads of any coding, with checked CRC-32."""
+    """At most `count` complete payloads of any coding, with checked checksums."""
     payloads = []
     end = header.size
-    for number, iteration in enumerate(header.iterations[:count], 1):
-        start, end = end, end + iteration.length
+    for number, entry in enumerate(header.entries[:count]):
+        start, end = end, end + entry.length
         if end > len(data):
             break
         payload = data[start:end]
-        if Iteration.of(payload, iteration.coding) != iteration:
-            raise FormatError(f"iteration {number} is corrupt")
+        if Entry.of(payload, entry.coding, header.version) != entry:
+            raise FormatError(f"{header.place(number)} is corrupt")
         payloads.append(payload)
-    if len(payloads) == len(header.iterations) and end < len(data):
+    if len(payloads) == len(header.entries) and end < len(data):
         raise FormatError(f"{len(data) - end} bytes follow the last iteration")
     return tuple(payloads)
+
+
+def _varint(value: int) -> bytes:
+    """A whole number in bytes of 7 bits each, the lowest first; all but the last have 128 added."""
+    data = bytearray()
+    while value > 127:
+        data.append(value % 128 + 128)
+        value //= 128
+    return bytes([*data, value])
+
+
+def _take_varint(take: Callable[[int], bytes]) -> int:
+    """Reads what `_varint` wrote, from at most five bytes."""
+    value = 0
+    for place in range(5):
+        byte = take(1)[0]
+        value += byte % 128 << 7 * place
+        if byte < 128:
+            break
+    return value
 
 
 def _raw_length(width: int, height: int, stride: int, bits: int) -> int:

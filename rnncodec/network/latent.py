@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from rnncodec.network.binarizer import Coded
 from rnncodec.network.cells import CellState, ConvLSTM, GateConv
 from rnncodec.network.parts import Parts
+from rnncodec.network.places import Places, convolve, pick, put
 from rnncodec.network.questions import Answered, Known, Questions, at
 from rnncodec.network.transforms import STRIDE, Analysis, LatentTransforms, Synthesis, full_precision, zero_conv
 
@@ -100,11 +101,15 @@ class Asked(NamedTuple):
 
 
 class Answers(NamedTuple):
-    """What a pass adds to the latents [B, C, H, W], its number, and the groups received after it, long [B, H, W]."""
+    """What a pass adds to the latents [B, C, H, W], its number, and the groups received after it, long [B, H, W].
+
+    `going`, bool [B, 1, H, W], tells which locations have received any in this pass; None stands for all.
+    """
 
     added: Tensor
     iteration: Tensor
     received: Tensor
+    going: Tensor | None
 
 
 class DecoderState(NamedTuple):
@@ -126,6 +131,12 @@ class LookAround(nn.Module):
         mixed = self.mixed(x)
         return torch.cat([mixed, F.relu(self.around(F.relu(mixed)) + bias)], 1)
 
+    def at(self, places: Places, near: Tensor, bias: Tensor) -> Tensor:
+        """Computes some locations only, [1, C, 1, n], from x at these and their neighbors, [1, C, 1, m]."""
+        mixed = self.mixed(near)
+        here = mixed.index_select(3, places.within)
+        return torch.cat([here, F.relu(convolve(self.around, F.relu(mixed), places) + bias)], 1)
+
 
 class LatentEncoder(nn.Module):
     """A ConvLSTM that computes from the residual [B, C, H, W] an offset for each decision, [B, bits, H, W]."""
@@ -138,16 +149,30 @@ class LatentEncoder(nn.Module):
         self.look = LookAround(config.latents, config)
         self.cell = ConvLSTM(config.mixed + config.around, config.encoder_channels, 1, 1)
         self.output = zero_conv(config.encoder_channels, config.bits, 1)
+        self.groups = config.groups
 
-    def forward(self, residual: Tensor, state: EncoderState | None) -> tuple[Tensor, EncoderState]:
+    def forward(
+        self, residual: Tensor, state: EncoderState | None, limit: Tensor | None = None
+    ) -> tuple[Tensor, EncoderState]:
+        """Offsets and state; offsets are 0, and the state is the old one, where the limit leaves nothing to decide."""
         iteration, cell = state or EncoderState(torch.zeros((), dtype=torch.long, device=residual.device), None)
         scale, bias = _per_channel(at(self.scale, iteration)), _per_channel(at(self.bias, iteration))
+        going = None if limit is None or state is None else (limit > iteration * self.groups)[:, None]
 
-        def band(residual: Tensor, *cell: Tensor) -> tuple[Tensor, ...]:
-            hidden, new_cell = self.cell(self.look(residual / scale, bias), cell or None)
+        def finish(looked: Tensor, *cell: Tensor) -> tuple[Tensor, ...]:
+            hidden, new_cell = self.cell(looked, cell or None)
             return self.output(hidden), *new_cell
 
-        offset, *new_cell = by_rows(band, residual, *(cell or ()))
+        def band(residual: Tensor, *cell: Tensor) -> tuple[Tensor, ...]:
+            return finish(self.look(residual / scale, bias), *cell)
+
+        if cell is not None and (places := Places.of(going, self.training)):
+            looked = self.look.at(places, pick(residual, places.near) / scale, bias)
+            found, *new = finish(looked, *(pick(part, places.here) for part in cell))
+            offset = put(found.new_zeros(len(residual), found.shape[1], *residual.shape[2:]), places.here, found)
+            new_cell = [put(part, places.here, values) for part, values in zip(cell, new, strict=True)]
+        else:
+            offset, *new_cell = by_rows(band, residual, *(cell or ()))
         return offset, EncoderState(iteration + 1, tuple(new_cell))
 
 
@@ -172,23 +197,25 @@ class LatentBinarizer(nn.Module):
         with full_precision(residual):
             left = None if limit is None else limit - asked.received
             answered = self.questions.ask(asked.iteration, asked.known, residual.float(), features.float(), left)
-        return self._coded(asked, answered)
+        return self._coded(asked, answered, whole=limit is None)
 
     def values(self, bits: Tensor, state: Asked | None) -> Coded:
         """The decoder's input for the bits of a pass."""
         asked = self._asked(state, len(bits), *bits.shape[2:])
         with full_precision(bits):
-            return self._coded(asked, self.questions.values(asked.iteration, asked.known, bits.float()))
+            answered = self.questions.values(asked.iteration, asked.known, bits.float())
+            return self._coded(asked, answered, whole=bool(bits.all()))
 
-    def _coded(self, asked: Asked, answered: Answered) -> Coded:
+    def _coded(self, asked: Asked, answered: Answered, whole: bool) -> Coded:
         groups = answered.bits.detach().unflatten(1, (self.questions.groups, -1))
         received = asked.received + (groups != 0).any(2).sum(1)
-        answers = Answers(answered.added, asked.iteration, received)
+        going = None if whole else (received > asked.received)[:, None]
+        answers = Answers(answered.added, asked.iteration, received, going)
         return Coded(answered.bits, answers, Asked(asked.iteration + 1, answered.known, received), answered.case)
 
 
 class LatentDecoder(nn.Module):
-    """A ConvLSTM that corrects the latents after each pass."""
+    """A ConvLSTM that corrects the latents after each pass; where nothing is received, nothing changes any more."""
 
     def __init__(self, config: LatentConfig) -> None:
         super().__init__()
@@ -203,17 +230,33 @@ class LatentDecoder(nn.Module):
         self, answers: Answers, state: DecoderState | None, y_hat: Tensor | None
     ) -> tuple[Tensor, DecoderState]:
         """What a pass adds to the latents, [B, C, H, W], given their sum so far."""
-        added, iteration, received = answers
+        added, iteration, received, going = answers
         scale = _per_channel(at(self.scale, iteration))
+        y_hat = torch.zeros_like(added) if y_hat is None else y_hat
+
+        def look(added: Tensor, y_hat: Tensor) -> Tensor:
+            return torch.cat([added / scale, y_hat + added], 1)
+
+        def finish(looked: Tensor, added: Tensor, *cell: Tensor) -> tuple[Tensor, ...]:
+            hidden, new_cell = self.cell(looked, cell or None)
+            return added + self.output(hidden).float(), *new_cell
 
         def band(added: Tensor, y_hat: Tensor, received: Tensor, *cell: Tensor) -> tuple[Tensor, ...]:
             bias = self.received(received[:, 0]).permute(0, 3, 1, 2)
-            look = self.look(torch.cat([added / scale, y_hat + added], 1), bias)
-            hidden, new_cell = self.cell(look, cell or None)
-            return added + self.output(hidden).float(), *new_cell
+            return finish(self.look(look(added, y_hat), bias), added, *cell)
 
-        y_hat = torch.zeros_like(added) if y_hat is None else y_hat
-        values, *cell = by_rows(band, added, y_hat, received[:, None], *(state.cell if state else ()))
+        if state is not None and (places := Places.of(going, self.training)):
+            here, near = places.here, places.near
+            bias = self.received(received.flatten()[here]).T[None, :, None]
+            looked = self.look.at(places, look(pick(added, near), pick(y_hat, near)), bias)
+            found, *new = finish(looked, pick(added, here), *(pick(part, here) for part in state.cell))
+            values = put(added, here, found)  # which are zeros elsewhere
+            cell = [put(part, here, part_here) for part, part_here in zip(state.cell, new, strict=True)]
+        else:
+            values, *cell = by_rows(band, added, y_hat, received[:, None], *(state.cell if state else ()))
+            if state is not None and going is not None:
+                values = values * going
+                cell = [torch.where(going, new, old) for new, old in zip(cell, state.cell, strict=True)]
         return values, DecoderState(received, tuple(cell))
 
 

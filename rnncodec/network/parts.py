@@ -14,7 +14,7 @@ class Parts(NamedTuple):
     Attributes:
         transforms: `analyse(x)` makes y of images [B, 3, H, W]; `synthesise(y_hat, state of the decoder, window)` makes
             images of a window of blocks; `halos` tells how many blocks beyond a block the two see on each side.
-        encoder: `(residual of y, state)` to features and state.
+        encoder: `(residual of y, state, limit)` to features and state.
         binarizer: `(features, residual, state, limit)` to `Coded`; `values(bits, state)` to the same, given the bits.
         decoder: `(values of Coded, state, y_hat)` to what the step adds to y_hat, and state.
         gain: y_hat to factors of the residual; None for no factors.

@@ -171,7 +171,7 @@ class Encoder(nn.Module):
             )
         )
 
-    def forward(self, x: Tensor, states: list[CellState] | None) -> tuple[Tensor, list[CellState]]:
+    def forward(self, x: Tensor, states: list[CellState] | None, *_: Any) -> tuple[Tensor, list[CellState]]:
         x = self.stem(F.pixel_unshuffle(x, self.patch_size))
         if self.tanh_stem:
             x = torch.tanh(x)
@@ -273,7 +273,7 @@ class RecurrentCodec(nn.Module):
             bits: or the bits of this step to decode, [B, bits, H / stride, W / stride] of -1 and +1, or 0 where nothing
                 was sent (latent networks only).
             limit: the most groups of bits that each location gets in all steps, long [B, H / stride, W / stride]
-                (latent networks only); None for no limit.
+                (latent networks only); None for no limit. What has got its last group does not change any more.
         """
         gain = self.gain(state.y_hat) if self.gain is not None and state is not None else None
         if bits is None:
@@ -300,7 +300,7 @@ class RecurrentCodec(nn.Module):
         if gain is not None:
             residual = residual * gain
         with self._precision():
-            features, encoder_state = self.encoder(residual, state.encoder if state else None)
+            features, encoder_state = self.encoder(residual, state.encoder if state else None, limit)
         return self.binarizer(features, residual, state.binarizer if state else None, limit), encoder_state
 
     def analyse(self, x: Tensor) -> Tensor:
