@@ -162,7 +162,7 @@ def test_bpp(codec):
         if t > 1:
             assert len(codec.encode(image, bpp=rate * (1 - 1e-9))) == sizes[t - 2]
     assert len(codec.encode(image, bpp=1000)) == sizes[-1]
-    with pytest.raises(ValueError, match=f"one iteration takes {8 * sizes[0] / 2000:.4f} bpp"):
+    with pytest.raises(ValueError, match=f"iteration 1 takes {8 * sizes[0] / 2000:.4f} bpp"):
         codec.encode(image, bpp=8 * sizes[0] / 2000 * 0.999)
 
 
@@ -399,7 +399,7 @@ def test_a_file_that_claims_more_than_it_has_allocates_nothing(codec, data):
     """The header is that of the largest image, with the right fingerprint and checksum, but without payloads."""
     small = format.read_header(data)
     entries = (Entry(format.RAW, 4096 * 4096 * small.bits // 8, 0),) * 16
-    header = dataclasses.replace(small, width=65535, height=65535, iterations=entries)
+    header = dataclasses.replace(small, width=65535, height=65535, entries=entries)
     forged = format.write_header(header)
     tracemalloc.start()
     with pytest.raises(FormatError):

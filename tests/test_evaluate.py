@@ -118,8 +118,7 @@ def test_ideal_bytes_are_those_of_the_probabilities(weights_with_context):
     loaded = load_weights(weights_with_context)
     codec, x = Codec(loaded), data.astronaut()[:160, 100:260]
     coded = list(measure.ours(codec, 3).run(x, (1, 2, 3)))
-    bits = codec.read_bits(codec.encode(x, 3))
-    signs = np.where(bits, 1, -1)
+    signs = codec.read_bits(codec.encode(x, 3))
     logits = Reference(loaded.context).logits(signs) / 256
     lengths = np.log2(1 + np.exp(-signs * logits)).sum((1, 2, 3)) / 8
     for c, least in zip(coded, lengths.cumsum(), strict=True):

@@ -60,6 +60,11 @@ def planes(count=PASSES, batch=1, bits=BITS, height=5, width=7, seed=0, missing=
     return torch.from_numpy(signs * (rng.random(signs.shape) >= missing)).float()
 
 
+def signed(*args, **kwargs):
+    """Such planes of one image as coders take them, int8 [T, bits, rows, cols]."""
+    return planes(*args, **kwargs)[:, 0].numpy().astype(np.int8)
+
+
 def cases(made, x):
     """The cases of all bits."""
     known, found = made.start(x[0]), []
@@ -143,9 +148,8 @@ def test_gpu_gives_what_the_cpu_gives(tf32, monkeypatch):
     small = model().quantize()
     on_cpu = session(small)
     on_gpu = ContextSession(copy.deepcopy(small).cuda(), BITS, 7, 9, questions=asked().cuda())
-    for plane in planes(height=7, width=9)[:, 0].numpy() > 0:
-        coded = on_cpu.encode(plane)
-        np.testing.assert_array_equal(on_gpu.decode(*coded), plane)
+    for plane in signed(height=7, width=9):
+        np.testing.assert_array_equal(on_gpu.decode(on_cpu.encode(plane)), plane)
 
 
 def test_training_and_files_agree_but_for_rounding():
@@ -212,9 +216,9 @@ def test_bits_that_were_not_sent_say_and_cost_nothing():
 def test_payloads_decode_to_the_bits(shape):
     exact, threads = model().quantize(), torch.get_num_threads()
     encoder, decoder = session(exact, (BITS, *shape)), session(exact, (BITS, *shape))
-    for plane in planes(PASSES + 1, height=shape[0], width=shape[1])[:, 0].numpy() > 0:
-        found = decoder.decode(*encoder.encode(plane))
-        assert found.dtype == bool
+    for plane in signed(PASSES + 1, height=shape[0], width=shape[1]):
+        found = decoder.decode(encoder.encode(plane))
+        assert found.dtype == np.int8
         np.testing.assert_array_equal(found, plane)
     assert torch.get_num_threads() == threads
 
@@ -229,18 +233,18 @@ def test_payloads_are_the_documented_ones(monkeypatch):
     exact = made.quantize()
     monkeypatch.setattr(ContextSession, "BAND", 3 * 9 + 4)
     bands = [slice(0, 3), slice(3, 6), slice(6, 7)]
-    x = planes(height=7, width=9)[:, 0].numpy()
+    x = signed(height=7, width=9)
     x[x > 0] = np.where(np.random.default_rng(1).random((x > 0).sum()) < 0.3, 1, -1)
     logits = [reference(exact, asked()).run(x[:, :, band])[0] for band in bands]
     encoder, decoder = session(exact), session(exact)
-    for t, plane in enumerate(x > 0):
+    for t, plane in enumerate(x):
         if t == 1:
             for coder in encoder, decoder:
-                np.testing.assert_array_equal(coder.decode(RAW, pack_bits(plane)), plane)
+                np.testing.assert_array_equal(coder.decode([(RAW, pack_bits(plane > 0))]), plane)
             continue
-        coding, payload = encoder.encode(plane)
+        ((coding, payload),) = encoder.encode(plane)
         assert coding == CONTEXT
-        np.testing.assert_array_equal(decoder.decode(coding, payload), plane)
+        np.testing.assert_array_equal(decoder.decode([(coding, payload)]), plane)
         probabilities, bits = [], []
         for band, of_band in zip(bands, logits, strict=True):
             places = list(np.ndindex(band.stop - band.start, 9))
@@ -249,7 +253,7 @@ def test_payloads_are_the_documented_ones(monkeypatch):
                     if (r + c) % 2 == turn % 2:
                         for k in range(turn // 2 * SIZE, (turn // 2 + 1) * SIZE):
                             probabilities.append(documented_chance(of_band[t, k, r, c]))
-                            bits.append(bool(plane[k, band][r, c]))
+                            bits.append(bool(plane[k, band][r, c] > 0))
         assert range_decode(payload, probabilities) == bits
 
 
@@ -258,13 +262,13 @@ def test_chances_are_those_of_the_model_and_leave_no_trace():
     with torch.inference_mode():
         expected = probability(exact(x, cases(asked(), x)))[:, 0].numpy()
     coder = session(exact)
-    for plane, probabilities in zip(x[:, 0].numpy() > 0, expected, strict=True):
-        coder.probabilities(~plane)
+    for plane, probabilities in zip(x[:, 0].numpy().astype(np.int8), expected, strict=True):
+        coder.probabilities(-plane)
         np.testing.assert_array_equal(coder.probabilities(plane), probabilities)
-        coder.probabilities(~plane)
+        coder.probabilities(-plane)
         p = probabilities / 65536
         coder.encode(plane)
-        assert coder.ideal_bits[-1] == pytest.approx(-np.log2(np.where(plane, p, 1 - p)).sum())
+        assert coder.ideal_bits[-1] == pytest.approx(-np.log2(np.where(plane > 0, p, 1 - p)).sum())
 
 
 def test_damaged_payloads_are_an_error_or_other_bits():
@@ -272,13 +276,13 @@ def test_damaged_payloads_are_an_error_or_other_bits():
     made = ContextModel(ContextConfig("grouped", BITS, 6, PASSES, GROUPS))
     made.grouped.start_odds(torch.full((PASSES, BITS, grouped.CASES), -1.0))
     exact, shape = made.quantize(), (BITS, 12, 12)
-    plane = planes(1, height=12, width=12)[0, 0].numpy() > 0
-    coding, payload = session(exact, shape).encode(plane)
+    (plane,) = signed(1, height=12, width=12)
+    ((coding, payload),) = session(exact, shape).encode(plane)
     assert coding == CONTEXT
     errors = 0
     for changed in damaged(payload):
         try:
-            assert session(exact, shape).decode(coding, changed).shape == shape
+            assert session(exact, shape).decode([(coding, changed)]).shape == shape
         except FormatError:
             errors += 1
     assert errors > 0

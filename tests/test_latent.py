@@ -246,7 +246,7 @@ def test_files(codec, size, photos):
         pictures = [
             to_uint8(codec.network.picture(s.state))[0].permute(1, 2, 0)[:height, :width].numpy() for s in steps
         ]
-    np.testing.assert_array_equal(codec.read_bits(data), [(s.bits > 0)[0].numpy() for s in steps])
+    np.testing.assert_array_equal(codec.read_bits(data), [s.bits[0].numpy() for s in steps])
     for k, shown in enumerate(codec.decode_progressive(data), 1):
         np.testing.assert_array_equal(shown, pictures[k - 1])
         np.testing.assert_array_equal(np.asarray(codec.decode(data, k)), pictures[k - 1])
@@ -288,7 +288,7 @@ def test_very_large_maps_are_coded_in_bands_of_rows(codec, photos, monkeypatch):
     with torch.no_grad():
         y = codec.network.analyse(pad_to_blocks(x, 16))
         cuts = [y[:, :, top : top + 6] for top in range(0, rows, 6)]
-        bands = [[(step.bits > 0)[0] for step in codec.network.unroll(cut, 3)] for cut in cuts]
+        bands = [[step.bits[0] for step in codec.network.unroll(cut, 3)] for cut in cuts]
     monkeypatch.setattr("rnncodec.tiling.MAP", 6 * columns + 3)
     data = codec.encode(image, 3)
     found = codec.read_bits(data)
@@ -460,7 +460,7 @@ def test_grouped_context_model_codes_the_bits_of_a_codec(network, photos, tmp_pa
     for k in range(1, 5):
         assert codec.decode(format.truncate(coded, iterations=k)) == codec.decode(raw, k)
     # By the float model's probabilities, the payloads are as long as they should be.
-    planes = torch.from_numpy(codec.read_bits(raw)).float()[:, None] * 2 - 1
+    planes = torch.from_numpy(codec.read_bits(raw)).float()[:, None]
     state, cases = None, []
     with torch.no_grad():
         for bits in planes:
