@@ -289,11 +289,14 @@ class PartsSession(ContextSession):
         """Codes the next iteration, int8 [bits, rows, cols]; a payload is raw if coding saves nothing.
 
         Raises:
-            ValueError: a location has only some of its bits, or bits after it had stopped, or there are no stop maps.
+            ValueError: a location has only some of its bits, or bits after it had stopped, or all have stopped; or some
+                have in the first iteration, or without stop maps.
         """
         going = plane[0] != 0
-        if ((plane != 0) != going).any() or (going & ~self.stops.living).any() or not (self.maps or going.all()):
+        if ((plane != 0) != going).any() or (going & ~self.stops.living).any():
             raise ValueError("a location gets all bits of an iteration, or none from there on")
+        if not (going.any() if self.maps and not self.stops.first else going.all()):
+            raise ValueError("all locations get the first iteration, without stop maps every one, and some the others")
         coders = [RangeEncoder() for _ in range(self.parts)]
 
         def code(group: int, probabilities: np.ndarray, bits: np.ndarray | None) -> np.ndarray | None:

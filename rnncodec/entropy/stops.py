@@ -44,7 +44,7 @@ class StopMap:
             beside = np.digitize(_around(stopped), STOPPED) * (len(GOING) + 1) + np.digitize(_around(going), GOING)
             contexts = beside[turn]
             counts = self.counts[contexts]
-            flags = code(turn, np.maximum(1, counts[:, 1] * SCALE // counts.sum(1)))
+            flags = code(turn, counts[:, 1] * SCALE // counts.sum(1))
             going[turn], stopped[turn] = flags, ~flags
             np.add.at(self.counts, (contexts, flags.astype(int)), 1)
             while (large := self.counts.sum(1) > MOST).any():

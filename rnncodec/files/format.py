@@ -22,6 +22,7 @@ RAW, CONTEXT, HUFFMAN, STATIC, ADAPTIVE = CODINGS
 MAX_ITERATIONS = 255  # a byte in the header
 MAX_PARTS = 16  # payloads of one iteration
 MAPS = 1  # the flag of files with stop maps
+MAX_LENGTH = 2**34 - 1  # of a payload in version 3, which five bytes of an entry hold
 SIZES = struct.Struct(">HH8s")  # width, height, fingerprint
 SHAPE = struct.Struct(">BBB")  # stride, bits, length of the name
 PARTS = struct.Struct(">BBBH")  # coding of coded payloads, parts of an iteration, flags, number of payloads
@@ -104,12 +105,11 @@ class Header:
         for number, entry in enumerate(self.entries):
             if not (0 <= entry.coding <= 255 and 0 <= entry.checksum < self._checksums):
                 raise FormatError(f"{self.place(number)}: coding {entry.coding} or its checksum is out of range")
-            # In a part of an iteration, every location may have stopped.
-            least = 0 if self.version >= PARTS_VERSION else self.raw_length if entry.coding == RAW else 1
-            if not least <= entry.length <= self.raw_length:
-                raise FormatError(
-                    f"{self.place(number)} takes {entry.length} bytes, where raw bits take {self.raw_length}"
-                )
+            parts = self.version >= PARTS_VERSION  # where raw payloads, too, have any length
+            least = self.raw_length if entry.coding == RAW and not parts else 1
+            most = min(self.raw_length, MAX_LENGTH) if parts else self.raw_length
+            if not least <= entry.length <= most:
+                raise FormatError(f"{self.place(number)} takes {entry.length} bytes, not {least} to {most}")
 
     @property
     def version(self) -> int:
