@@ -22,7 +22,9 @@ from rnncodec.files.format import (
     truncate,
     unpack_bits,
     write,
+    write_header,
 )
+from rnncodec.jobs import HEADER_BYTES
 
 FINGERPRINT = bytes.fromhex("0123456789ABCDEF")
 LIMIT = 2**28
@@ -58,6 +60,23 @@ CODED_HEAD = (
 CODED_EXAMPLE = CODED_HEAD + crc(CODED_HEAD) + CODED_PAYLOAD
 
 
+def crc16(data: bytes) -> bytes:
+    """CRC-16 bit by bit, from its polynomial."""
+    register = 0xFFFF
+    for byte in data:
+        register ^= byte << 8
+        for _ in range(8):
+            register = (register << 1 ^ (0x1021 if register & 0x8000 else 0)) & 0xFFFF
+    return register.to_bytes(2, "big")
+
+
+# 40x10 pixels, stride 16, 4 bits in two parts, stop maps: four raw payloads.
+PARTS_PAYLOADS = tuple(bytes.fromhex(payload) for payload in ("B4", "D8", "C8", "E0"))
+PARTS_FIXED = bytes.fromhex("8F524E43 03 0028 000A 0123456789ABCDEF 0000000000000000 10 04 05 736D616C6C 00 02 01")
+PARTS_HEAD = PARTS_FIXED + b"\0\4" + b"".join(b"\2" + crc16(payload) for payload in PARTS_PAYLOADS)
+PARTS_EXAMPLE = PARTS_HEAD + crc(PARTS_HEAD) + b"".join(PARTS_PAYLOADS)
+
+
 def container(width=20, height=10, stride=16, bits=5, iterations=2, seed=0, weights="small") -> Container:
     """A file of random bits."""
     rng = np.random.default_rng(seed)
@@ -82,6 +101,7 @@ def fixed(width=20, height=10, stride=16, bits=5, name=b"small", version=1, cont
 class TestExample:
     def test_reference_checksum(self):
         assert crc(b"123456789").hex() == "cbf43926"
+        assert crc16(b"123456789").hex() == "29b1"
         assert crc(bytes.fromhex("B340")).hex() == "f8edae14"
         assert crc(EXAMPLE[:36]) == EXAMPLE[36:40]
 
@@ -89,7 +109,7 @@ class TestExample:
         text = (Path(__file__).parents[1] / "FORMAT.md").read_text("utf-8")
         blocks = re.findall(r"```hex\n(.*?)```", text, re.S)
         documented = ["".join(re.split(r" {2,}", line)[0] for line in block.splitlines()) for block in blocks]
-        assert [bytes.fromhex(block) for block in documented] == [EXAMPLE, CODED_EXAMPLE]
+        assert [bytes.fromhex(block) for block in documented] == [EXAMPLE, CODED_EXAMPLE, PARTS_EXAMPLE]
 
     def test_write(self):
         payloads = tuple(pack_bits(np.array([bits], bool).transpose(2, 0, 1)) for bits in EXAMPLE_BITS)
@@ -253,6 +273,166 @@ class TestCodedPayloads:
     def test_contradictions(self, version, context, entries):
         with pytest.raises(FormatError):
             read_header(forge(fixed(bits=255, version=version, context=context) + entries))
+
+
+def forge3(parts=2, flags=1, coding=0, count=4, entries=None, context=bytes(8), bits=4, payloads=b"") -> bytes:
+    """A file of version 3 with right checksums, whatever it says."""
+    head = PARTS_FIXED[:17] + context + bytes([16, bits]) + PARTS_FIXED[27:33] + bytes([coding, parts, flags])
+    listed = PARTS_HEAD[len(PARTS_FIXED) + 2 :] if entries is None else entries
+    return forge(head + count.to_bytes(2, "big") + listed, payloads)
+
+
+class TestParts:
+    """Version 3: iterations in parts, and stop maps."""
+
+    def test_forged_header_is_that_of_the_example(self):
+        assert forge3(payloads=b"".join(PARTS_PAYLOADS)) == PARTS_EXAMPLE
+
+    def test_write(self):
+        entries = tuple(Entry.of(payload, version=3) for payload in PARTS_PAYLOADS)
+        header = Header(40, 10, FINGERPRINT, "small", 16, 4, entries, parts=2, maps=True)
+        assert write(Container(header, PARTS_PAYLOADS)) == PARTS_EXAMPLE
+        assert (header.version, header.rows, header.cols, header.raw_length, header.size) == (3, 1, 3, 2, 54)
+        assert header.sizes == (46, 50, 54, 58)
+        assert (header.iterations, header.ends) == (2, (2, 4))
+
+    def test_read(self):
+        header, payloads = (file := read(PARTS_EXAMPLE, max_pixels=400)).header, file.payloads
+        assert (header.width, header.height, header.stride, header.bits) == (40, 10, 16, 4)
+        assert (header.parts, header.maps, header.context) == (2, True, bytes(8))
+        assert [(entry.coding, entry.length) for entry in header.entries] == [(0, 1)] * 4
+        assert [entry.checksum for entry in header.entries] == [0x06AF, 0xAB85, 0xB9B4, 0x1CDE]
+        assert payloads == PARTS_PAYLOADS
+        assert read(PARTS_EXAMPLE + b"end", max_pixels=400, iterations=1).payloads == PARTS_PAYLOADS[:2]
+
+    @pytest.mark.parametrize(("kept", "size", "iterations"), [(1, 46, 1), (2, 50, 1), (3, 54, 2), (4, 58, 2)])
+    def test_truncate(self, kept, size, iterations):
+        short = forge3(count=kept, entries=PARTS_HEAD[38 : 38 + 3 * kept], payloads=b"".join(PARTS_PAYLOADS[:kept]))
+        assert len(short) == size
+        assert truncate(PARTS_EXAMPLE, max_bytes=size) == truncate(PARTS_EXAMPLE, max_bytes=size + 3) == short
+        assert truncate(PARTS_EXAMPLE[: 54 + kept]) == short
+        assert read_header(short).iterations == iterations
+        assert read_header(short).ends == ((kept,) if iterations == 1 else (2, kept))
+        if kept % 2 == 0:
+            assert truncate(PARTS_EXAMPLE, iterations=kept // 2) == short
+
+    def test_what_cannot_be_kept(self):
+        with pytest.raises(FormatError, match="cannot keep 2 iterations of 1"):
+            truncate(PARTS_EXAMPLE[:-1], iterations=2)
+        with pytest.raises(FormatError, match="iteration 1, part 1 takes 46 bytes, more than 45"):
+            truncate(PARTS_EXAMPLE, max_bytes=45)
+        with pytest.raises(FormatError, match="no complete part of an iteration"):
+            truncate(PARTS_EXAMPLE[:54])
+
+    def test_coding_and_context_model_are_named_where_they_are_needed(self):
+        """Lengths of one, two and three bytes; without the coded payload, no context model."""
+        width = b"\x40\x00"  # 1024 locations of 255 / 3 bits and a flag: 11,008 bytes
+        payloads = bytes(63), bytes(8191), bytes(8192)
+        head = bytearray(forge3(3, 1, 1, 3, b"", b"contexts", 255)[:-4])
+        head[5:7] = width
+        entries = b"\x7e" + crc16(payloads[0]) + b"\xfe\x7f" + crc16(payloads[1]) + b"\x81\x80\x01" + crc16(payloads[2])
+        data = forge(bytes(head) + entries, b"".join(payloads))
+        header = read_header(data)
+        assert [(entry.coding, entry.length) for entry in header.entries] == [(0, 63), (0, 8191), (1, 8192)]
+        assert (header.context, header.raw_length) == (b"contexts", 11008)
+        assert write(Container(header, payloads)) == data
+        short = truncate(data, max_bytes=len(data) - 1)
+        assert (len(short), read_header(short).context) == (header.sizes[1], bytes(8))
+        assert short[33] == 0
+
+    @pytest.mark.parametrize(
+        "header",
+        [
+            {"parts": 0},
+            {"parts": 3},
+            {"parts": 17, "bits": 17},
+            {"flags": 2},
+            {"flags": 3},
+            {"parts": 1, "flags": 0},
+            {"count": 0, "entries": b""},
+            {"count": 511, "entries": b"\2\x06\xaf" * 511},
+            {"count": 5000, "entries": b"\2\x06\xaf" * 5000},
+            {"count": 5},
+            {"coding": 1},  # of nothing
+            {"context": b"contexts"},
+            {"coding": 1, "count": 1, "entries": b"\3\x06\xaf"},  # by a model that is not named
+            {"coding": 2, "count": 1, "entries": b"\3\x06\xaf", "context": b"contexts"},
+            {"coding": 0, "count": 1, "entries": b"\3\x06\xaf"},
+            {"count": 1, "entries": b"\0\xff\xff"},  # nothing
+            {"count": 1, "entries": b"\6" + crc16(bytes(3))},  # more than raw
+            {"count": 1, "entries": b"\x82\0\x06\xaf"},  # in more bytes than it needs
+            {"count": 1, "entries": b"\x82\x80\x80\x80\x80\0\x06\xaf"},
+            {"count": 1, "entries": b"\xff\xff\xff\xff\xff\x06\xaf"},
+        ],
+    )
+    def test_contradictions(self, header):
+        with pytest.raises(FormatError) as error:
+            read_header(forge3(**header) + bytes(100))
+        assert str(error.value).isprintable()
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"parts": 0},
+            {"parts": 3},
+            {"entries": ()},
+            {"entries": (Entry(0, 1, 0),) * 511},
+            {"entries": (Entry(0, 0, 0),)},
+            {"entries": (Entry(0, 3, 0),)},
+            {"entries": (Entry(0, 1, 2**16),)},
+            {"width": 65535, "height": 65535, "stride": 1, "bits": 254, "entries": (Entry(0, 2**34, 0),)},
+        ],
+    )
+    def test_header_refuses(self, change):
+        with pytest.raises(FormatError):
+            replace(read_header(PARTS_EXAMPLE), **change)
+
+    def test_longest_header(self):
+        """It is that of the most payloads, as long as they can be."""
+        entries = (Entry(0, 65535**2 * 16 // 8, 0),) * (255 * 16)
+        header = Header(65535, 65535, FINGERPRINT, "x" * 32, 1, 240, entries, parts=16, maps=True)
+        assert read_header(write_header(header)) == header
+        assert len(write_header(header)) == header.size == 37 + 32 + 255 * 16 * 7 == 28629 < HEADER_BYTES
+
+    @pytest.mark.parametrize("length", range(1, 54))
+    def test_header_cut_short(self, length):
+        with pytest.raises(FormatError, match="header is cut short"):
+            read(PARTS_EXAMPLE[:length], max_pixels=LIMIT)
+
+    @pytest.mark.parametrize("position", range(5, 54))
+    def test_every_bit_of_the_header_counts(self, position):
+        for bit in range(8):
+            data = bytearray(PARTS_EXAMPLE)
+            data[position] ^= 1 << bit
+            with pytest.raises(FormatError, match=r"header is (corrupt|cut short)"):
+                read(bytes(data), max_pixels=LIMIT)
+
+    def test_corrupt_payload_is_named_unless_less_is_asked_for(self):
+        data = bytearray(PARTS_EXAMPLE)
+        data[-2] ^= 1
+        with pytest.raises(FormatError, match=r"^iteration 2, part 1 is corrupt$"):
+            read(bytes(data), max_pixels=LIMIT)
+        assert read(bytes(data), max_pixels=LIMIT, iterations=1).payloads == PARTS_PAYLOADS[:2]
+        assert truncate(bytes(data), iterations=1) == truncate(PARTS_EXAMPLE, iterations=1)
+
+    @given(st.integers(1, 200), st.integers(1, 200), st.sampled_from([1, 2, 4, 16]), st.booleans(), st.integers(1, 40))
+    @settings(max_examples=60, deadline=None)
+    def test_any_geometry(self, width, height, parts, maps, count):
+        rng = np.random.default_rng(count)
+        most = -(-(-(-width // 16) * -(-height // 16)) * (32 // parts + maps) // 8)
+        payloads = tuple(rng.bytes(rng.integers(1, most + 1)) for _ in range(count))
+        version = 3 if parts > 1 or maps else 2
+        codings = rng.integers(0, 2, count) if version == 3 else np.ones(count, int)
+        context = b"contexts" if codings.any() else bytes(8)
+        entries = tuple(Entry.of(*pair, version) for pair in zip(payloads, codings.tolist(), strict=True))
+        header = Header(width, height, FINGERPRINT, "small", 16, 32, entries, context, parts, maps)
+        file = Container(header, payloads)
+        data = write(file)
+        assert data[4] == version
+        assert read(data, max_pixels=width * height) == file
+        assert header.sizes[-1] == len(data)
+        for kept in range(1, count + 1):
+            assert len(truncate(data, max_bytes=header.sizes[kept - 1])) == header.sizes[kept - 1]
 
 
 class TestErrors:
@@ -420,6 +600,19 @@ class TestHostile:
             outcomes.append(self.check(corrupt(write(file), rng), file))
         assert outcomes.count("error") > 400
         assert set(outcomes) <= {"error", "prefix"}
+
+    def test_500_corrupted_or_truncated_of_version_3(self):
+        """A payload may become another one with the same CRC-16, which is one of 65,536."""
+        rng = random.Random(4)
+        entries = tuple(Entry.of(payload, version=3) for payload in PARTS_PAYLOADS * 20)
+        header = Header(40, 10, FINGERPRINT, "small", 16, 4, entries, parts=2, maps=True)
+        file = Container(header, PARTS_PAYLOADS * 20)
+        data, outcomes = write(file), []
+        for i in range(500):
+            changed = corrupt(data, rng) if i % 2 else data[: rng.randrange(len(data))]
+            outcomes.append(self.check(changed, file))
+        assert {"error", "prefix"} == set(outcomes)
+        assert outcomes[1::2].count("error") > 200
 
     def test_500_truncated(self):
         rng = random.Random(2)
