@@ -1,6 +1,7 @@
-"""Slow integer versions of parts of FORMAT.md (context models, order of bits, range decoder), and damaged payloads."""
+"""Slow integer versions of FORMAT.md (context models, order of bits, range coder, stop maps), and damaged payloads."""
 
 import math
+import zlib
 from fractions import Fraction
 
 import numpy as np
@@ -143,60 +144,189 @@ class GroupedReference:
 
     def run(self, bits):
         """Logits and cases of all iterations, [T, K, rows, cols], for bits of -1, 0 and +1."""
-        bits = bits.astype(np.int64).transpose(0, 2, 3, 1)
-        count, rows, cols, _ = bits.shape
-        logits, cases = np.zeros_like(bits), np.zeros_like(bits)
-        history = np.zeros((rows, cols, self.channels), np.int64)
-        activity = np.zeros((rows, cols), np.int64)
-        passes, groups, size = self.channel.shape
-        memory = np.zeros((rows, cols, self.weights["grouped.level"].shape[1]), np.int64)
+        plane, size = GroupedPlane(self, *bits.shape[2:]), self.channel.shape[2]
+        found = [
+            plane.step(lambda group, r, c, _, now=now: now[group * size : (group + 1) * size, r, c])
+            for now in bits.astype(np.int64)
+        ]
+        return tuple(np.array(each) for each in zip(*found, strict=True))
+
+
+class GroupedPlane:
+    """A plane, or a band of one, whose iterations a `GroupedReference` codes in order."""
+
+    def __init__(self, reference, rows, cols):
+        self.reference, self.rows, self.cols, self.iteration = reference, rows, cols, 0
+        self.history = np.zeros((rows, cols, reference.channels), np.int64)
+        self.activity = np.zeros((rows, cols), np.int64)
+        self.memory = np.zeros((rows, cols, reference.weights["grouped.level"].shape[1]), np.int64)
+
+    def step(self, tell):
+        """Logits and cases of the next iteration, [K, rows, cols].
+
+        `tell` gives the bits of a group at a location, of -1, 0 and +1, from group, row, column and their logits; it is
+        called in the order of coding.
+        """
+        model, history, activity, rows, cols = self.reference, self.history, self.activity, self.rows, self.cols
+        passes, groups, size = model.channel.shape
+        t = min(self.iteration, passes - 1)
         places = list(np.ndindex(rows, cols))
-        for iteration in range(count):
-            t = min(iteration, passes - 1)
-            surprise = np.zeros((rows, cols, groups, size), np.int64)
-            for group in range(groups):
-                asked = slice(group * size, (group + 1) * size)
-                case = np.zeros((rows, cols, size), np.int64)
+        logits, cases = np.zeros((2, rows, cols, groups * size), np.int64)
+        bits = np.zeros((rows, cols, groups * size), np.int64)
+        surprise = np.zeros((rows, cols, groups, size), np.int64)
+        for group in range(groups):
+            asked = slice(group * size, (group + 1) * size)
+            case = np.zeros((rows, cols, size), np.int64)
+            for r, c in places:
+                beside = [(r - 1, c), (r + 1, c), (r, c - 1), (r, c + 1)]
+                total = 4 * activity[r, c] + sum(
+                    activity[min(max(y, 0), rows - 1), min(max(x, 0), cols - 1)] for y, x in beside
+                )
+                busy = sum(total > edge for edge in model.edges[t, group])
+                case[r, c] = history[r, c, model.channel[t, group]] * 5 + busy
+            cases[..., asked] = case
+            odds = model.bias("odds", t, asked)[np.arange(size), case]
+            expected = sigmoid(odds.ravel()).reshape(odds.shape)
+            for color in range(2):
+                known = surprise.copy()
                 for r, c in places:
-                    beside = [(r - 1, c), (r + 1, c), (r, c - 1), (r, c + 1)]
-                    total = 4 * activity[r, c] + sum(
-                        activity[min(max(y, 0), rows - 1), min(max(x, 0), cols - 1)] for y, x in beside
-                    )
-                    busy = sum(total > edge for edge in self.edges[t, group])
-                    case[r, c] = history[r, c, self.channel[t, group]] * 5 + busy
-                cases[iteration, ..., asked] = case
-                odds = self.bias("odds", t, asked)[np.arange(size), case]
-                expected = sigmoid(odds.ravel()).reshape(odds.shape)
-                for color in range(2):
-                    known = surprise.copy()
-                    for r, c in places:
-                        if (r + c) % 2 != color:
-                            continue
-                        near = self.around(known, r, c).transpose(1, 0, 2).ravel()
-                        x = self.product("known", t, near) + self.bias("turn", t, 2 * group + color)
-                        if iteration:
-                            x = x + self.product("prior", t, self.clip(memory[r, c] + self.bias("level", t)))
-                        x = self.product("middle", t, self.clip(x), group) + self.bias("shift", t, group)
-                        logits[iteration, r, c, asked] = self.product("output", t, self.clip(x), group) + odds[r, c]
-                        for i, bit in enumerate(bits[iteration, r, c, asked]):
-                            surprise[r, c, group, i] = bit and (bit > 0) * 256 - expected[r, c, i]
-                for r, c in places:
-                    for i, bit in enumerate(bits[iteration, r, c, asked]):
-                        if bit:
-                            h, k = int(case[r, c, i]) // 5, self.channel[t, group, i]
-                            yes = int(bit > 0)
-                            history[r, c, k] = 2 * h + 1 + yes if h < 7 else 7 + (2 * (h - 7) + yes) % 8
-                            if k >= 10:
-                                activity[r, c] += self.cost[t, group, i, case[r, c, i], yes]
-            flat = surprise.reshape(rows, cols, -1)
-            found = np.array(
-                [
-                    [self.product("remember", t, self.around(flat, r, c).ravel()) for c in range(cols)]
-                    for r in range(rows)
-                ]
-            )
-            memory = np.clip(memory + found, -65536, 65536)
-        return logits.transpose(0, 3, 1, 2), cases.transpose(0, 3, 1, 2)
+                    if (r + c) % 2 != color:
+                        continue
+                    near = model.around(known, r, c).transpose(1, 0, 2).ravel()
+                    x = model.product("known", t, near) + model.bias("turn", t, 2 * group + color)
+                    if self.iteration:
+                        x = x + model.product("prior", t, model.clip(self.memory[r, c] + model.bias("level", t)))
+                    x = model.product("middle", t, model.clip(x), group) + model.bias("shift", t, group)
+                    logits[r, c, asked] = model.product("output", t, model.clip(x), group) + odds[r, c]
+                    bits[r, c, asked] = tell(group, r, c, logits[r, c, asked])
+                    for i, bit in enumerate(bits[r, c, asked]):
+                        surprise[r, c, group, i] = bit and (bit > 0) * 256 - expected[r, c, i]
+            for r, c in places:
+                for i, bit in enumerate(bits[r, c, asked]):
+                    if bit:
+                        h, k = int(case[r, c, i]) // 5, model.channel[t, group, i]
+                        yes = int(bit > 0)
+                        history[r, c, k] = 2 * h + 1 + yes if h < 7 else 7 + (2 * (h - 7) + yes) % 8
+                        if k >= 10:
+                            activity[r, c] += model.cost[t, group, i, case[r, c, i], yes]
+        flat = surprise.reshape(rows, cols, -1)
+        for r, c in places:
+            grown = self.memory[r, c] + model.product("remember", t, model.around(flat, r, c).ravel())
+            self.memory[r, c] = np.clip(grown, -65536, 65536)
+        self.iteration += 1
+        return logits.transpose(2, 0, 1), cases.transpose(2, 0, 1)
+
+
+class StopReference:
+    """Stop maps, location by location."""
+
+    def __init__(self, rows, cols):
+        self.rows, self.cols, self.iteration = rows, cols, 0
+        self.living = set(np.ndindex(rows, cols))
+        self.counts = {context: [1, 8] for context in range(15)}
+
+    def read(self, flag):
+        """The locations that go on in the next iteration; `flag` gives a location's flag from row, column and k."""
+        self.iteration += 1
+        if self.iteration == 1:
+            return self.living
+        stopped, going = set(np.ndindex(self.rows, self.cols)) - self.living, set()
+        for turn in ((0, 0), (1, 1), (0, 1), (1, 0)):
+            told = []
+            for y, x in np.ndindex(self.rows, self.cols):
+                if (y, x) not in self.living or (y % 2, x % 2) != turn:
+                    continue
+                around = [(y + i, x + j) for i in (-1, 0, 1) for j in (-1, 0, 1) if i or j]
+                s, g = (sum(place in places for place in around) for places in (stopped, going))
+                context = 3 * sum(n <= s for n in (1, 2, 3, 5)) + sum(n <= g for n in (1, 3))
+                no, yes = self.counts[context]
+                told.append(((y, x), context, flag(y, x, 65536 * yes // (no + yes))))
+            for place, context, yes in told:
+                self.counts[context][yes] += 1
+                (going if yes else stopped).add(place)
+            for counts in self.counts.values():
+                while sum(counts) > 64:
+                    counts[:] = [(n + 1) // 2 for n in counts]
+        assert going
+        self.living = going
+        return going
+
+
+def parts_file(data):
+    """The fields and payloads of a whole file of version 3, payloads as pairs (coded, bytes)."""
+    place = 0
+
+    def take(count):
+        nonlocal place
+        place += count
+        assert place <= len(data)
+        return data[place - count : place]
+
+    def number(count):
+        return int.from_bytes(take(count), "big")
+
+    assert take(5) == b"\x8fRNC\x03"
+    fields = {"width": number(2), "height": number(2), "fingerprint": take(8), "context": take(8)}
+    fields |= {"stride": number(1), "bits": number(1), "name": take(number(1)).decode("ascii")}
+    fields |= {"coding": number(1), "parts": number(1), "flags": number(1)}
+    entries = []
+    for _ in range(number(2)):
+        value, shift, byte = 0, 0, 128
+        while byte >= 128:
+            byte = number(1)
+            value, shift = value + (byte % 128 << shift), shift + 7
+        entries.append((value // 2, value % 2 == 1, number(2)))
+    assert zlib.crc32(data[:place]) == number(4)
+    payloads = []
+    for length, coded, checksum in entries:
+        payload = take(length)
+        register = 0xFFFF
+        for bit in "".join(f"{byte:08b}" for byte in payload):
+            register ^= int(bit) << 15
+            register = (register << 1 ^ (0x1021 if register >> 15 else 0)) & 0xFFFF
+        assert register == checksum
+        payloads.append((coded, payload))
+    assert place == len(data)
+    return fields, payloads
+
+
+class PartsReference:
+    """Decodes the payloads of version 3.
+
+    Args:
+        model: a `GroupedReference`.
+        rows, cols: of the plane.
+        band: rows of a band.
+        parts, maps: as the header says.
+    """
+
+    def __init__(self, model, rows, cols, band, parts, maps):
+        self.model, self.rows, self.cols, self.parts, self.maps = model, rows, cols, parts, maps
+        self.stops = StopReference(rows, cols)
+        tops = range(0, rows, band)
+        self.bands = [(top, GroupedPlane(model, min(band, rows - top), cols)) for top in tops]
+
+    def decode(self, payloads):
+        """The bits of the next iteration, [K, rows, cols] of -1, 0 and +1, from pairs (coded, bytes)."""
+        readers = [RangeReader(payload) if coded else RawReader(payload) for coded, payload in payloads]
+        _, groups, size = self.model.channel.shape
+        plane = np.zeros((groups * size, self.rows, self.cols), np.int64)
+        if self.maps:
+            self.stops.read(lambda y, x, k: readers[0].read(k))
+        for top, band in self.bands:
+
+            def tell(group, r, c, logits, top=top):
+                part = group * self.parts // groups
+                bits = np.zeros(size, np.int64)
+                if (top + r, c) in self.stops.living and part < len(readers):
+                    bits = np.array([1 if readers[part].read(chance(logit)) else -1 for logit in logits])
+                plane[group * size : (group + 1) * size, top + r, c] = bits
+                return bits
+
+            band.step(tell)
+        for reader in readers:
+            reader.finish()
+        return plane
 
 
 def order(kind, groups, shape):
@@ -220,22 +350,54 @@ def chance(logit):
     return round(65536 / (1 + math.exp(-max(-2048, min(2048, int(logit))) / 256)))
 
 
-def range_decode(payload, probabilities):
-    """The range decoder of FORMAT.md in whole numbers."""
-    words = [int.from_bytes(payload[i : i + 4], "little") for i in range(0, len(payload), 4)]
-    words += [0] * (len(probabilities) + 2)
-    point, lower, size, place, bits = (words[0] << 32) + words[1], 0, 2**64 - 1, 2, []
-    for k in probabilities:
-        scale = size >> 24
-        quantile = ((point - lower) % 2**64) // scale
+class RangeReader:
+    """The range decoder in whole numbers, bit by bit."""
+
+    def __init__(self, payload):
+        assert len(payload) % 4 == 0
+        self.words = [int.from_bytes(payload[i : i + 4], "little") for i in range(0, len(payload), 4)]
+        self.point, self.lower, self.size, self.place = (self._word(0) << 32) + self._word(1), 0, 2**64 - 1, 2
+
+    def _word(self, place):
+        return self.words[place] if place < len(self.words) else 0
+
+    def read(self, k):
+        """The next bit, whose P(1) is k / 65536."""
+        scale = self.size >> 24
+        quantile = ((self.point - self.lower) % 2**64) // scale
         zero = (65536 - k) * (2**24 - 2) // 65536 + 1
-        bits.append(quantile >= zero)
-        lower = (lower + scale * (zero if bits[-1] else 0)) % 2**64
-        size = scale * (2**24 - zero if bits[-1] else zero)
-        if size < 2**32:
-            size, lower = size << 32, (lower << 32) % 2**64
-            point, place = (point << 32) % 2**64 + words[place], place + 1
-    return bits
+        bit = quantile >= zero
+        self.lower = (self.lower + scale * (zero if bit else 0)) % 2**64
+        self.size = scale * (2**24 - zero if bit else zero)
+        if self.size < 2**32:
+            self.size, self.lower = self.size << 32, (self.lower << 32) % 2**64
+            self.point, self.place = (self.point << 32) % 2**64 + self._word(self.place), self.place + 1
+        return bit
+
+    def finish(self):
+        """Checks that no words are left."""
+        assert len(self.words) <= self.place
+
+
+class RawReader:
+    """Bits without coding, whatever their probabilities."""
+
+    def __init__(self, payload):
+        self.bits = "".join(f"{byte:08b}" for byte in payload)
+
+    def read(self, _):
+        bit, self.bits = self.bits[0] == "1", self.bits[1:]
+        return bit
+
+    def finish(self):
+        """Checks that less than a byte is left, of zeros."""
+        assert self.bits == "0" * (len(self.bits) % 8)
+
+
+def range_decode(payload, probabilities):
+    """All bits of a code."""
+    reader = RangeReader(payload)
+    return [reader.read(k) for k in probabilities]
 
 
 def damaged(payload, trials=40):

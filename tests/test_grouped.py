@@ -21,17 +21,17 @@ CHANNELS, PASSES, BITS, GROUPS = 14, 3, 8, 2
 SIZE = BITS // GROUPS
 
 
-def asked(seed=0):
+def asked(seed=0, groups=GROUPS):
     """Questions with random integers; channels 0 to 9 do not count as activity."""
     rng = np.random.default_rng(seed)
-    made = Questions(CHANNELS, PASSES, BITS, GROUPS).requires_grad_(False)
-    channel = np.array([[rng.permutation(CHANNELS)[:SIZE] for _ in range(GROUPS)] for _ in range(PASSES)])
+    made = Questions(CHANNELS, PASSES, BITS, groups).requires_grad_(False)
+    channel = np.array([[rng.permutation(CHANNELS)[: BITS // groups] for _ in range(groups)] for _ in range(PASSES)])
     made.channel.copy_(torch.from_numpy(channel))
     made.cost.copy_(torch.from_numpy(rng.integers(10, 1500, made.cost.shape)))
     x, known = planes(height=12, width=12), None
     for t, bits in enumerate(x):
         number, known = torch.tensor(t), known or made.start(bits)
-        for group, answers in enumerate(bits.chunk(GROUPS, 1)):
+        for group, answers in enumerate(bits.chunk(groups, 1)):
             around = questions._around(known.activity)
             made.edges[t, group] = torch.quantile(around.double(), torch.arange(1, 5).double() / 5).round()
             known = made.told(number, group, known, made.case(number, group, known), answers)
