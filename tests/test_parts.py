@@ -1,17 +1,20 @@
 """Tests of iterations in parts and of locations that stop, against the reference that decodes by FORMAT.md alone."""
 
+import re
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import GroupedReference, PartsReference, damaged
+from reference import GroupedReference, PartsReference, damaged, parts_file
 from test_grouped import asked, model
 
-from rnncodec.entropy import ContextModel, ContextSession, PartsSession, grouped
+from rnncodec.entropy import ContextConfig, ContextModel, ContextSession, PartsSession, grouped
 from rnncodec.files.format import CONTEXT, RAW, FormatError
+from rnncodec.network.questions import Questions
 
 BITS, GROUPS, PASSES, CHANNELS = 8, 4, 3, 14
 SHAPE = 7, 9
@@ -60,12 +63,9 @@ def bits(shape=SHAPE, maps=True, iterations=PASSES + 1, seed=0):
     return signs * (np.arange(iterations)[:, None, None] < last)[:, None]
 
 
-@pytest.mark.parametrize("parts", [1, 2, 4])
-@pytest.mark.parametrize("maps", [False, True])
+@pytest.mark.parametrize(("parts", "maps"), [(1, True), (2, False), (2, True), (4, False), (4, True)])
 def test_payloads_are_the_documented_ones(parts, maps, exact, questions, reference, monkeypatch):
     """Three bands; the third iteration is noise, which is stored raw."""
-    if parts == 1 and not maps:
-        pytest.skip("a file of another version")
     monkeypatch.setattr(ContextSession, "BAND", 3 * 9 + 4)
     x = bits(maps=maps)
     noise = np.where(np.random.default_rng(1).random(x[2].shape) < 0.5, 1, -1).astype(np.int8)
@@ -85,6 +85,40 @@ def test_payloads_are_the_documented_ones(parts, maps, exact, questions, referen
         codings.append({coding for coding, _ in pieces})
     assert codings[2] == {RAW}
     assert CONTEXT in codings[0]
+
+
+def test_the_example_of_the_document():
+    """Its payloads are raw, so that any model of two groups reads them."""
+    text = (Path(__file__).parents[1] / "FORMAT.md").read_text("utf-8").partition("## Example of version 3")[2]
+    (block,) = re.findall(r"```hex\n(.*?)```", text, re.S)
+    data = bytes.fromhex("".join(re.split(r" {2,}", line)[0] for line in block.splitlines()))
+    fields, payloads = parts_file(data)
+    assert fields == {
+        "width": 40,
+        "height": 10,
+        "fingerprint": bytes.fromhex("0123456789ABCDEF"),
+        "context": bytes(8),
+        "stride": 16,
+        "bits": 4,
+        "name": "small",
+        "coding": 0,
+        "parts": 2,
+        "flags": 1,
+    }
+    x = np.zeros((2, 4, 1, 3), np.int8)
+    x[0, :, 0] = np.transpose([[1, -1, 1, 1], [-1, 1, 1, -1], [1, 1, -1, 1]])
+    x[1, :, 0] = np.transpose([[-1, 1, 1, 1], [0, 0, 0, 0], [-1, -1, 1, -1]])
+    model = ContextModel(ContextConfig("grouped", 4, 4, 1, 2)).quantize()
+    nothing = Questions(2, 1, 4, 2)
+    nothing.channel += torch.arange(2)
+    reference = GroupedReference(
+        model, 2, nothing.channel.numpy(), np.zeros((1, 2, 2, grouped.CASES, 2)), nothing.edges.numpy()
+    )
+    plain, session = PartsReference(reference, 1, 3, 1, 2, True), PartsSession(model, 4, 1, 3, nothing, 2, True)
+    for t, plane in enumerate(x):
+        pieces = payloads[2 * t : 2 * t + 2]
+        np.testing.assert_array_equal(plain.decode(pieces), plane)
+        np.testing.assert_array_equal(session.decode([(RAW, payload) for _, payload in pieces]), plane)
 
 
 @pytest.mark.parametrize("maps", [False, True])
