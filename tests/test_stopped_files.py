@@ -13,8 +13,10 @@ from test_latent import TINY, images, started
 
 from rnncodec.codec import Codec
 from rnncodec.entropy import ContextConfig, ContextModel, PartsSession
+from rnncodec.evaluation import measure
 from rnncodec.files import format
 from rnncodec.files.format import CONTEXT, RAW, Container, Entry, FormatError
+from rnncodec.files.images import load_image
 from rnncodec.network import to_uint8
 from rnncodec.training.context import start_context
 from rnncodec.weights import WeightsError, load_weights, save_weights
@@ -119,6 +121,22 @@ def test_a_shorter_file_is_that_of_fewer_payloads(codec, steps, data):
     parts = format.read_header(data).parts
     for t in range(1, ITERATIONS + 1):
         assert format.truncate(data, iterations=t) == codec.write_bits(planes[:t], HEIGHT, WIDTH, session(codec, parts))
+
+
+def test_measurements_are_of_whole_iterations(codec, photos):
+    """Images of 512 locations and more have several payloads for each of them."""
+    x = load_image(photos / "coffee.png")[:352, :400]
+    data = codec.encode(x, 3)
+    parts = format.read_header(data).parts
+    assert parts > 1
+    coded = list(measure.ours(codec, 3).run(x, (1, 2, 3)))
+    expected = [len(format.truncate(data, iterations=t)) for t in (1, 2, 3)]
+    assert [each.size for each in coded] == expected
+    for each, picture in zip(coded, codec.decode_progressive(data), strict=True):
+        np.testing.assert_array_equal(each.x_hat, picture)
+        assert 0 < each.size - each.ideal_bytes < 100 + 15 * each.setting * parts  # header, entries, ends of codes
+    sizes = measure.coded_sizes({"context": (codec, "context")}, codec.read_bits(data), 352, 400)
+    assert sizes == {"context": expected}
 
 
 def test_damaged_files_give_an_error_or_the_right_prefix(codec, data):

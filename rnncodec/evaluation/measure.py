@@ -86,7 +86,7 @@ def ours(codec: Codec, iterations: int, name: str = "") -> Source:
             checked = True
         bits = session.ideal_bits if isinstance(session, ContextSession) else [NAN] * iterations
         ideal = np.cumsum(bits) / 8
-        sizes = read_header(data).sizes
+        sizes = _sizes(data)
         for k, (x_hat, size, least) in enumerate(zip(pictures, sizes, ideal, strict=True), 1):
             times = (middle - start, end - middle) if k == iterations else (NAN, NAN)
             if k in settings:
@@ -250,7 +250,7 @@ def coded_sizes(
 
     Args:
         codecs: a codec and the name of its entropy coder, by the name of the coder in the result.
-        bits: bool [iterations, bits, rows, columns].
+        bits: int8 [iterations, bits, rows, columns] of -1 and +1.
         height: of the image in pixels.
         width: of the image in pixels.
 
@@ -262,8 +262,14 @@ def coded_sizes(
         file = codec.write_bits(bits, height, width, entropy)
         if not np.array_equal(codec.read_bits(file), bits):
             raise RuntimeError(f"the entropy coder {name} decodes other bits than it has encoded")
-        sizes[name] = list(read_header(file).sizes)
+        sizes[name] = _sizes(file)
     return sizes
+
+
+def _sizes(data: bytes) -> list[int]:
+    """Bytes of a file up to the end of every iteration, which may have several payloads."""
+    header = read_header(data)
+    return [header.sizes[end - 1] for end in header.ends]
 
 
 def unique_names(paths: Iterable[Path]) -> list[str]:
