@@ -99,12 +99,26 @@ def _enter(command: str, arguments: list[str]) -> int:
 def encode(args: argparse.Namespace) -> int:
     """Compresses images."""
     jobs = find_jobs(args, ".rnc", {".rnc"}, lambda folder: images.find_images([folder]))
+    if args.roi and len(jobs) > 1:
+        raise UsageError("--roi goes with one image")
     codec = _codec(args.weights or "small", args)
     _check_iterations(args, codec.max_iterations)
+    roi = images.load_image(args.roi, args.max_pixels).mean(2).round().astype(np.uint8) if args.roi else None
 
     def work(source: str, target: str, report: Report) -> str:
         image = images.load_image(stdin() if source == "-" else source, args.max_pixels)
-        data = codec.encode(image, args.iterations, bpp=args.bpp, psnr=args.psnr, entropy=args.entropy, progress=report)
+        data = codec.encode(
+            image,
+            args.iterations,
+            quality=args.quality,
+            bpp=args.bpp,
+            max_bytes=args.bytes,
+            psnr=args.psnr,
+            tune=args.tune,
+            roi=roi,
+            entropy=args.entropy,
+            progress=report,
+        )
         write(target, data)
         header = format.read_header(data)
         return f"{len(header.entries) / header.parts:g} iterations, {len(data)} bytes, {header.bpp[-1]:.4f} bpp"
@@ -205,12 +219,14 @@ def truncate(args: argparse.Namespace) -> int:
 
 def export(args: argparse.Namespace) -> int:
     """Exports a checkpoint as weights."""
-    from rnncodec.training.export import add_context, load_checkpoint
+    from rnncodec.training.export import add_allocation, add_context, load_checkpoint
     from rnncodec.weights import load_weights, save_weights
 
     def work(source: str, target: str, report: Report) -> str:
         if args.context is not None:
             add_context(source, target, args.context)
+        elif args.allocation is not None:
+            add_allocation(source, target, args.allocation)
         else:
             network, provenance = load_checkpoint(source)
             save_weights(target, network, args.name, provenance)
@@ -304,10 +320,24 @@ def _parser() -> argparse.ArgumentParser:
     target.add_argument(
         "--iterations", metavar="N", type=_positive_int, help="how many (default: 16, or all if there are fewer)"
     )
+    target.add_argument("--quality", metavar="Q", type=_quality, help="from 1, the smallest file, to 100, the best")
     target.add_argument(
         "--bpp", metavar="B", type=_positive, help="at most this many bits per pixel, for the whole file"
     )
-    target.add_argument("--psnr", metavar="DB", type=_positive, help="as few iterations as reach this PSNR in dB")
+    target.add_argument("--bytes", metavar="N", type=_positive_int, help="at most this many bytes, for the whole file")
+    target.add_argument("--psnr", metavar="DB", type=_positive, help="the PSNR of the decoded image in dB")
+    sub.add_argument(
+        "--tune",
+        choices=("ms-ssim", "psnr"),
+        default="ms-ssim",
+        help="where weights allow different numbers of iterations in an image: what the bits of a target are spent for "
+        "(default: %(default)s)",
+    )
+    sub.add_argument(
+        "--roi",
+        metavar="MASK",
+        help="for a target: an image of the same size, white where the picture matters most, black where least",
+    )
     coder = sub.add_mutually_exclusive_group()
     coder.add_argument(
         "--entropy",
@@ -341,6 +371,13 @@ def _parser() -> argparse.ArgumentParser:
     kind.add_argument("--name", help="name of the weights, which files made with them contain")
     kind.add_argument(
         "--context", metavar="MODEL", help="add this context model of the checkpoint to the weights in OUT"
+    )
+    kind.add_argument(
+        "--allocation",
+        metavar="PHOTOS",
+        type=Path,
+        help="calibrate the weights in CHECKPOINT, of a latent network, on a folder of photographs, so that an encoder "
+        "can choose how many iterations each location gets",
     )
 
     sub = add(rate, "serve a page where people say which of two reconstructions is closer to the original")
@@ -411,6 +448,13 @@ def _positive_int(text: str) -> int:
         if (value := int(text)) >= 1:
             return value
     raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, not {text}")
+
+
+def _quality(text: str) -> float:
+    with suppress(ValueError):
+        if 1 <= (value := float(text)) <= 100:
+            return value
+    raise argparse.ArgumentTypeError(f"must be a number from 1 to 100, not {text}")
 
 
 def _port(text: str) -> int:

@@ -1,9 +1,8 @@
 """Encodes images of any size to compressed files and decodes them, with one trained network."""
 
 import copy
-import math
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypedDict
 
 import numpy as np
@@ -11,15 +10,36 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from rnncodec.allocation import (
+    Allocation,
+    BytesTarget,
+    PsnrTarget,
+    QualityTarget,
+    Survey,
+    Target,
+    TuneName,
+    region_weights,
+)
 from rnncodec.entropy import CLASSICAL, ContextSession, EntropyName, PartsSession, Session, signs
 from rnncodec.files import format
-from rnncodec.files.format import CODINGS, CONTEXT, PARTS_VERSION, RAW_VERSION, Container, Entry, FormatError, Header
+from rnncodec.files.format import (
+    CODINGS,
+    CONTEXT,
+    MAX_PARTS,
+    PARTS_VERSION,
+    RAW_VERSION,
+    Container,
+    Entry,
+    FormatError,
+    Header,
+)
 from rnncodec.files.images import MAX_PIXELS, to_rgb
 from rnncodec.loop import Loop, Progress
 from rnncodec.network import to_uint8
 from rnncodec.tiling import MAX_ITERATIONS, MAX_SIDE
 from rnncodec.weights import Weights, WeightsError
 
+ATTEMPTS = 4  # to meet a target, each with what the one before has shown
 PART = (
     256  # locations for each part of an iteration: smaller images have fewer parts, whose headers would cost too much
 )
@@ -68,6 +88,7 @@ class Codec:
         self.network.in_bfloat16 = bfloat16
         self.config = weights.network.config
         self.name, self.fingerprint, self.provenance = weights.name, weights.fingerprint, weights.provenance
+        self.allocation = weights.allocation
         self.loop = Loop(self.network, tile)
         self.max_iterations = self.loop.max_iterations
 
@@ -76,18 +97,31 @@ class Codec:
         image: Image.Image | np.ndarray | Tensor,
         iterations: int | None = None,
         *,
+        quality: float | None = None,
         bpp: float | None = None,
+        max_bytes: int | None = None,
         psnr: float | None = None,
+        tune: TuneName = "ms-ssim",
+        roi: np.ndarray | None = None,
         entropy: EntropyName | Session | None = None,
         progress: Progress | None = None,
     ) -> bytes:
-        """Compresses an image; at most one of iterations, bpp and psnr sets the target.
+        """Compresses an image; at most one of iterations, quality, bpp, max_bytes and psnr sets the target.
+
+        Without a target, or with one of iterations, every location gets as many iterations as all others. For other
+        targets, a latent network with its context model chooses how many each location gets, see `rnncodec.allocation`.
+        Other networks choose the number of iterations for the whole image.
 
         Args:
             image: PIL image of any mode, uint8 array [H, W, 3], or tensor [3, H, W] in [0, 1], rounded to 8 bits.
             iterations: at least 1, 16 by default, at most `max_iterations`.
-            bpp: bits per pixel of the whole file; it gets as many iterations as fit.
-            psnr: PSNR of the decoded image in dB; the file gets as few iterations as reach it, or all with a warning.
+            quality: from 1 to 100, see README.md.
+            bpp: the most bits per pixel of the whole file.
+            max_bytes: the most bytes of the whole file.
+            psnr: PSNR of the decoded image in dB, which is warned of if it is out of reach.
+            tune: the measure of errors by which locations get their iterations.
+            roi: how much each region counts, uint8 [H, W] from 0, as without it, to 255, whose errors count 16 times
+                as much; needs a target, and a network that chooses the iterations of each location.
             entropy: coder of the bits (see `rnncodec.entropy`), a new session of it, or `none` for raw bits; None takes
                 the context model if the weights have one. Iterations that a coder does not shorten are stored raw.
             progress: is called with the number of steps done and the number of all steps.
@@ -96,25 +130,100 @@ class Codec:
             The bytes of a file, see FORMAT.md.
 
         Raises:
-            ValueError: the image or the target is not as above, or not even one iteration fits bpp.
+            ValueError: the image or the target is not as above, or not even the first payload fits bpp or max_bytes.
         """
-        if sum(target is not None for target in (iterations, bpp, psnr)) > 1:
-            raise ValueError("give one of iterations, bpp and psnr, not several")
+        if sum(target is not None for target in (iterations, quality, bpp, max_bytes, psnr)) > 1:
+            raise ValueError("give one of iterations, quality, bpp, max_bytes and psnr, not several")
         array = _as_array(image)
         height, width = array.shape[:2]
         if max(height, width) > MAX_SIDE:
             raise ValueError(f"an image has at most {MAX_SIDE} pixels a side, not {width}x{height}")
         pixels = torch.from_numpy(array).permute(2, 0, 1)[None]
-        if bpp is not None and not bpp > 0:
-            raise ValueError(f"bpp must be positive, not {bpp}")
+        if bpp is not None:
+            if not bpp > 0:
+                raise ValueError(f"bpp must be positive, not {bpp}")
+            max_bytes = int(min(bpp * height * width / 8 * (1 + 1e-12), 2**62))
+        if quality is not None and not 1 <= quality <= 100:
+            raise ValueError(f"quality must be in 1..100, not {quality}")
+        if self.allocates and self.allocation is not None and entropy in (None, "context"):
+            aim: Target | None = None
+            if quality is not None:
+                aim = QualityTarget(quality, self.allocation.quality, tune)
+            elif max_bytes is not None:
+                aim = BytesTarget(max_bytes)
+            elif psnr is not None:
+                aim = PsnrTarget(psnr, array.size)
+            if aim is not None:
+                return self._allocate(pixels, aim, self.allocation, tune, roi, progress)
+        if roi is not None:
+            raise ValueError("a region of interest needs a target, and a latent network with its context model")
+        if quality is not None:
+            iterations = 1 + round((quality - 1) / 99 * (min(MAX_ITERATIONS, self.max_iterations) - 1))
         session = self.session(entropy, *self.loop.grid(height, width))  # before the work, as it may raise
         if psnr is None:
             planes: Iterable[np.ndarray] = self.loop.encode(pixels, self._check_iterations(iterations), progress)
-            if bpp is None:  # to alternate takes time: the entropy coding of small images changes the number of threads
+            if (
+                max_bytes is None
+            ):  # to alternate takes time: the entropy coding of small images changes the number of threads
                 planes = list(planes)
         else:
             planes = self.loop.encode_to(psnr, pixels, progress)
-        return self._write((plane[0] for plane in planes), session, height, width, bpp)
+        return self._write((plane[0] for plane in planes), session, height, width, max_bytes)
+
+    @property
+    def allocates(self) -> bool:
+        """Whether this codec can choose how many iterations each location gets."""
+        return self.context is not None and self.context.config.kind == "grouped" and self.allocation is not None
+
+    def _allocate(
+        self,
+        pixels: Tensor,
+        target: Target,
+        allocation: Allocation,
+        tune: TuneName,
+        roi: np.ndarray | None,
+        progress: Progress | None,
+    ) -> bytes:
+        """Encodes with a number of iterations for each location, to meet a target."""
+        height, width = pixels.shape[-2:]
+        if roi is not None and roi.shape != (height, width):
+            raise ValueError(f"a region of interest for an image of {width}x{height} pixels has other sides")
+        grid = self.loop.grid(height, width)
+
+        def half(first: int) -> Progress | None:
+            """Shows the survey as the first half of the steps, and each attempt to encode as the second."""
+            return None if progress is None else lambda done, total: progress(first + 99 * done // total, 200)
+
+        worth, weight = torch.tensor(allocation.worth, device=self.device), region_weights(roi, *grid)
+        survey = self.loop.survey(pixels, tune, worth, weight, target.multiplier, self._price, half(0))
+        before = None
+        for _ in range(ATTEMPTS):
+            last = survey.choose(target.multiplier(survey))
+            if before is not None and np.array_equal(last, before):
+                break
+            before = last
+            planes, reached = self.loop.encode_stopped(pixels, last, half(100), target.judges)
+            data = self._write(planes, self.session("context", *grid, maps=True), height, width, None)
+            if target.met(data, reached):
+                break
+        if progress:
+            progress(200, 200)
+        return target.best()
+
+    def _price(self, rows: int, cols: int) -> Callable[[np.ndarray], np.ndarray]:
+        """A function that gives the cost of the next iteration of rows x cols locations, see `ContextSession.price`."""
+        session = self._session("context", rows, cols, 1, maps=True)
+        assert isinstance(session, ContextSession)
+        return session.price
+
+    def survey(self, image: np.ndarray, worth: Tensor) -> Survey:
+        """Surveys an image, uint8 [H, W, 3], with all iterations, in the measure `ms-ssim`; see `Loop.survey`.
+
+        Raises:
+            ValueError: this is no latent network with a context model of its own kind.
+        """
+        pixels = torch.tensor(_as_array(image)).permute(2, 0, 1)[None]
+        return self.loop.survey(pixels, "ms-ssim", worth.to(self.device), None, lambda _: 0.0, self._price, None)
 
     def write_bits(
         self,
@@ -122,25 +231,25 @@ class Codec:
         height: int,
         width: int,
         entropy: EntropyName | Session | None = None,
-        bpp: float | None = None,
+        max_bytes: int | None = None,
     ) -> bytes:
         """Writes bits that this codec has computed as a file; `read_bits` reads them.
 
         Args:
-            planes: int8 [bits, rows, columns] of -1 and +1 for each iteration; those that do not fit into bpp are left
-                out.
+            planes: int8 [bits, rows, columns] of -1 and +1 for each iteration; those that do not fit into `max_bytes`
+                are left out.
             height: of the image in pixels.
             width: of the image in pixels.
             entropy: as in `encode`.
-            bpp: the most bits per pixel of the whole file.
+            max_bytes: the most bytes of the whole file.
 
         Raises:
-            ValueError: not even one iteration fits into bpp.
+            ValueError: not even the first payload fits into `max_bytes`.
         """
-        return self._write(planes, self.session(entropy, *self.loop.grid(height, width)), height, width, bpp)
+        return self._write(planes, self.session(entropy, *self.loop.grid(height, width)), height, width, max_bytes)
 
     def _write(
-        self, planes: Iterable[np.ndarray], session: Session, height: int, width: int, bpp: float | None
+        self, planes: Iterable[np.ndarray], session: Session, height: int, width: int, max_bytes: int | None
     ) -> bytes:
         """Writes a file as `write_bits` does, with a new session."""
         entries: list[Entry] = []
@@ -149,9 +258,9 @@ class Codec:
         for plane in planes:
             for coding, payload in session.encode(plane):
                 header = self._header(height, width, [*entries, Entry.of(payload, coding, version)], session)
-                if bpp is not None and header.bpp[-1] > bpp:
+                if max_bytes is not None and header.sizes[-1] > max_bytes:
                     if not entries:
-                        raise ValueError(f"{header.place(0)} takes {header.bpp[-1]:.4f} bpp, more than {bpp:g}")
+                        raise ValueError(f"{header.place(0)} takes {header.sizes[0]} bytes, more than {max_bytes}")
                     return self._file(height, width, entries, payloads, session)
                 entries, payloads = list(header.entries), [*payloads, payload]
         return self._file(height, width, entries, payloads, session)
@@ -312,7 +421,8 @@ class Codec:
             return entropy
         parts = 1
         if self.context is not None and entropy in (None, "context") and self.context.config.kind == "grouped":
-            parts = max(1, math.gcd(self.context.config.groups, rows * columns // PART))
+            groups, most = self.context.config.groups, max(1, rows * columns // PART)
+            parts = max(parts for parts in range(1, min(groups, most, MAX_PARTS) + 1) if groups % parts == 0)
         return self._session(entropy or ("context" if self.context else "none"), rows, columns, parts, maps)
 
     def _session(self, entropy: EntropyName, rows: int, columns: int, parts: int, maps: bool) -> Session:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rnncodec import tiling
+from rnncodec.allocation import ANCHORS, FEW, FIRST, HALO, PATIENCE, Survey, TuneName, Wish, block_errors
 from rnncodec.network import LatentConfig, RecurrentCodec, State, Step, pad_to_blocks, to_uint8
 from rnncodec.tiling import MAX_ITERATIONS, MAX_SIDE, Box, Tile, inside, windows
 
@@ -54,6 +55,112 @@ class Loop:
                         progress(i * iterations + t + 1, len(areas) * iterations)
         yield from planes
 
+    def survey(
+        self,
+        image: Tensor,
+        tune: TuneName,
+        worth: Tensor,
+        weight: np.ndarray | None,
+        wish: Wish,
+        price: Callable[[int, int], Callable[[np.ndarray], np.ndarray]],
+        progress: Progress | None,
+    ) -> Survey:
+        """Encodes an image [1, 3, H, W] without stops, as far as the wish may need; see `rnncodec.allocation`.
+
+        Args:
+            image: of a latent network.
+            tune: the measure of errors.
+            worth: of `Allocation`, [C].
+            weight: how much the error of each location counts, [rows, cols]; None counts all alike.
+            wish: gives the multiplier that the allocation will use.
+            price: takes rows and columns, and gives a function from the bits of the next iteration to their cost at
+                each location.
+            progress: is called with the number of steps done and the number of all steps.
+        """
+        height, width = image.shape[-2:]
+        areas, most = self.tiles(height, width), self.max_iterations
+        groups = self.network.binarizer.questions.groups
+        surveys: list[Survey] = []
+        for i, tile in enumerate(areas):
+            rows, cols = (cut.stop - cut.start for cut in tile.area)
+            cost, survey, state = price(rows, cols), Survey(rows, cols), None
+            last, t = np.full((rows, cols), most), 0
+            with exact():
+                y = self._input(image, tile.area)
+            while t < most:
+                with exact():
+                    limit = torch.from_numpy(last).to(self.device)[None] * groups
+                    step = self.network(state, y=y, limit=limit)
+                    state = step.state
+                    latent = torch.einsum("c,chw->hw", worth, (y - state.y_hat)[0].square())
+                survey.add(cost(_plane(step)[0]), latent.double().cpu().numpy())
+                t += 1
+                if progress:
+                    progress(i * most + t, len(areas) * most)
+                if t in ANCHORS[tune]:
+                    survey.measured(*self._errors(state, image, tile, tune, weight))
+                if len(areas) == 1 and t >= FIRST:  # elsewhere the wish depends on the other tiles, too
+                    best = survey.choose(wish(survey))
+                    if (best == t).mean() < FEW:
+                        break
+                    last = np.where(best > t - PATIENCE, last, np.minimum(last, t))
+            if state is not None and t - 1 not in survey.anchors:
+                survey.measured(*self._errors(state, image, tile, tune, weight))
+            surveys.append(survey)
+        return Survey.joined(surveys)
+
+    def _errors(
+        self, state: State, image: Tensor, tile: Tile, tune: TuneName, weight: np.ndarray | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The errors of the locations of a tile in a measure, and squared, each [rows, cols]; see `block_errors`."""
+        height, width = image.shape[-2:]
+        (rows, cols), stride = tile.area, self.config.stride
+        size = min(rows.stop * stride, height) - rows.start * stride, min(cols.stop * stride, width)
+        decoded = torch.empty(1, 3, *size, dtype=torch.uint8)
+        for (y, x), x_hat in self._pictures(state, tile, height, width):
+            decoded[..., y.start - rows.start * stride : y.stop - rows.start * stride, x] = to_uint8(x_hat).cpu()
+        errors = torch.empty(2, rows.stop - rows.start, cols.stop, device=self.device)
+        for window, core in windows(*tile.area, HALO, self._window()):
+            below = window[0].start - rows.start
+            here = slice(below, below + window[0].stop - window[0].start), window[1]
+            with exact():
+                pixels = self._pixels(image, window), self._pixels(decoded, here)
+                found = torch.stack(block_errors(*pixels, stride, tune))
+            errors[:, *inside(Tile(tile.area, core))] = found[:, *inside(Tile(window, core))]
+        error, squared = errors.double().cpu().numpy()
+        return (error if weight is None else error * weight[tile.area]), squared
+
+    def encode_stopped(
+        self, image: Tensor, last: np.ndarray, progress: Progress | None, judge: bool
+    ) -> tuple[np.ndarray, float]:
+        """Encodes an image of which each location stops after an iteration of its own.
+
+        Args:
+            image: [1, 3, H, W], of a latent network.
+            last: the last iteration of each location, from 1, [rows, cols].
+            progress: is called with the number of steps done and the number of all steps.
+            judge: whether to reconstruct the image.
+
+        Returns:
+            The bits, int8 [iterations, bits, rows, cols], and the PSNR in dB, nan unless `judge` is set.
+        """
+        height, width = image.shape[-2:]
+        areas, groups = self.tiles(height, width), self.network.binarizer.questions.groups
+        planes = np.zeros((int(last.max()), self.config.bits, *last.shape), np.int8)
+        total = 0
+        with exact():
+            for i, tile in enumerate(areas):
+                limit = torch.from_numpy(last[tile.area]).to(self.device)[None] * groups
+                count, state = int(last[tile.area].max()), None
+                for t, step in enumerate(self.network.unroll(self._input(image, tile.area), count, limit)):
+                    planes[t][:, *tile.area], state = _plane(step)[0], step.state
+                    if progress:
+                        progress(i * len(planes) + t + 1, len(areas) * len(planes))
+                if judge and state is not None:
+                    for box, x_hat in self._pictures(state, tile, height, width):
+                        total += _squared_error(image, x_hat, box)
+        return planes, _decibel(total, image) if judge else math.nan
+
     def encode_to(self, target: float, image: Tensor, progress: Progress | None) -> np.ndarray:
         """Encodes one image like `encode`, with the fewest iterations that reach a PSNR, or all with a warning."""
         if not target > 0 or math.isinf(target):
@@ -61,20 +168,13 @@ class Loop:
         height, width = image.shape[-2:]
         areas = self.tiles(height, width)
         most, best = self.max_iterations, -math.inf
-
-        def squared_error(x_hat: Tensor, box: Box) -> int:
-            return int((to_uint8(x_hat).cpu().int() - image[..., *box].int()).square().sum())
-
-        def decibel(error: int) -> float:
-            return 10 * math.log10(255**2 * image.numel() / error) if error else math.inf
-
         if len(areas) == 1:  # the encoder already has the decoder's reconstruction
             found = []
             with exact():
                 for t, step in enumerate(self.network.unroll(self._input(image, areas[0].area), most)):
                     found.append(_plane(step))
                     pictures = self._pictures(step.state, areas[0], height, width)
-                    reached = decibel(sum(squared_error(x_hat, box) for box, x_hat in pictures))
+                    reached = _decibel(sum(_squared_error(image, x_hat, box) for box, x_hat in pictures), image)
                     if progress:
                         progress(most if reached >= target else t + 1, most)
                     if reached >= target:
@@ -88,11 +188,11 @@ class Loop:
             errors = [0] * most
             later = progress and (lambda done, _: progress(steps + done, 2 * steps))
             for t, box, x_hat in self.decode(planes, most, height, width, later, every=True):
-                errors[t] += squared_error(x_hat, box)
+                errors[t] += _squared_error(image, x_hat, box)
             for t, error in enumerate(errors):
-                if decibel(error) >= target:
+                if _decibel(error, image) >= target:
                     return planes[: t + 1]
-            best = decibel(min(errors))
+            best = _decibel(min(errors), image)
         warnings.warn(f"{target:g} dB are out of reach, {most} iterations reach {best:.2f} dB", stacklevel=3)
         return planes
 
@@ -183,6 +283,16 @@ class Loop:
 
     def tiles(self, height: int, width: int) -> list[Tile]:
         return tiling.tiles(self.config, *self.grid(height, width), self.tile)
+
+
+def _squared_error(image: Tensor, x_hat: Tensor, box: Box) -> int:
+    """The squared error of a box of a reconstruction in 8-bit values."""
+    return int((to_uint8(x_hat).cpu().int() - image[..., *box].int()).square().sum())
+
+
+def _decibel(error: int, image: Tensor) -> float:
+    """The PSNR of an image with a squared error."""
+    return 10 * math.log10(255**2 * image.numel() / error) if error else math.inf
 
 
 def _plane(step: Step) -> np.ndarray:

@@ -2,10 +2,12 @@
 
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
@@ -14,6 +16,7 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 
+from rnncodec.allocation import QUALITIES, Allocation, TuneName
 from rnncodec.entropy import ContextConfig, ContextModel
 from rnncodec.files.format import NAME_PATTERN
 from rnncodec.files.images import atomic_write, one_line
@@ -46,6 +49,7 @@ class Weights:
         provenance: how the weights came to be (config, data, steps, seed, ...).
         context: exact context model for entropy coding, or None.
         context_fingerprint: 8 bytes that decide whether a compressed file was made with this model; zeros for None.
+        allocation: what an encoder knows of them to choose the iterations of each location, or None.
     """
 
     network: RecurrentCodec
@@ -54,6 +58,7 @@ class Weights:
     provenance: dict[str, str]
     context: ContextModel | None = None
     context_fingerprint: bytes = bytes(8)
+    allocation: Allocation | None = None
 
 
 def save_weights(
@@ -62,6 +67,7 @@ def save_weights(
     name: str,
     provenance: Mapping[str, str] | None = None,
     context: ContextModel | None = None,
+    allocation: Allocation | None = None,
 ) -> None:
     """Writes a network in half precision, and a context model in integers.
 
@@ -71,6 +77,7 @@ def save_weights(
         name: up to 32 of A-Z, a-z, 0-9, '.', '_', '-', starting with a letter or digit.
         provenance: how the weights came to be, as text by key.
         context: from `ContextModel.quantize`.
+        allocation: as in `Weights`.
 
     Raises:
         WeightsError: the name is not allowed, a value is NaN, infinite or beyond the range of float16, or the context
@@ -95,6 +102,8 @@ def save_weights(
         metadata["context"] = canonical(asdict(context.config))
         metadata["context_fingerprint"] = fingerprint(metadata["context"], integers).hex()
         tensors |= {f"context.{key}": tensor for key, tensor in integers.items()}
+    if allocation is not None:
+        metadata["allocation"] = canonical(allocation._asdict())
     atomic_write(path, safetensors.torch.save(tensors, metadata))
 
 
@@ -116,6 +125,7 @@ def load_weights(path_or_name: str | os.PathLike[str] = DEFAULT_NAME) -> Weights
                 provenance = json.loads(metadata["provenance"])
                 if not isinstance(provenance, dict) or not all(isinstance(text, str) for text in provenance.values()):
                     raise ValueError("provenance must map text to text")
+                allocation = _allocation(json.loads(metadata.get("allocation", "null")), config)
                 context_config = None
                 with torch.device("meta"):
                     network = RecurrentCodec(config)
@@ -155,7 +165,7 @@ def load_weights(path_or_name: str | os.PathLike[str] = DEFAULT_NAME) -> Weights
         context = ContextModel.from_integers(context_config, integers)
     except ValueError as error:
         raise WeightsError(f"{path}: {error}") from error
-    return Weights(network.eval(), metadata["name"], digest, provenance, context, context_digest)
+    return Weights(network.eval(), metadata["name"], digest, provenance, context, context_digest, allocation)
 
 
 def stored(network: RecurrentCodec) -> dict[str, torch.Tensor]:
@@ -273,6 +283,32 @@ def _config(kind: type[Config], values: Any) -> Config:
             raise ValueError(f"the config has a {key} that cannot be: {str(value)[:80]}")
         checked[key] = value
     return kind(**checked)
+
+
+def _allocation(values: Any, network: AnyConfig) -> Allocation | None:
+    """Checks what is known for the allocation, of unknown origin."""
+    if values is None:
+        return None
+    if not isinstance(network, LatentConfig) or not isinstance(values, dict) or set(values) != {"worth", "quality"}:
+        raise ValueError("the allocation is not that of a latent network")
+    if not _numbers(values["worth"], network.latents):
+        raise ValueError(f"the allocation needs {network.latents} numbers")
+    if not isinstance(values["quality"], dict) or set(values["quality"]) != set(get_args(TuneName)):
+        raise ValueError(f"a scale of quality is for the measures {', '.join(get_args(TuneName))}")
+    for scale in values["quality"].values():
+        falls = _numbers(scale, len(QUALITIES)) and all(before > after > 0 for before, after in pairwise(scale))
+        if not falls:
+            raise ValueError(f"a scale of quality has {len(QUALITIES)} falling positive numbers")
+    return Allocation(tuple(values["worth"]), values["quality"])
+
+
+def _numbers(values: Any, count: int) -> bool:
+    """Whether values from JSON are so many finite numbers that are not negative."""
+    return (
+        isinstance(values, list)
+        and len(values) == count
+        and all(type(number) is float and 0 <= number < math.inf for number in values)
+    )
 
 
 def _check_values(tensors: Mapping[str, torch.Tensor], source: str, network: RecurrentCodec) -> None:

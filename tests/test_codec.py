@@ -162,7 +162,7 @@ def test_bpp(codec):
         if t > 1:
             assert len(codec.encode(image, bpp=rate * (1 - 1e-9))) == sizes[t - 2]
     assert len(codec.encode(image, bpp=1000)) == sizes[-1]
-    with pytest.raises(ValueError, match=f"iteration 1 takes {8 * sizes[0] / 2000:.4f} bpp"):
+    with pytest.raises(ValueError, match=f"iteration 1 takes {sizes[0]} bytes, more than"):
         codec.encode(image, bpp=8 * sizes[0] / 2000 * 0.999)
 
 

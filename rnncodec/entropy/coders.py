@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rnncodec.entropy.context import ContextModel, Memory, Read
-from rnncodec.entropy.exact import STEP, probability
+from rnncodec.entropy.exact import SCALE, STEP, probability
 from rnncodec.entropy.grouped import Pass, Questions, grid
 from rnncodec.entropy.ranges import Piece, RangeDecoder, RangeEncoder, RawDecoder, Session, signs
 from rnncodec.entropy.stops import StopMap
@@ -124,7 +124,7 @@ class GroupedBand(Band):
     def probabilities(self, plane: np.ndarray) -> np.ndarray:
         bits, rows, cols = self.shape
         sent = self._rows(plane)
-        walked = self._walk(lambda group, here, _: sent[here, group])
+        walked = self._walk(lambda group, here, _: sent[here, group], (plane != 0).any(0))
         return probability(walked.all_logits() * STEP).view(rows, cols, bits).permute(2, 0, 1).cpu().numpy()
 
     def decode(self, read: Read) -> np.ndarray:
@@ -239,6 +239,14 @@ class ContextSession(Session):
     def probabilities(self, plane: np.ndarray) -> np.ndarray:
         """P(1) * SCALE of every bit of the next iteration, int [bits, rows, cols]."""
         return np.concatenate([band.probabilities(plane[:, rows]) for rows, band in self.bands], axis=1)
+
+    @torch.inference_mode()
+    def price(self, plane: np.ndarray) -> np.ndarray:
+        """The code length in bits of the next iteration at each location, float [rows, cols]; then advances."""
+        chances = self.probabilities(plane) / SCALE
+        lengths = -np.log2(np.where(plane > 0, chances, 1 - chances)) * (plane != 0)
+        self._advance(plane)
+        return lengths.sum(0)
 
     def _encode(self, plane: np.ndarray) -> bytes:
         probabilities, coder = self.probabilities(signs(plane)), RangeEncoder()

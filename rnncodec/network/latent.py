@@ -154,7 +154,7 @@ class LatentEncoder(nn.Module):
     def forward(
         self, residual: Tensor, state: EncoderState | None, limit: Tensor | None = None
     ) -> tuple[Tensor, EncoderState]:
-        """Offsets and state; offsets are 0, and the state is the old one, where the limit leaves nothing to decide."""
+        """Offsets and state, which mean nothing where the limit leaves nothing to decide."""
         iteration, cell = state or EncoderState(torch.zeros((), dtype=torch.long, device=residual.device), None)
         scale, bias = _per_channel(at(self.scale, iteration)), _per_channel(at(self.bias, iteration))
         going = None if limit is None or state is None else (limit > iteration * self.groups)[:, None]

@@ -33,7 +33,7 @@ class Places:
     @classmethod
     def of(cls, going: Tensor | None, training: bool) -> "Places | None":
         """Picks the locations of a mask; None if all are to be computed, as always in training."""
-        if going is None or training or float(going.float().mean()) > MOST:
+        if going is None or training or not 0 < float(going.float().mean()) <= MOST:
             return None
         return cls(going)
 

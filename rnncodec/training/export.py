@@ -10,9 +10,11 @@ from typing import Any
 
 import torch
 
+from rnncodec.codec import Codec
 from rnncodec.entropy import ContextModel
-from rnncodec.files.images import one_line
+from rnncodec.files.images import find_images, load_image, one_line
 from rnncodec.network import RecurrentCodec
+from rnncodec.training.calibration import calibrate
 from rnncodec.weights import (
     WeightsError,
     canonical,
@@ -26,6 +28,27 @@ from rnncodec.weights import (
 
 # Errors while reading a file that is not a checkpoint of a training.
 UNREADABLE = (pickle.UnpicklingError, EOFError, KeyError, TypeError, AttributeError, RuntimeError, ValueError)
+
+
+def add_allocation(source: str | os.PathLike[str], path: str | os.PathLike[str], photographs: Path) -> None:
+    """Writes weights with what an encoder needs to choose iterations, see `rnncodec.training.calibration`.
+
+    Args:
+        source: weights of a latent network with its context model.
+        path: the file to write, which may be the same.
+        photographs: a folder.
+
+    Raises:
+        WeightsError: the weights are others, or damaged.
+        ValueError: there are no photographs.
+        OSError: a file cannot be read or written.
+    """
+    weights = load_weights(Path(source).absolute())
+    if weights.context is None or weights.context.config.kind != "grouped":
+        raise WeightsError(f"{os.fspath(source)}: not a latent network with its context model")
+    images = [load_image(image) for image in find_images([photographs])]
+    allocation = calibrate(Codec(weights), images)
+    save_weights(path, weights.network, weights.name, weights.provenance, weights.context, allocation)
 
 
 def load_checkpoint(path: str | os.PathLike[str]) -> tuple[RecurrentCodec, dict[str, str]]:

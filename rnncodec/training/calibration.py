@@ -1,0 +1,112 @@
+"""Learns from photographs what an encoder needs to choose iterations: the worth of latent errors, and qualities."""
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rnncodec.allocation import QUALITIES, Allocation, Survey, TuneName, block_errors
+from rnncodec.codec import Codec
+from rnncodec.loop import exact
+from rnncodec.network import RecurrentCodec, to_uint8
+
+CROP = 256  # pixels, side of the middle of each photograph from which the worth is learned
+RIDGE = 0.03  # added to the correlations of channels, to learn little from few blocks
+DESCENTS = 3000  # steps of the descent that keeps all values from falling below zero
+MULTIPLIERS = np.geomspace(1e-7, 1e3, 121)
+MARGIN = 0.02  # of the range of PSNR that the scale of quality leaves out at both ends, where multipliers do little
+
+
+def calibrate(
+    codec: Codec, images: Sequence[np.ndarray], progress: Callable[[int, int], None] | None = None
+) -> Allocation:
+    """Learns the allocation of a latent network with a context model.
+
+    The qualities of a measure divide the range of the mean PSNR, from one iteration to all, into equal parts.
+
+    Args:
+        codec: the network.
+        images: photographs, uint8 [H, W, 3].
+        progress: is called with the number of steps done and the number of all steps.
+
+    Raises:
+        ValueError: the codec is another one, or there are no images of at least 64 pixels a side.
+    """
+    images = [x for x in images if min(x.shape[:2]) >= 64]
+    if not images:
+        raise ValueError("a calibration needs photographs of at least 64 pixels a side")
+    steps = 2 * len(images)
+
+    def report(done: int) -> None:
+        if progress:
+            progress(done, steps)
+
+    blocks = []
+    for i, x in enumerate(images):
+        blocks.append(_falls(codec.network, _middle(x).to(codec.device), codec.max_iterations))
+        report(i + 1)
+    worth = fit_worth(torch.cat([latent for latent, _ in blocks], 1), torch.cat([pixel for _, pixel in blocks], 1))
+    surveys = []
+    for i, x in enumerate(images):
+        surveys.append(codec.survey(x, worth))
+        report(len(images) + i + 1)
+    return Allocation(tuple(worth.tolist()), {tune: _scale(surveys, tune) for tune in ("ms-ssim", "psnr")})
+
+
+def _middle(x: np.ndarray) -> Tensor:
+    """The middle of a photograph, [1, 3, H, W] in [-1, 1], sides multiples of 16."""
+    height, width = (min(CROP, side // 16 * 16) for side in x.shape[:2])
+    top, left = (x.shape[0] - height) // 2, (x.shape[1] - width) // 2
+    crop = torch.tensor(x[top : top + height, left : left + width])
+    return crop.permute(2, 0, 1)[None].float() / 127.5 - 1
+
+
+def _falls(network: RecurrentCodec, x: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
+    """How much each iteration lessens the squared errors of blocks: of latents [T, N, C], of pixels [T, N]."""
+    side, latents, pixels = network.config.stride, [], []
+    with exact():
+        y = network.analyse(x.contiguous(memory_format=torch.channels_last))
+        for step in network.unroll(y, iterations):
+            latents.append((y - step.state.y_hat)[0].square().flatten(1).T)
+            x_hat = to_uint8(network.picture(step.state)).float() / 127.5 - 1
+            pixels.append(block_errors(x, x_hat, side, "psnr")[1].flatten())
+    return -torch.stack(latents).diff(dim=0).cpu(), -torch.stack(pixels).diff(dim=0).cpu()
+
+
+def fit_worth(latents: Tensor, pixels: Tensor) -> Tensor:
+    """The worth of squared errors in each channel: least squares, no value below zero, all iterations alike.
+
+    Args:
+        latents: by how much squared errors fell, [iterations, blocks, C].
+        pixels: likewise for the squared error in pixels, [iterations, blocks].
+    """
+    scale = 1 / pixels.abs().mean(1, keepdim=True).clamp(min=1e-12)
+    latents, pixels = (latents * scale[..., None]).flatten(0, 1).double(), (pixels * scale).flatten().double()
+    products, aims = latents.T @ latents, latents.T @ pixels
+    spread = products.diagonal().sqrt().clamp(min=1e-12)
+    products = products / spread / spread[:, None] + RIDGE * torch.eye(len(spread), dtype=torch.double)
+    aims = aims / spread
+    step = 1 / torch.linalg.eigvalsh(products)[-1]
+    worth = torch.linalg.solve(products, aims).clamp(min=0)
+    for _ in range(DESCENTS):
+        worth = (worth - step * (products @ worth - aims)).clamp(min=0)
+    return (worth / spread).float()
+
+
+def _scale(surveys: Sequence[Survey], tune: TuneName) -> list[float]:
+    """The multipliers of the qualities in a measure."""
+    curves = []
+    for survey in surveys:
+        error = survey.between(survey.errors if tune == "ms-ssim" else survey.squares)
+        squares = survey.between(survey.squares)
+        last = [survey.choose(multiplier, error) for multiplier in MULTIPLIERS]
+        left = np.array([np.take_along_axis(squares, each[None] - 1, 0).sum() for each in last])
+        curves.append(-10 * np.log10(left))
+    psnr = np.mean(curves, 0)[::-1]  # rises with falling multipliers
+    psnr = np.maximum.accumulate(psnr)
+    low, high = psnr[0], psnr[-1]
+    parts = MARGIN + (1 - 2 * MARGIN) * (np.array(QUALITIES) - 1) / 99
+    logs = np.interp(low + parts * (high - low), psnr + np.arange(len(psnr)) * 1e-9, np.log(MULTIPLIERS[::-1]))
+    return [math.exp(value) for value in logs]
