@@ -2,7 +2,7 @@
 
 import copy
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TypedDict
 
 import numpy as np
@@ -22,6 +22,7 @@ from rnncodec.allocation import (
 )
 from rnncodec.entropy import CLASSICAL, ContextSession, EntropyName, PartsSession, Session, signs
 from rnncodec.files import format
+from rnncodec.files.fields import pack_bits, unpack_bits
 from rnncodec.files.format import (
     CODINGS,
     CONTEXT,
@@ -34,6 +35,7 @@ from rnncodec.files.format import (
     Header,
 )
 from rnncodec.files.images import MAX_PIXELS, to_rgb
+from rnncodec.files.records import pack
 from rnncodec.loop import Loop, Progress
 from rnncodec.network import to_uint8
 from rnncodec.tiling import MAX_ITERATIONS, MAX_SIDE
@@ -104,6 +106,7 @@ class Codec:
         tune: TuneName = "ms-ssim",
         roi: np.ndarray | None = None,
         entropy: EntropyName | Session | None = None,
+        records: Mapping[str, bytes] | None = None,
         progress: Progress | None = None,
     ) -> bytes:
         """Compresses an image; at most one of iterations, quality, bpp, max_bytes and psnr sets the target.
@@ -124,16 +127,19 @@ class Codec:
                 as much; needs a target, and a network that chooses the iterations of each location.
             entropy: coder of the bits (see `rnncodec.entropy`), a new session of it, or `none` for raw bits; None takes
                 the context model if the weights have one. Iterations that a coder does not shorten are stored raw.
+            records: what the file is to say of the photograph, as `rnncodec.files.load_photograph` gives it.
             progress: is called with the number of steps done and the number of all steps.
 
         Returns:
             The bytes of a file, see FORMAT.md.
 
         Raises:
-            ValueError: the image or the target is not as above, or not even the first payload fits bpp or max_bytes.
+            ValueError: the image, the target or the records are not as above, or not even the first payload fits bpp or
+                max_bytes.
         """
         if sum(target is not None for target in (iterations, quality, bpp, max_bytes, psnr)) > 1:
             raise ValueError("give one of iterations, quality, bpp, max_bytes and psnr, not several")
+        block = pack(records or {})
         array = _as_array(image)
         height, width = array.shape[:2]
         if max(height, width) > MAX_SIDE:
@@ -154,7 +160,7 @@ class Codec:
             elif psnr is not None:
                 aim = PsnrTarget(psnr, array.size)
             if aim is not None:
-                return self._allocate(pixels, aim, self.allocation, tune, roi, progress)
+                return self._allocate(pixels, aim, self.allocation, tune, roi, block, progress)
         if roi is not None:
             raise ValueError("a region of interest needs a target, and a latent network with its context model")
         if quality is not None:
@@ -168,7 +174,7 @@ class Codec:
                 planes = list(planes)
         else:
             planes = self.loop.encode_to(psnr, pixels, progress)
-        return self._write((plane[0] for plane in planes), session, height, width, max_bytes)
+        return self._write((plane[0] for plane in planes), session, height, width, max_bytes, block)
 
     @property
     def allocates(self) -> bool:
@@ -182,6 +188,7 @@ class Codec:
         allocation: Allocation,
         tune: TuneName,
         roi: np.ndarray | None,
+        block: bytes,
         progress: Progress | None,
     ) -> bytes:
         """Encodes with a number of iterations for each location, to meet a target."""
@@ -203,7 +210,7 @@ class Codec:
                 break
             before = last
             planes, reached = self.loop.encode_stopped(pixels, last, half(100), target.judges)
-            data = self._write(planes, self.session("context", *grid, maps=True), height, width, None)
+            data = self._write(planes, self.session("context", *grid, maps=True), height, width, None, block)
             if target.met(data, reached):
                 break
         if progress:
@@ -246,29 +253,42 @@ class Codec:
         Raises:
             ValueError: not even the first payload fits into `max_bytes`.
         """
-        return self._write(planes, self.session(entropy, *self.loop.grid(height, width)), height, width, max_bytes)
+        return self._write(planes, self.session(entropy, *self.loop.grid(height, width)), height, width, max_bytes, b"")
 
     def _write(
-        self, planes: Iterable[np.ndarray], session: Session, height: int, width: int, max_bytes: int | None
+        self,
+        planes: Iterable[np.ndarray],
+        session: Session,
+        height: int,
+        width: int,
+        max_bytes: int | None,
+        block: bytes,
     ) -> bytes:
-        """Writes a file as `write_bits` does, with a new session."""
+        """Writes a file as `write_bits` does, with a new session and a block of records, which may be empty."""
         entries: list[Entry] = []
         payloads: list[bytes] = []
-        version = PARTS_VERSION if session.parts > 1 or session.maps else RAW_VERSION
+        version = PARTS_VERSION if session.parts > 1 or session.maps or block else RAW_VERSION
         for plane in planes:
             for coding, payload in session.encode(plane):
-                header = self._header(height, width, [*entries, Entry.of(payload, coding, version)], session)
+                header = self._header(height, width, [*entries, Entry.of(payload, coding, version)], session, block)
                 if max_bytes is not None and header.sizes[-1] > max_bytes:
                     if not entries:
-                        raise ValueError(f"{header.place(0)} takes {header.sizes[0]} bytes, more than {max_bytes}")
-                    return self._file(height, width, entries, payloads, session)
+                        raise ValueError(header.above(max_bytes))
+                    return self._file(height, width, entries, payloads, session, block)
                 entries, payloads = list(header.entries), [*payloads, payload]
-        return self._file(height, width, entries, payloads, session)
+        return self._file(height, width, entries, payloads, session, block)
 
     def _file(
-        self, height: int, width: int, entries: Sequence[Entry], payloads: Sequence[bytes], session: Session
+        self,
+        height: int,
+        width: int,
+        entries: Sequence[Entry],
+        payloads: Sequence[bytes],
+        session: Session,
+        block: bytes,
     ) -> bytes:
-        return format.write(Container(self._header(height, width, entries, session), tuple(payloads)))
+        header = self._header(height, width, entries, session, block)
+        return format.write(Container(header, tuple(payloads), block))
 
     def decode(
         self,
@@ -334,7 +354,7 @@ class Codec:
         if not bool(((x >= 0) & (x <= 1)).all()):
             raise ValueError("a batch holds values in [0, 1]")
         planes = np.stack(list(self.loop.encode(x.detach(), self._check_iterations(iterations), None)))
-        strings = [[format.pack_bits(plane > 0) for plane in planes[:, i]] for i in range(len(x))]
+        strings = [[pack_bits(plane > 0) for plane in planes[:, i]] for i in range(len(x))]
         return {"strings": strings, "shape": (x.shape[2], x.shape[3])}
 
     def decompress(
@@ -362,9 +382,7 @@ class Codec:
         rows, columns = self.loop.grid(height, width)
         planes = np.stack(
             [
-                signs(
-                    np.stack([format.unpack_bits(payloads[t], self.config.bits, rows, columns) for payloads in strings])
-                )
+                signs(np.stack([unpack_bits(payloads[t], self.config.bits, rows, columns) for payloads in strings]))
                 for t in range(iterations)
             ]
         )
@@ -448,7 +466,7 @@ class Codec:
             raise ValueError(f"iterations must be in 1..{self.max_iterations}, not {iterations}")
         return iterations
 
-    def _header(self, height: int, width: int, entries: Sequence[Entry], session: Session) -> Header:
+    def _header(self, height: int, width: int, entries: Sequence[Entry], session: Session, block: bytes) -> Header:
         return Header(
             width=width,
             height=height,
@@ -460,6 +478,7 @@ class Codec:
             context=self.context_fingerprint if any(entry.coding == CONTEXT for entry in entries) else bytes(8),
             parts=session.parts,
             maps=session.maps,
+            records=Entry.of(block) if block else None,
         )
 
     def _check_header(self, header: Header) -> None:

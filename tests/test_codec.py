@@ -14,6 +14,7 @@ from PIL import Image
 from rnncodec import tiling
 from rnncodec.codec import Codec
 from rnncodec.files import format
+from rnncodec.files.fields import unpack_bits
 from rnncodec.files.format import Container, Entry, FormatError
 from rnncodec.loop import Loop, exact
 from rnncodec.network import CELLS, NetworkConfig, RecurrentCodec
@@ -105,7 +106,7 @@ def test_encoder_decoder_and_network_agree(codecs, name, size):
     data = codec.encode(image)
     rows, columns = bits[0].shape[1:]
     for t, payload in enumerate(format.read(data, max_pixels=10**6).payloads):
-        unpacked = torch.from_numpy(format.unpack_bits(payload, codec.config.bits, rows, columns).copy())
+        unpacked = torch.from_numpy(unpack_bits(payload, codec.config.bits, rows, columns).copy())
         assert torch.equal(unpacked, bits[t] == 1)
     for t in (1, 2, 7, 16):
         decoded = codec.decode(data, iterations=t)

@@ -25,6 +25,7 @@ from rnncodec.entropy import (
 )
 from rnncodec.entropy.classical import AdaptiveSession, HuffmanSession, StaticSession, huffman_lengths
 from rnncodec.files import format
+from rnncodec.files.fields import pack_bits
 from rnncodec.files.format import ADAPTIVE, CODINGS, CONTEXT, HUFFMAN, RAW, STATIC, FormatError
 from rnncodec.network import NetworkConfig, RecurrentCodec
 from rnncodec.weights import WeightsError, load_weights, save_weights
@@ -89,7 +90,7 @@ def test_what_does_not_shrink_is_stored_raw_and_remembered(coder):
     rng = np.random.default_rng(0)
     noise, easy = rng.random(SHAPE) < 0.5, planes(1, (8, 40, 40))[0]
     encoder = session(coder)
-    assert encoder.encode(signs(noise)) == [(RAW, format.pack_bits(noise))]
+    assert encoder.encode(signs(noise)) == [(RAW, pack_bits(noise))]
     big = (8, 40, 40)
     encoder, decoder = session(coder, big), session(coder, big)
     sequence = [signs(rng.random(big) < 0.5), easy, signs(rng.random(big) < 0.5), easy]
@@ -133,7 +134,7 @@ def test_context_payloads_are_the_documented_ones(kind, iterations, monkeypatch)
     for t, plane in enumerate(bits):
         if t == 1:
             for coder in encoder, decoder:
-                coder.decode([(RAW, format.pack_bits(plane > 0))])
+                coder.decode([(RAW, pack_bits(plane > 0))])
             continue
         _, payload = encoder._encode(plane > 0), encoder._encode(plane > 0)  # nothing changes before the end
         encoder._advance(plane)

@@ -11,16 +11,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rnncodec.files.fields import pack_bits, unpack_bits
 from rnncodec.files.format import (
     Container,
     Entry,
     FormatError,
     Header,
-    pack_bits,
     read,
     read_header,
     truncate,
-    unpack_bits,
     write,
     write_header,
 )

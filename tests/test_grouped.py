@@ -12,7 +12,8 @@ from reference import chance as documented_chance
 
 from rnncodec.entropy import ContextConfig, ContextModel, ContextSession, code_length, code_nats, grouped, probability
 from rnncodec.entropy import exact as arithmetic
-from rnncodec.files.format import CONTEXT, RAW, FormatError, pack_bits
+from rnncodec.files.fields import pack_bits
+from rnncodec.files.format import CONTEXT, RAW, FormatError
 from rnncodec.network import LatentConfig, RecurrentCodec, questions
 from rnncodec.network.questions import Questions
 from rnncodec.weights import WeightsError, load_weights, save_weights

@@ -7,6 +7,7 @@ import numpy as np
 
 from rnncodec.entropy.exact import SCALE
 from rnncodec.entropy.ranges import RangeDecoder, RangeEncoder, Session
+from rnncodec.files.fields import pack_bits, unpack_bits
 from rnncodec.files.format import (
     ADAPTIVE,
     CODINGS,
@@ -15,8 +16,6 @@ from rnncodec.files.format import (
     STATIC,
     EntropyName,
     FormatError,
-    pack_bits,
-    unpack_bits,
 )
 
 Code = Callable[[np.ndarray, tuple[int, int]], np.ndarray]

@@ -12,7 +12,8 @@ import numpy as np
 from constriction import stream  # pyright: ignore[reportAttributeAccessIssue]
 
 from rnncodec.entropy.exact import SCALE
-from rnncodec.files.format import RAW, FormatError, length_size, pack_bits, unpack_bits
+from rnncodec.files.fields import pack_bits, unpack_bits
+from rnncodec.files.format import RAW, FormatError, length_size
 
 BERNOULLI = stream.model.Bernoulli(perfect=False)
 

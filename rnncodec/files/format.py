@@ -7,11 +7,11 @@ import operator
 import re
 import struct
 import zlib
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
-import numpy as np
+from rnncodec.files.fields import FormatError, take_varint, taker, varint
+from rnncodec.files.records import MAX_BLOCK, unpack
 
 MAGIC = b"\x8fRNC"  # a first byte above 0x7f is neither ASCII nor the start of UTF-8: no text editor claims the file
 # Of files whose payloads are all raw, of others with one payload for each iteration, and of all that can hold more.
@@ -21,16 +21,12 @@ CODINGS: dict[int, EntropyName] = dict(enumerate(get_args(EntropyName)))  # of p
 RAW, CONTEXT, HUFFMAN, STATIC, ADAPTIVE = CODINGS
 MAX_ITERATIONS = 255  # a byte in the header
 MAX_PARTS = 16  # payloads of one iteration
-MAPS = 1  # the flag of files with stop maps
+MAPS, RECORDS = 1, 2  # flags of files with stop maps, and with a block of records
 MAX_LENGTH = 2**34 - 1  # of a payload in version 3, which five bytes of an entry hold
 SIZES = struct.Struct(">HH8s")  # width, height, fingerprint
 SHAPE = struct.Struct(">BBB")  # stride, bits, length of the name
 PARTS = struct.Struct(">BBBH")  # coding of coded payloads, parts of an iteration, flags, number of payloads
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,31}")  # safe to print and to look up, whatever the source
-
-
-class FormatError(ValueError):
-    """Raised for bytes that are not a valid .rnc file, or values that it cannot hold; the message is one line."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +64,7 @@ class Header:
         context: 8 bytes that identify the context model; zeros if no payload is coded with one.
         parts: payloads of an iteration, 1..16, a divisor of `bits`; above 1 only in version 3.
         maps: whether the file says for each location which iteration is its last; only in version 3.
+        records: the length and CRC-32 of the block of records, None if there is none; only in version 3.
 
     Raises:
         FormatError: a value is out of range, or the length of a payload contradicts the geometry.
@@ -83,6 +80,7 @@ class Header:
     context: bytes = bytes(8)
     parts: int = 1
     maps: bool = False
+    records: Entry | None = None
 
     def __post_init__(self) -> None:
         for name, largest in (("width", 65535), ("height", 65535), ("stride", 255), ("bits", 255)):
@@ -102,19 +100,21 @@ class Header:
             raise FormatError(f"codings {min(codings)} and {max(codings)} in one file")
         if (self.context != bytes(8)) != (codings == {CONTEXT}):
             raise FormatError("a context model must be named if, and only if, a payload is coded with one")
+        if self.records is not None and not 1 <= self.records.length <= MAX_BLOCK:
+            raise FormatError(f"records take 1 to {MAX_BLOCK} bytes, not {self.records.length}")
         for number, entry in enumerate(self.entries):
             if not (0 <= entry.coding <= 255 and 0 <= entry.checksum < self._checksums):
                 raise FormatError(f"{self.place(number)}: coding {entry.coding} or its checksum is out of range")
-            parts = self.version >= PARTS_VERSION  # where raw payloads, too, have any length
-            least = self.raw_length if entry.coding == RAW and not parts else 1
-            most = min(self.raw_length, MAX_LENGTH) if parts else self.raw_length
+            shorter = self.parts > 1 or self.maps  # raw payloads, too, have any length
+            least = self.raw_length if entry.coding == RAW and not shorter else 1
+            most = min(self.raw_length, MAX_LENGTH) if self.version >= PARTS_VERSION else self.raw_length
             if not least <= entry.length <= most:
                 raise FormatError(f"{self.place(number)} takes {entry.length} bytes, not {least} to {most}")
 
     @property
     def version(self) -> int:
         """The lowest version of the format that can hold this file."""
-        if self.parts > 1 or self.maps:
+        if self.parts > 1 or self.maps or self.records is not None:
             return PARTS_VERSION
         return RAW_VERSION if all(entry.coding == RAW for entry in self.entries) else CODED_VERSION
 
@@ -142,12 +142,12 @@ class Header:
 
     @property
     def raw_length(self) -> int:
-        """Bytes of a raw payload, in version 3 the most bytes of one; no payload exceeds it."""
+        """Bytes of a raw payload, the most bytes of one if there are parts or maps; no payload exceeds it."""
         return _raw_length(self.width, self.height, self.stride, self.bits // self.parts + self.maps)
 
     @property
     def size(self) -> int:
-        """Bytes of this header."""
+        """Bytes before the first payload: of this header and the block of records."""
         return self._fixed_size + sum(map(self._entry_size, self.entries))
 
     @property
@@ -171,6 +171,11 @@ class Header:
         """Bits per pixel of the image, for each of `sizes`."""
         return tuple(8 * size / (self.width * self.height) for size in self.sizes)
 
+    def above(self, max_bytes: int) -> str:
+        """Says that not even the first payload fits into so many bytes."""
+        records = f" with {self.records.length} bytes of records" if self.records else ""
+        return f"{self.place(0)}{records} takes {self.sizes[0]} bytes, more than {max_bytes}"
+
     def place(self, number: int) -> str:
         """Where the payload of a number from 0 belongs, for messages."""
         iteration, part = divmod(number, self.parts)
@@ -178,14 +183,15 @@ class Header:
 
     @property
     def _fixed_size(self) -> int:
-        """Bytes of this header without its entries."""
+        """Bytes before the first payload without the entries of payloads."""
         version = {RAW_VERSION: 1, CODED_VERSION: len(self.context) + 1, PARTS_VERSION: len(self.context) + PARTS.size}
-        return len(MAGIC) + 1 + SIZES.size + SHAPE.size + len(self.weights) + version[self.version] + 4
+        records = len(varint(self.records.length)) + 4 + self.records.length if self.records else 0
+        return len(MAGIC) + 1 + SIZES.size + SHAPE.size + len(self.weights) + version[self.version] + records + 4
 
     def _entry_size(self, entry: Entry) -> int:
         """Bytes of an entry in this header."""
         if self.version >= PARTS_VERSION:
-            return len(_varint(2 * entry.length)) + 2
+            return len(varint(2 * entry.length)) + 2
         return 5 + (length_size(self.raw_length) if entry.coding != RAW else 0)
 
     @property
@@ -196,51 +202,31 @@ class Header:
 
 @dataclass(frozen=True)
 class Container:
-    """A header and its payloads, fewer than its entries if the file was cut or fewer were asked for."""
+    """A header and its payloads, fewer than its entries if the file was cut or fewer were asked for.
+
+    `records` is the block as it is in the file, empty if there is none or the file was cut within it.
+    """
 
     header: Header
     payloads: tuple[bytes, ...]
-
-
-def pack_bits(bits: np.ndarray) -> bytes:
-    """Packs bool [bits, rows, cols] location by location, row by row; the first bit is the highest of a byte.
-
-    The last byte is filled up with zeros.
-    """
-    return np.packbits(bits.transpose(1, 2, 0)).tobytes()
-
-
-def unpack_bits(payload: bytes, bits: int, rows: int, cols: int) -> np.ndarray:
-    """Undoes `pack_bits`.
-
-    Returns:
-        bool [bits, rows, cols].
-
-    Raises:
-        FormatError: the payload is of another length, or its last byte is not filled up with zeros.
-    """
-    count = bits * rows * cols
-    if len(payload) != _ceil(count, 8):
-        raise FormatError(f"{len(payload)} bytes cannot hold exactly {bits} bits at {rows}x{cols} locations")
-    flat = np.unpackbits(np.frombuffer(payload, np.uint8)).view(bool)
-    if flat[count:].any():
-        raise FormatError("the bits after the last location are not zero")
-    return flat[:count].reshape(rows, cols, bits).transpose(2, 0, 1)
+    records: bytes = b""
 
 
 def write(container: Container) -> bytes:
     """Serializes a file to bytes.
 
     Raises:
-        FormatError: the payloads are not those that the header describes.
+        FormatError: the payloads or the records are not those that the header describes.
     """
-    header, payloads = container.header, container.payloads
+    header, payloads, block = container.header, container.payloads, container.records
+    if header.records != (Entry.of(block) if block else None):
+        raise FormatError("the records are not those that the header describes")
     if len(payloads) != len(header.entries) or any(
         Entry.of(payload, entry.coding, header.version) != entry
         for payload, entry in zip(payloads, header.entries, strict=True)
     ):
         raise FormatError("the payloads are not those that the header describes")
-    return write_header(header) + b"".join(payloads)
+    return write_header(header) + block + b"".join(payloads)
 
 
 def write_header(header: Header) -> bytes:
@@ -252,9 +238,12 @@ def write_header(header: Header) -> bytes:
     data += SHAPE.pack(header.stride, header.bits, len(name)) + name
     if header.version >= PARTS_VERSION:
         coding = max(entry.coding for entry in header.entries)
-        data += PARTS.pack(coding, header.parts, MAPS * header.maps, len(header.entries))
+        flags = MAPS * header.maps + RECORDS * (header.records is not None)
+        data += PARTS.pack(coding, header.parts, flags, len(header.entries))
         for entry in header.entries:
-            data += _varint(2 * entry.length + (entry.coding != RAW)) + entry.checksum.to_bytes(2)
+            data += varint(2 * entry.length + (entry.coding != RAW)) + entry.checksum.to_bytes(2)
+        if header.records:
+            data += varint(header.records.length) + header.records.checksum.to_bytes(4)
         return data + zlib.crc32(data).to_bytes(4)
     data += bytes([len(header.entries)])
     for entry in header.entries:
@@ -274,13 +263,7 @@ def read_header(data: bytes) -> Header:
     if not data or data[: len(MAGIC)] != MAGIC[: len(data)]:
         raise FormatError("not an rnc file")
     file = io.BytesIO(data)
-
-    def take(size: int) -> bytes:
-        taken = file.read(size)
-        if len(taken) < size:
-            raise FormatError("the header is cut short")
-        return taken
-
+    take = taker(file, "the header is")
     version = take(len(MAGIC) + 1)[-1]
     # Checked first, because only the first five bytes are the same in every version.
     if not RAW_VERSION <= version <= PARTS_VERSION:
@@ -292,14 +275,16 @@ def read_header(data: bytes) -> Header:
     # The width of the lengths follows from the geometry, so zeros are refused before the checksum is known.
     if 0 in (width, height, stride, bits):
         raise FormatError("the header is corrupt")
-    coding, parts, flags, entries = RAW, 1, 0, list[Entry]()
+    coding, parts, flags, entries, records = RAW, 1, 0, list[Entry](), None
     if version >= PARTS_VERSION:
         coding, parts, flags, count = PARTS.unpack(take(PARTS.size))
         if count > MAX_ITERATIONS * MAX_PARTS:
             raise FormatError("the header is corrupt")
         for _ in range(count):
-            coded = _take_varint(take)
+            coded = take_varint(take)
             entries.append(Entry(coding if coded % 2 else RAW, coded // 2, int.from_bytes(take(2))))
+        if flags & RECORDS:
+            records = Entry(RAW, take_varint(take), int.from_bytes(take(4)))
     else:
         raw_length = _raw_length(width, height, stride, bits)
         for _ in range(take(1)[0]):
@@ -309,7 +294,7 @@ def read_header(data: bytes) -> Header:
     checksum = zlib.crc32(data[: file.tell()])
     if int.from_bytes(take(4)) != checksum:
         raise FormatError("the header is corrupt")
-    if flags not in (0, MAPS):
+    if flags > MAPS + RECORDS:
         raise FormatError(f"flags {flags} in the header need a newer version of this program")
     header = Header(
         width,
@@ -321,9 +306,10 @@ def read_header(data: bytes) -> Header:
         tuple(entries),
         context,
         parts,
-        flags == MAPS,
+        bool(flags & MAPS),
+        records,
     )
-    if header.version != version or write_header(header) != data[: header.size]:  # each file has only one valid header
+    if header.version != version or write_header(header) != data[: file.tell()]:  # each file has only one valid header
         raise FormatError(f"the header is not as it must be in version {version} of the format")
     return header
 
@@ -342,8 +328,8 @@ def read(data: bytes, *, max_pixels: int, iterations: int | None = None) -> Cont
         The header as it is, and the payloads, each with the right checksum; possibly none.
 
     Raises:
-        FormatError: as in `read_header`; or a payload is corrupt or needs a newer version of this program, the image is
-            too large, or bytes follow the last payload.
+        FormatError: as in `read_header`; or a payload or the block of records is corrupt, a payload needs a newer
+            version of this program, the image is too large, or bytes follow the last payload.
         ValueError: iterations is less than 1.
     """
     if iterations is not None and iterations < 1:
@@ -352,15 +338,29 @@ def read(data: bytes, *, max_pixels: int, iterations: int | None = None) -> Cont
     if header.width * header.height > max_pixels:
         size = f"{header.width}x{header.height}"
         raise FormatError(f"{size} pixels are above the limit of {max_pixels}; raise max_pixels to decode it")
+    block = _block(data, header)
     payloads = _payloads(data, header, None if iterations is None else iterations * header.parts)
     for number, entry in enumerate(header.entries[: len(payloads)]):
         if entry.coding not in CODINGS:
             place = header.place(number)
             raise FormatError(f"coding {entry.coding} of {place} needs a newer version of this program")
-    return Container(header, payloads)
+    return Container(header, payloads, block)
 
 
-def truncate(data: bytes, *, iterations: int | None = None, max_bytes: int | None = None) -> bytes:
+def read_records(data: bytes) -> dict[str, bytes]:
+    """The records of a file by type, such as `EXIF` (without the prefix of JPEG) and `XMP `; often there are none.
+
+    Raises:
+        FormatError: as in `read_header`; or the file is cut within the records, or they are corrupt or too large.
+    """
+    header = read_header(data)
+    block = _block(data, header)
+    if header.records and not block:
+        raise FormatError("the file is cut within its records and has no complete iteration")
+    return unpack(block)
+
+
+def truncate(data: bytes, *, iterations: int | None = None, max_bytes: int | None = None, strip: bool = False) -> bytes:
     """Shortens a file to its first iterations or parts of them, byte for byte the file that encoding so much gives.
 
     Works on cut files, and on codings that this version cannot decode. With neither limit, all complete payloads are
@@ -369,10 +369,11 @@ def truncate(data: bytes, *, iterations: int | None = None, max_bytes: int | Non
     Args:
         data: the file.
         iterations: how many to keep.
-        max_bytes: or keep as many payloads as fit in so many bytes, header included.
+        max_bytes: or keep as many payloads as fit in so many bytes, header and records included.
+        strip: whether to leave out the records.
 
     Raises:
-        FormatError: as in `read_header`; or a payload to keep is corrupt, there are not enough complete iterations, or
+        FormatError: as in `read_header`; or what is to be kept is corrupt, there are not enough complete iterations, or
             not even one payload fits.
         ValueError: both limits are given.
     """
@@ -388,12 +389,31 @@ def truncate(data: bytes, *, iterations: int | None = None, max_bytes: int | Non
         if not 1 <= iterations <= whole:
             raise FormatError(f"cannot keep {iterations} iterations of {whole} complete ones")
         keep = iterations * header.parts
-    elif max_bytes is not None:
-        keep = sum(size <= max_bytes for size in header.sizes[:complete])
+    kept = replace(header, records=None) if strip else header
+    if max_bytes is not None:
+        keep = sum(size <= max_bytes for size in kept.sizes[:complete])
         if keep < 1:
-            raise FormatError(f"{header.place(0)} takes {header.sizes[0]} bytes, more than {max_bytes}")
+            raise FormatError(kept.above(max_bytes))
+    block = b"" if strip else _block(data, header)
     payloads = _payloads(data, header, keep)
-    return write(Container(header.shortened(keep), payloads))
+    kept = kept.shortened(keep)
+    # Without records, the version may be another one, with other checksums.
+    entries = (
+        Entry.of(payload, entry.coding, kept.version) for payload, entry in zip(payloads, kept.entries, strict=True)
+    )
+    return write(Container(replace(kept, entries=tuple(entries)), payloads, block))
+
+
+def _block(data: bytes, header: Header) -> bytes:
+    """The block of records with a checked checksum, empty if there is none or the file is cut within it."""
+    if header.records is None:
+        return b""
+    block = data[header.size - header.records.length : header.size]
+    if len(block) < header.records.length:
+        return b""
+    if Entry.of(block) != header.records:
+        raise FormatError("the records are corrupt")
+    return block
 
 
 def _payloads(data: bytes, header: Header, count: int | None) -> tuple[bytes, ...]:
@@ -411,26 +431,6 @@ def _payloads(data: bytes, header: Header, count: int | None) -> tuple[bytes, ..
     if len(payloads) == len(header.entries) and end < len(data):
         raise FormatError(f"{len(data) - end} bytes follow the last iteration")
     return tuple(payloads)
-
-
-def _varint(value: int) -> bytes:
-    """A whole number in bytes of 7 bits each, the lowest first; all but the last have 128 added."""
-    data = bytearray()
-    while value > 127:
-        data.append(value % 128 + 128)
-        value //= 128
-    return bytes([*data, value])
-
-
-def _take_varint(take: Callable[[int], bytes]) -> int:
-    """Reads what `_varint` wrote, from at most five bytes."""
-    value = 0
-    for place in range(5):
-        byte = take(1)[0]
-        value += byte % 128 << 7 * place
-        if byte < 128:
-            break
-    return value
 
 
 def _raw_length(width: int, height: int, stride: int, bits: int) -> int:
