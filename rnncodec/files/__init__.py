@@ -3,7 +3,19 @@
 Nothing here depends on torch or on networks.
 """
 
-from rnncodec.files.format import FormatError, Header, read_header, truncate
-from rnncodec.files.images import ImageError, find_images, load_image, save_image
+from rnncodec.files.errors import FormatError, ImageError
+from rnncodec.files.format import Header, read_header, read_records, truncate
+from rnncodec.files.images import find_images, load_image, load_photograph, save_image
 
-__all__ = ["FormatError", "Header", "ImageError", "find_images", "load_image", "read_header", "save_image", "truncate"]
+__all__ = [
+    "FormatError",
+    "Header",
+    "ImageError",
+    "find_images",
+    "load_image",
+    "load_photograph",
+    "read_header",
+    "read_records",
+    "save_image",
+    "truncate",
+]

@@ -1,13 +1,11 @@
-"""Bits and whole numbers as they are in an .rnc file, and the error for what cannot be there."""
+"""Bits and whole numbers as they are in an .rnc file."""
 
 from collections.abc import Callable
 from typing import BinaryIO
 
 import numpy as np
 
-
-class FormatError(ValueError):
-    """Raised for bytes that are not a valid .rnc file, or values that it cannot hold; the message is one line."""
+from rnncodec.files.errors import FormatError
 
 
 def pack_bits(bits: np.ndarray) -> bytes:

@@ -10,7 +10,8 @@ import zlib
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
-from rnncodec.files.fields import FormatError, take_varint, taker, varint
+from rnncodec.files.errors import FormatError
+from rnncodec.files.fields import take_varint, taker, varint
 from rnncodec.files.records import MAX_BLOCK, unpack
 
 MAGIC = b"\x8fRNC"  # a first byte above 0x7f is neither ASCII nor the start of UTF-8: no text editor claims the file

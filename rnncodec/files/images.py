@@ -5,15 +5,16 @@ import io
 import os
 import secrets
 import shutil
-import threading
-import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 import numpy as np
 from PIL import Image
+
+from rnncodec.files.errors import ImageError, one_line
+from rnncodec.files.metadata import ORIENTATION, quiet, read_metadata, save_options
 
 MAX_PIXELS = 2**28
 
@@ -37,11 +38,7 @@ ORIENTATIONS = {  # by EXIF tag 274: the operation that turns the stored image u
     8: Image.Transpose.ROTATE_90,
 }
 
-_warnings_lock = threading.Lock()
-
-
-class ImageError(ValueError):
-    """Raised for images that cannot be read or written; the message is one line and names the file."""
+Read = TypeVar("Read")
 
 
 def load_image(source: str | os.PathLike[str] | BinaryIO, max_pixels: int = MAX_PIXELS) -> np.ndarray:
@@ -57,14 +54,23 @@ def load_image(source: str | os.PathLike[str] | BinaryIO, max_pixels: int = MAX_
     Raises:
         ImageError: the file is missing, truncated, corrupt, too large or not an image.
     """
-    if isinstance(source, (str, os.PathLike)):
-        name = os.fspath(source)
-        try:
-            with open(source, "rb") as file:
-                return _load(file, name, max_pixels)
-        except OSError as error:
-            raise ImageError(f"{name}: {error.strerror or error}") from error
-    return _load(source, str(getattr(source, "name", "image")), max_pixels)
+    return _load(source, max_pixels, to_rgb)
+
+
+def load_photograph(
+    source: str | os.PathLike[str] | BinaryIO, max_pixels: int = MAX_PIXELS
+) -> tuple[np.ndarray, dict[str, bytes]]:
+    """Reads an image file as `load_image` does, and what it says of the photograph.
+
+    Returns:
+        uint8 [H, W, 3], and records for `Codec.encode`: `EXIF`, which starts like a TIFF file, without thumbnail, and
+        `XMP `, both without an orientation other than 1, because the image is upright. What is corrupt, or too large
+        for a file, is left out with a warning.
+
+    Raises:
+        ImageError: as in `load_image`.
+    """
+    return _load(source, max_pixels, lambda image: (to_rgb(image), read_metadata(image)))
 
 
 def to_rgb(image: Image.Image) -> np.ndarray:
@@ -80,7 +86,7 @@ def to_rgb(image: Image.Image) -> np.ndarray:
         ImageError: the pixels cannot be decoded, are floats, or are integers beyond 16 bits.
     """
     try:
-        with _quiet() if image.format == "TIFF" else nullcontext():  # Pillow reads metadata while it loads
+        with quiet() if image.format == "TIFF" else nullcontext():  # Pillow reads metadata while it loads
             image.load()
         rgb = _convert(image)
         orientation = _orientation(image)
@@ -95,13 +101,20 @@ def to_rgb(image: Image.Image) -> np.ndarray:
         raise ImageError(one_line(error)) from error
 
 
-def save_image(array: np.ndarray, target: str | os.PathLike[str] | BinaryIO, format: str | None = None) -> None:
+def save_image(
+    array: np.ndarray,
+    target: str | os.PathLike[str] | BinaryIO,
+    format: str | None = None,
+    records: Mapping[str, bytes] | None = None,
+) -> None:
     """Writes 8-bit RGB to an image file, completely or, if anything fails, not at all.
 
     Args:
         array: uint8 [H, W, 3].
         target: a path, or a binary file, which may be a pipe.
         format: a suffix (`png`) or Pillow's name (`JPEG2000`); None takes the path's suffix, or PNG for a binary file.
+        records: EXIF and XMP as `load_photograph` gives them, left out with a warning where the format cannot hold
+            them; others are ignored.
 
     Raises:
         ImageError: the format is unknown or cannot hold the image.
@@ -116,9 +129,10 @@ def save_image(array: np.ndarray, target: str | os.PathLike[str] | BinaryIO, for
     name = Image.registered_extensions().get(suffix, format.upper())
     if name not in FORMATS or name not in Image.SAVE:
         raise ImageError(f"{path or 'image'}: cannot write the format {format!r}; .png always works")
+    options = SAVE_OPTIONS.get(name, {}) | save_options(name, records or {})
     buffer = io.BytesIO()
     try:
-        Image.fromarray(array).save(buffer, name, **SAVE_OPTIONS.get(name, {}))
+        Image.fromarray(array).save(buffer, name, **options)
     except Exception as error:  # encoders too raise nearly any exception, for example if a side is too long
         raise ImageError(f"{path or 'image'}: {one_line(error)}") from error
     if isinstance(target, (str, os.PathLike)):
@@ -204,12 +218,24 @@ def _walk(folder: Path) -> Iterator[Path]:
                 yield path
 
 
-def _load(file: BinaryIO, name: str, max_pixels: int) -> np.ndarray:
-    """Loads an open file, see `load_image`."""
+def _load(source: str | os.PathLike[str] | BinaryIO, max_pixels: int, read: Callable[[Image.Image], Read]) -> Read:
+    """What a function reads from an image file; arguments and errors as in `load_image`."""
+    if not isinstance(source, (str, os.PathLike)):
+        return _load_open(source, str(getattr(source, "name", "image")), max_pixels, read)
+    name = os.fspath(source)
+    try:
+        with open(source, "rb") as file:
+            return _load_open(file, name, max_pixels, read)
+    except OSError as error:
+        raise ImageError(f"{name}: {error.strerror or error}") from error
+
+
+def _load_open(file: BinaryIO, name: str, max_pixels: int, read: Callable[[Image.Image], Read]) -> Read:
+    """What a function reads from an open file."""
     try:
         image = _open(file, max_pixels)
         with image:
-            return to_rgb(image)
+            return read(image)
     except ImageError as error:
         raise ImageError(f"{name}: {error}") from error
     except Exception as error:  # as in to_rgb
@@ -237,7 +263,7 @@ def _open(file: BinaryIO, max_pixels: int) -> Image.Image:
         else:
             file = _read_pipe(file, prefix, 8 * max_pixels + 2**24)  # all pixels in 16-bit RGBA, and ample metadata
         try:
-            with _quiet():
+            with quiet():
                 image = factory(file, "")
         except SyntaxError:  # Pillow's sign that the file is of another format after all
             continue
@@ -292,24 +318,7 @@ def _convert(image: Image.Image) -> Image.Image:
 def _orientation(image: Image.Image) -> int:
     """The EXIF orientation of a loaded image, 1 (upright) where there is none or the EXIF data is corrupt."""
     try:
-        with _quiet():
-            return int(image.getexif().get(274, 1))
+        with quiet():
+            return int(image.getexif().get(ORIENTATION, 1))
     except Exception:  # corrupt EXIF data must not make an image unreadable
         return 1
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """A context without Pillow's warnings about metadata, for one thread at a time, because filters are global."""
-    with _warnings_lock, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
-def one_line(error: BaseException) -> str:
-    """The first line of an error's message (PyTorch's have pages), or the type of the error if it has none."""
-    if isinstance(error, OSError) and error.strerror:  # without the number of the error
-        return f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
-    if isinstance(error, MemoryError):
-        return "not enough memory"
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

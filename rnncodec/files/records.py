@@ -5,7 +5,8 @@ import re
 import zlib
 from collections.abc import Mapping
 
-from rnncodec.files.fields import FormatError, take_varint, taker, varint
+from rnncodec.files.errors import FormatError
+from rnncodec.files.fields import take_varint, taker, varint
 
 EXIF, XMP = "EXIF", "XMP "  # the types that programs know; others are kept, but not used
 TYPE = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ]{3}")
