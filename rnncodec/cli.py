@@ -22,6 +22,7 @@ from rnncodec import __version__
 from rnncodec.files import format, images
 from rnncodec.files.format import Header
 from rnncodec.files.images import one_line
+from rnncodec.files.records import unpack
 from rnncodec.jobs import (
     FAILURES,
     PATHS,
@@ -106,7 +107,11 @@ def encode(args: argparse.Namespace) -> int:
     roi = images.load_image(args.roi, args.max_pixels).mean(2).round().astype(np.uint8) if args.roi else None
 
     def work(source: str, target: str, report: Report) -> str:
-        image = images.load_image(stdin() if source == "-" else source, args.max_pixels)
+        file, records = stdin() if source == "-" else source, None
+        if args.strip:
+            image = images.load_image(file, args.max_pixels)
+        else:
+            image, records = images.load_photograph(file, args.max_pixels)
         data = codec.encode(
             image,
             args.iterations,
@@ -117,6 +122,7 @@ def encode(args: argparse.Namespace) -> int:
             tune=args.tune,
             roi=roi,
             entropy=args.entropy,
+            records=records,
             progress=report,
         )
         write(target, data)
@@ -145,8 +151,9 @@ def decode(args: argparse.Namespace) -> int:
         if header.fingerprint not in codecs:
             codecs[header.fingerprint] = _codec_for(header, args)
         codec = codecs[header.fingerprint]
+        records = None if args.strip else format.read_records(data)
         image = codec.decode(data, args.iterations, max_pixels=args.max_pixels, progress=report)
-        images.save_image(np.asarray(image), stdout() if target == "-" else target, args.format)
+        images.save_image(np.asarray(image), stdout() if target == "-" else target, args.format, records)
         return f"{image.width}x{image.height}"
 
     return do_each(jobs, work)
@@ -157,7 +164,8 @@ def info(args: argparse.Namespace) -> int:
 
     def work(source: str, target: str, report: Report) -> None:
         header, data = read(source)
-        found = len(format.read(data, max_pixels=2**32).payloads)
+        file = format.read(data, max_pixels=2**32)
+        found, records = len(file.payloads), unpack(file.records)
         complete = found // header.parts
         rows = [(end, header.sizes[end - 1], header.bpp[end - 1]) for end in header.ends]
         codings = [
@@ -177,6 +185,8 @@ def info(args: argparse.Namespace) -> int:
                 "context": header.context.hex(),
                 "parts": header.parts,
                 "maps": header.maps,
+                "records": {kind: len(value) for kind, value in records.items()},
+                "records_bytes": header.records.length if header.records else 0,
                 "iterations": [
                     {"iteration": t, "bytes": size, "bpp": bpp, "coding": coding}
                     for t, ((_, size, bpp), coding) in enumerate(zip(rows, codings, strict=True), 1)
@@ -190,6 +200,9 @@ def info(args: argparse.Namespace) -> int:
         if header.parts > 1 or header.maps:
             maps = ", locations stop where the picture needs no more" if header.maps else ""
             print(f"can be cut after {len(header.entries)} payloads, {header.parts} of each iteration{maps}")
+        if header.records:
+            listed = ", ".join(f"{kind.strip()} {len(value)} bytes" for kind, value in records.items()) or "missing"
+            print(f"records {listed}; {header.records.length} bytes in the file")
         table = Table("iteration", "bytes", "bpp", "payload", "")
         for column in table.columns[:4]:
             column.justify = "right"
@@ -209,7 +222,7 @@ def truncate(args: argparse.Namespace) -> int:
     """Shortens a file."""
 
     def work(source: str, target: str, report: Report) -> str:
-        data = format.truncate(read(source)[1], iterations=args.iterations, max_bytes=args.bytes)
+        data = format.truncate(read(source)[1], iterations=args.iterations, max_bytes=args.bytes, strip=args.strip)
         write(target, data)
         header = format.read_header(data)
         return f"{len(header.entries) / header.parts:g} iterations, {len(data)} bytes"
@@ -348,10 +361,13 @@ def _parser() -> argparse.ArgumentParser:
         "--no-entropy", dest="entropy", action="store_const", const="none", help="store raw bits, which is faster"
     )
 
+    sub.add_argument("--strip", action="store_true", help="leave out EXIF and XMP")
+
     sub = add(decode, "decompress .rnc files", PATHS.format(suffix="the suffix of an image format", kind=".rnc files"))
     add_coding(sub)
     sub.add_argument("--iterations", metavar="K", type=_positive_int, help="decode only this many (default: all)")
     sub.add_argument("--format", metavar="F", help="image format, as a suffix (default: that of the output, or png)")
+    sub.add_argument("--strip", action="store_true", help="leave out EXIF and XMP")
 
     sub = add(info, "show size, weights, and bytes and bits per pixel of each iteration")
     sub.add_argument("paths", nargs="+", metavar="FILE", help=".rnc files, or '-'")
@@ -363,6 +379,7 @@ def _parser() -> argparse.ArgumentParser:
     limit = sub.add_mutually_exclusive_group()
     limit.add_argument("--iterations", metavar="K", type=_positive_int, help="how many to keep")
     limit.add_argument("--bytes", metavar="N", type=_positive_int, help="keep as many as fit in this many bytes")
+    sub.add_argument("--strip", action="store_true", help="leave out all records, such as EXIF and XMP")
 
     sub = add(export, "export a checkpoint of a training as weights for --weights, in half precision")
     sub.add_argument("checkpoint", metavar="CHECKPOINT", help="a .ckpt file")
