@@ -252,6 +252,18 @@ class StopReference:
         return going
 
 
+def plain_records(data):
+    """The records of an inflated block, by type."""
+    records = {}
+    while data:
+        kind, length, shift, place = data[:4].decode("ascii"), 0, 0, 4
+        while data[place] >= 128:
+            length, shift, place = length + (data[place] - 128 << shift), shift + 7, place + 1
+        length, place = length + (data[place] << shift), place + 1
+        records[kind], data = data[place : place + length], data[place + length :]
+    return records
+
+
 def parts_file(data):
     """The fields and payloads of a whole file of version 3, payloads as pairs (coded, bytes)."""
     place = 0
@@ -269,14 +281,24 @@ def parts_file(data):
     fields = {"width": number(2), "height": number(2), "fingerprint": take(8), "context": take(8)}
     fields |= {"stride": number(1), "bits": number(1), "name": take(number(1)).decode("ascii")}
     fields |= {"coding": number(1), "parts": number(1), "flags": number(1)}
-    entries = []
-    for _ in range(number(2)):
+
+    def septets():
         value, shift, byte = 0, 0, 128
         while byte >= 128:
             byte = number(1)
             value, shift = value + (byte % 128 << shift), shift + 7
+        return value
+
+    entries = []
+    for _ in range(number(2)):
+        value = septets()
         entries.append((value // 2, value % 2 == 1, number(2)))
+    block = (septets(), number(4)) if fields["flags"] & 2 else (0, 0)
     assert zlib.crc32(data[:place]) == number(4)
+    records = take(block[0])
+    assert zlib.crc32(records) == block[1]
+    if records:
+        fields["records"] = plain_records(zlib.decompress(records))
     payloads = []
     for length, coded, checksum in entries:
         payload = take(length)

@@ -75,6 +75,16 @@ PARTS_FIXED = bytes.fromhex("8F524E43 03 0028 000A 0123456789ABCDEF 000000000000
 PARTS_HEAD = PARTS_FIXED + b"\0\4" + b"".join(b"\2" + crc16(payload) for payload in PARTS_PAYLOADS)
 PARTS_EXAMPLE = PARTS_HEAD + crc(PARTS_HEAD) + b"".join(PARTS_PAYLOADS)
 
+# The file EXAMPLE with one record, an EXIF directory that is empty, in a zlib stream that is not compressed.
+RECORDS_PLAIN = b"EXIF\x0e" + bytes.fromhex("4D4D002A00000008 000000000000")
+RECORDS_BLOCK = bytes.fromhex("7801 01 1300 ECFF") + RECORDS_PLAIN + bytes.fromhex("1F920207")
+RECORDS_HEAD = (
+    bytes.fromhex("8F524E43 03 0014 000A 0123456789ABCDEF 0000000000000000 10 05 05 736D616C6C 00 01 02 0002")
+    + b"".join(b"\4" + crc16(payload) for payload in (EXAMPLE[40:42], EXAMPLE[42:]))
+    + bytes([len(RECORDS_BLOCK)]) + crc(RECORDS_BLOCK)
+)  # fmt: skip
+RECORDS_EXAMPLE = RECORDS_HEAD + crc(RECORDS_HEAD) + RECORDS_BLOCK + EXAMPLE[40:]
+
 
 def container(width=20, height=10, stride=16, bits=5, iterations=2, seed=0, weights="small") -> Container:
     """A file of random bits."""
@@ -108,7 +118,12 @@ class TestExample:
         text = (Path(__file__).parents[1] / "FORMAT.md").read_text("utf-8")
         blocks = re.findall(r"```hex\n(.*?)```", text, re.S)
         documented = ["".join(re.split(r" {2,}", line)[0] for line in block.splitlines()) for block in blocks]
-        assert [bytes.fromhex(block) for block in documented] == [EXAMPLE, CODED_EXAMPLE, PARTS_EXAMPLE]
+        assert [bytes.fromhex(block) for block in documented] == [
+            EXAMPLE,
+            CODED_EXAMPLE,
+            PARTS_EXAMPLE,
+            RECORDS_EXAMPLE,
+        ]
 
     def test_write(self):
         payloads = tuple(pack_bits(np.array([bits], bool).transpose(2, 0, 1)) for bits in EXAMPLE_BITS)
@@ -347,6 +362,7 @@ class TestParts:
             {"parts": 17, "bits": 17},
             {"flags": 2},
             {"flags": 3},
+            {"flags": 5},
             {"parts": 1, "flags": 0},
             {"count": 0, "entries": b""},
             {"count": 511, "entries": b"\2\x06\xaf" * 511},
@@ -391,7 +407,9 @@ class TestParts:
         entries = (Entry(0, 65535**2 * 16 // 8, 0),) * (255 * 16)
         header = Header(65535, 65535, FINGERPRINT, "x" * 32, 1, 240, entries, parts=16, maps=True)
         assert read_header(write_header(header)) == header
-        assert len(write_header(header)) == header.size == 37 + 32 + 255 * 16 * 7 == 28629 < HEADER_BYTES
+        assert len(write_header(header)) == header.size == 37 + 32 + 255 * 16 * 7 == 28629
+        longest = write_header(replace(header, records=Entry(0, 2**20, 0)))
+        assert len(longest) == 28629 + 3 + 4 < HEADER_BYTES
 
     @pytest.mark.parametrize("length", range(1, 54))
     def test_header_cut_short(self, length):
