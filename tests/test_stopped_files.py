@@ -1,5 +1,6 @@
 """Tests of files whose locations stop, by a small latent network: decoded by FORMAT.md alone, cut, damaged, hostile."""
 
+import copy
 import time
 import tracemalloc
 import warnings
@@ -11,6 +12,7 @@ import torch
 from reference import GroupedReference, PartsReference, parts_file
 from test_latent import TINY, images, started
 
+from rnncodec.allocation import QUALITIES, Allocation
 from rnncodec.codec import Codec
 from rnncodec.entropy import ContextConfig, ContextModel, PartsSession
 from rnncodec.evaluation import measure
@@ -228,3 +230,27 @@ def test_hostile_maps_are_an_error_or_some_image_and_take_no_longer(codec, data)
         assert errors == 0 if make == random_maps else errors > 60
         assert longest < 3 * seconds
         assert most < 2 * peak
+
+
+def test_records_beside_parts_and_maps(codec, photos):
+    """They change neither the payloads nor the picture, and all targets count their bytes."""
+    x = load_image(photos / "coffee.png")[:352, :400]
+    records = {"EXIF": np.random.default_rng(6).bytes(1000), "XMP ": b"<x/>"}
+    for picture in (x, x[:100, :100]):  # in several parts, and in one
+        plain, data = codec.encode(picture, 2), codec.encode(picture, 2, records=records)
+        fields, payloads = parts_file(data)
+        assert fields["records"] == records
+        assert tuple(payload for _, payload in payloads) == format.read(plain, max_pixels=10**6).payloads
+        assert format.truncate(data, strip=True) == plain
+        assert format.truncate(data, iterations=1) == codec.encode(picture, 1, records=records)
+        np.testing.assert_array_equal(np.asarray(codec.decode(data)), np.asarray(codec.decode(plain)))
+    chooser = copy.copy(codec)
+    chooser.allocation = Allocation((1.0,) * codec.config.latents, {"ms-ssim": (0.1,) * len(QUALITIES)})
+    target = len(codec.encode(x, 2, records=records))
+    data = chooser.encode(x, max_bytes=target, records=records)
+    assert 0.9 * target < len(data) <= target
+    assert format.read_header(data).maps
+    assert format.read_records(data) == records
+    for options in ({"quality": 50}, {"psnr": 18}):
+        data = chooser.encode(x, records=records, **options)
+        assert format.truncate(data, strip=True) == chooser.encode(x, **options)
