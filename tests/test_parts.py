@@ -90,7 +90,7 @@ def test_payloads_are_the_documented_ones(parts, maps, exact, questions, referen
 def test_the_example_of_the_document():
     """Its payloads are raw, so that any model of two groups reads them."""
     text = (Path(__file__).parents[1] / "FORMAT.md").read_text("utf-8").partition("## Example of version 3")[2]
-    (block,) = re.findall(r"```hex\n(.*?)```", text, re.S)
+    block = re.findall(r"```hex\n(.*?)```", text, re.S)[0]
     data = bytes.fromhex("".join(re.split(r" {2,}", line)[0] for line in block.splitlines()))
     fields, payloads = parts_file(data)
     assert fields == {
