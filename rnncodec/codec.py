@@ -10,16 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from rnncodec.allocation import (
-    Allocation,
-    BytesTarget,
-    PsnrTarget,
-    QualityTarget,
-    Survey,
-    Target,
-    TuneName,
-    region_weights,
-)
+from rnncodec.allocation import SURVEYS, Survey, TuneName, region_weights
 from rnncodec.entropy import CLASSICAL, ContextSession, EntropyName, PartsSession, Session, signs
 from rnncodec.files import format
 from rnncodec.files.fields import pack_bits, unpack_bits
@@ -38,9 +29,11 @@ from rnncodec.files.images import MAX_PIXELS, to_rgb
 from rnncodec.files.records import pack
 from rnncodec.loop import Loop, Progress
 from rnncodec.network import to_uint8
+from rnncodec.targets import BytesTarget, EffortTarget, PsnrTarget, Target, effort_of
 from rnncodec.tiling import MAX_ITERATIONS, MAX_SIDE
 from rnncodec.weights import Weights, WeightsError
 
+OVERHEAD = 56  # bits of a payload beside its locations: entry in the header, checksum, end of the code
 ATTEMPTS = 4  # to meet a target, each with what the one before has shown
 PART = (
     256  # locations for each part of an iteration: smaller images have fewer parts, whose headers would cost too much
@@ -122,9 +115,9 @@ class Codec:
             bpp: the most bits per pixel of the whole file.
             max_bytes: the most bytes of the whole file.
             psnr: PSNR of the decoded image in dB, which is warned of if it is out of reach.
-            tune: the measure of errors by which locations get their iterations.
+            tune: the metric that locations get their iterations for, with quality, bpp or max_bytes.
             roi: how much each region counts, uint8 [H, W] from 0, as without it, to 255, whose errors count 16 times
-                as much; needs a target, and a network that chooses the iterations of each location.
+                as much; needs a target, and a network that chooses the iterations of each location, by squared error.
             entropy: coder of the bits (see `rnncodec.entropy`), a new session of it, or `none` for raw bits; None takes
                 the context model if the weights have one. Iterations that a coder does not shorten are stored raw.
             records: what the file is to say of the photograph, as `rnncodec.files.load_photograph` gives it.
@@ -151,65 +144,72 @@ class Codec:
             max_bytes = int(min(bpp * height * width / 8 * (1 + 1e-12), 2**62))
         if quality is not None and not 1 <= quality <= 100:
             raise ValueError(f"quality must be in 1..100, not {quality}")
-        if self.allocates and self.allocation is not None and entropy in (None, "context"):
-            aim: Target | None = None
-            if quality is not None:
-                aim = QualityTarget(quality, self.allocation.quality, tune)
-            elif max_bytes is not None:
-                aim = BytesTarget(max_bytes)
-            elif psnr is not None:
-                aim = PsnrTarget(psnr, array.size)
-            if aim is not None:
-                return self._allocate(pixels, aim, self.allocation, tune, roi, block, progress)
+        if roi is not None and roi.shape != (height, width):
+            raise ValueError(f"the region of interest has other sides than the image of {width}x{height} pixels")
+        way: TuneName = "psnr" if psnr is not None or roi is not None else tune
+        target = self._target(quality, max_bytes, psnr, way, array.size) if entropy in (None, "context") else None
+        if target is not None:
+            weight = region_weights(roi, *self.loop.grid(height, width))
+            return self._allocate(pixels, target, way, weight, block, progress)
         if roi is not None:
             raise ValueError("a region of interest needs a target, and a latent network with its context model")
-        if quality is not None:
-            iterations = 1 + round((quality - 1) / 99 * (min(MAX_ITERATIONS, self.max_iterations) - 1))
         session = self.session(entropy, *self.loop.grid(height, width))  # before the work, as it may raise
+        count = None
+        if quality is not None:
+            count = round((1 + self._effort(quality, tune) * (self.max_iterations - 1)) * session.parts)
+            iterations = -(-count // session.parts)
         if psnr is None:
             planes: Iterable[np.ndarray] = self.loop.encode(pixels, self._check_iterations(iterations), progress)
-            if (
-                max_bytes is None
-            ):  # to alternate takes time: the entropy coding of small images changes the number of threads
+            if max_bytes is None:  # to alternate takes time: small images are entropy coded by one thread
                 planes = list(planes)
         else:
             planes = self.loop.encode_to(psnr, pixels, progress)
-        return self._write((plane[0] for plane in planes), session, height, width, max_bytes, block)
+        return self._write((plane[0] for plane in planes), session, height, width, max_bytes, block, count)
 
-    @property
-    def allocates(self) -> bool:
-        """Whether this codec can choose how many iterations each location gets."""
-        return self.context is not None and self.context.config.kind == "grouped" and self.allocation is not None
+    def _effort(self, quality: float, tune: TuneName) -> float:
+        """The effort of a quality, see `rnncodec.allocation`."""
+        return (quality - 1) / 99 if self.allocation is None else effort_of(quality, self.allocation.quality[tune])
+
+    def _target(
+        self, quality: float | None, max_bytes: int | None, psnr: float | None, tune: TuneName, values: int
+    ) -> Target | None:
+        """The target of an image that needs another number of iterations at each location; None if it needs not."""
+        if self.context is None or self.context.config.kind != "grouped" or self.allocation is None:
+            return None
+        if max_bytes is not None:
+            return BytesTarget(max_bytes)
+        if psnr is not None:
+            return PsnrTarget(psnr, values)
+        return EffortTarget(self._effort(quality, tune)) if quality is not None and tune == "psnr" else None
 
     def _allocate(
         self,
         pixels: Tensor,
         target: Target,
-        allocation: Allocation,
         tune: TuneName,
-        roi: np.ndarray | None,
+        weight: np.ndarray | None,
         block: bytes,
         progress: Progress | None,
     ) -> bytes:
         """Encodes with a number of iterations for each location, to meet a target."""
+        assert self.allocation is not None
         height, width = pixels.shape[-2:]
-        if roi is not None and roi.shape != (height, width):
-            raise ValueError(f"a region of interest for an image of {width}x{height} pixels has other sides")
-        grid = self.loop.grid(height, width)
+        grid, worth = self.loop.grid(height, width), torch.tensor(self.allocation.worth, device=self.device)
 
         def half(first: int) -> Progress | None:
             """Shows the survey as the first half of the steps, and each attempt to encode as the second."""
             return None if progress is None else lambda done, total: progress(first + 99 * done // total, 200)
 
-        worth, weight = torch.tensor(allocation.worth, device=self.device), region_weights(roi, *grid)
-        survey = self.loop.survey(pixels, tune, worth, weight, target.multiplier, self._price, half(0))
+        overhead = OVERHEAD * self.session("context", *grid, maps=True).parts
+        inputs, kind = self.loop.inputs(pixels), SURVEYS[tune]
+        survey = self.loop.survey(pixels, inputs, kind, overhead, worth, weight, target.effort, self._price, half(0))
         before = None
         for _ in range(ATTEMPTS):
-            last = survey.choose(target.multiplier(survey))
+            last = survey.choose(target.effort(survey))
             if before is not None and np.array_equal(last, before):
                 break
             before = last
-            planes, reached = self.loop.encode_stopped(pixels, last, half(100), target.judges)
+            planes, reached = self.loop.encode_stopped(pixels, inputs, last, half(100), target.judges)
             data = self._write(planes, self.session("context", *grid, maps=True), height, width, None, block)
             if target.met(data, reached):
                 break
@@ -224,13 +224,15 @@ class Codec:
         return session.price
 
     def survey(self, image: np.ndarray, worth: Tensor) -> Survey:
-        """Surveys an image, uint8 [H, W, 3], with all iterations, in the measure `ms-ssim`; see `Loop.survey`.
+        """Surveys an image, uint8 [H, W, 3], with all iterations, to calibrate weights; see `Loop.survey`.
 
         Raises:
             ValueError: this is no latent network with a context model of its own kind.
         """
         pixels = torch.tensor(_as_array(image)).permute(2, 0, 1)[None]
-        return self.loop.survey(pixels, "ms-ssim", worth.to(self.device), None, lambda _: 0.0, self._price, None)
+        kind, price = SURVEYS["psnr"], self._price
+        inputs = self.loop.inputs(pixels)
+        return self.loop.survey(pixels, inputs, kind, 0, worth.to(self.device), None, lambda _: 1.0, price, None)
 
     def write_bits(
         self,
@@ -263,8 +265,12 @@ class Codec:
         width: int,
         max_bytes: int | None,
         block: bytes,
+        count: int | None = None,
     ) -> bytes:
-        """Writes a file as `write_bits` does, with a new session and a block of records, which may be empty."""
+        """Writes a file as `write_bits` does, with a new session and a block of records, which may be empty.
+
+        It gets at most `count` payloads.
+        """
         entries: list[Entry] = []
         payloads: list[bytes] = []
         version = PARTS_VERSION if session.parts > 1 or session.maps or block else RAW_VERSION
@@ -276,6 +282,8 @@ class Codec:
                         raise ValueError(header.above(max_bytes))
                     return self._file(height, width, entries, payloads, session, block)
                 entries, payloads = list(header.entries), [*payloads, payload]
+                if len(entries) == count:
+                    break
         return self._file(height, width, entries, payloads, session, block)
 
     def _file(

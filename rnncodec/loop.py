@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rnncodec import tiling
-from rnncodec.allocation import ANCHORS, FEW, FIRST, HALO, PATIENCE, Survey, TuneName, Wish, block_errors
+from rnncodec.allocation import CHECKED, HALO, PATIENCE, Survey, TuneName, Wish, block_errors
 from rnncodec.network import LatentConfig, RecurrentCodec, State, Step, pad_to_blocks, to_uint8
 from rnncodec.tiling import MAX_ITERATIONS, MAX_SIDE, Box, Tile, inside, windows
 
@@ -55,10 +55,17 @@ class Loop:
                         progress(i * iterations + t + 1, len(areas) * iterations)
         yield from planes
 
+    def inputs(self, image: Tensor) -> list[Tensor]:
+        """The input of the loop for each tile of an image."""
+        with exact():
+            return [self._input(image, tile.area) for tile in self.tiles(*image.shape[-2:])]
+
     def survey(
         self,
         image: Tensor,
-        tune: TuneName,
+        inputs: list[Tensor],
+        kind: type[Survey],
+        overhead: float,
         worth: Tensor,
         weight: np.ndarray | None,
         wish: Wish,
@@ -69,74 +76,68 @@ class Loop:
 
         Args:
             image: of a latent network.
-            tune: the measure of errors.
+            inputs: of the image.
+            kind: of the survey.
+            overhead: bits of an iteration beside those of locations.
             worth: of `Allocation`, [C].
             weight: how much the error of each location counts, [rows, cols]; None counts all alike.
-            wish: gives the multiplier that the allocation will use.
+            wish: gives the effort that the encoder will use.
             price: takes rows and columns, and gives a function from the bits of the next iteration to their cost at
                 each location.
             progress: is called with the number of steps done and the number of all steps.
         """
-        height, width = image.shape[-2:]
-        areas, most = self.tiles(height, width), self.max_iterations
+        areas, most = self.tiles(*image.shape[-2:]), self.max_iterations
         groups = self.network.binarizer.questions.groups
         surveys: list[Survey] = []
-        for i, tile in enumerate(areas):
+        for i, (tile, y) in enumerate(zip(areas, inputs, strict=True)):
             rows, cols = (cut.stop - cut.start for cut in tile.area)
-            cost, survey, state = price(rows, cols), Survey(rows, cols), None
-            last, t = np.full((rows, cols), most), 0
-            with exact():
-                y = self._input(image, tile.area)
-            while t < most:
+            survey = kind(rows, cols, most, overhead, None if weight is None else weight[tile.area])
+            cost, states, last = price(rows, cols), list[State](), np.full((rows, cols), most)
+            for t in range(1, most + 1):
                 with exact():
                     limit = torch.from_numpy(last).to(self.device)[None] * groups
-                    step = self.network(state, y=y, limit=limit)
-                    state = step.state
-                    latent = torch.einsum("c,chw->hw", worth, (y - state.y_hat)[0].square())
+                    step = self.network(states[-1] if states else None, y=y, limit=limit)
+                    latent = torch.einsum("c,chw->hw", worth, (y - step.state.y_hat)[0].square())
+                states = [*states, step.state][-kind.reconstructions :]
                 survey.add(cost(_plane(step)[0]), latent.double().cpu().numpy())
-                t += 1
                 if progress:
                     progress(i * most + t, len(areas) * most)
-                if t in ANCHORS[tune]:
-                    survey.measured(*self._errors(state, image, tile, tune, weight))
-                if len(areas) == 1 and t >= FIRST:  # elsewhere the wish depends on the other tiles, too
+                # With several tiles, the wish depends on the others, too.
+                if len(areas) == 1 and t % CHECKED == 0:
                     best = survey.choose(wish(survey))
-                    if (best == t).mean() < FEW:
+                    if survey.done(best):
                         break
                     last = np.where(best > t - PATIENCE, last, np.minimum(last, t))
-            if state is not None and t - 1 not in survey.anchors:
-                survey.measured(*self._errors(state, image, tile, tune, weight))
+            survey.errors = [self._errors(state, image, tile, kind.measure) for state in states]
             surveys.append(survey)
-        return Survey.joined(surveys)
+        return kind.joined(surveys)
 
-    def _errors(
-        self, state: State, image: Tensor, tile: Tile, tune: TuneName, weight: np.ndarray | None
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """The errors of the locations of a tile in a measure, and squared, each [rows, cols]; see `block_errors`."""
+    def _errors(self, state: State, image: Tensor, tile: Tile, measure: TuneName) -> np.ndarray:
+        """The errors of the locations of a tile, float64 [rows, cols]; see `block_errors`."""
         height, width = image.shape[-2:]
         (rows, cols), stride = tile.area, self.config.stride
         size = min(rows.stop * stride, height) - rows.start * stride, min(cols.stop * stride, width)
         decoded = torch.empty(1, 3, *size, dtype=torch.uint8)
         for (y, x), x_hat in self._pictures(state, tile, height, width):
             decoded[..., y.start - rows.start * stride : y.stop - rows.start * stride, x] = to_uint8(x_hat).cpu()
-        errors = torch.empty(2, rows.stop - rows.start, cols.stop, device=self.device)
+        errors = torch.empty(rows.stop - rows.start, cols.stop, device=self.device)
         for window, core in windows(*tile.area, HALO, self._window()):
             below = window[0].start - rows.start
             here = slice(below, below + window[0].stop - window[0].start), window[1]
             with exact():
                 pixels = self._pixels(image, window), self._pixels(decoded, here)
-                found = torch.stack(block_errors(*pixels, stride, tune))
-            errors[:, *inside(Tile(tile.area, core))] = found[:, *inside(Tile(window, core))]
-        error, squared = errors.double().cpu().numpy()
-        return (error if weight is None else error * weight[tile.area]), squared
+                found = block_errors(*pixels, stride, measure)
+            errors[inside(Tile(tile.area, core))] = found[inside(Tile(window, core))]
+        return errors.double().cpu().numpy()
 
     def encode_stopped(
-        self, image: Tensor, last: np.ndarray, progress: Progress | None, judge: bool
+        self, image: Tensor, inputs: list[Tensor], last: np.ndarray, progress: Progress | None, judge: bool
     ) -> tuple[np.ndarray, float]:
         """Encodes an image of which each location stops after an iteration of its own.
 
         Args:
             image: [1, 3, H, W], of a latent network.
+            inputs: of the image.
             last: the last iteration of each location, from 1, [rows, cols].
             progress: is called with the number of steps done and the number of all steps.
             judge: whether to reconstruct the image.
@@ -149,10 +150,10 @@ class Loop:
         planes = np.zeros((int(last.max()), self.config.bits, *last.shape), np.int8)
         total = 0
         with exact():
-            for i, tile in enumerate(areas):
+            for i, (tile, y) in enumerate(zip(areas, inputs, strict=True)):
                 limit = torch.from_numpy(last[tile.area]).to(self.device)[None] * groups
                 count, state = int(last[tile.area].max()), None
-                for t, step in enumerate(self.network.unroll(self._input(image, tile.area), count, limit)):
+                for t, step in enumerate(self.network.unroll(y, count, limit)):
                     planes[t][:, *tile.area], state = _plane(step)[0], step.state
                     if progress:
                         progress(i * len(planes) + t + 1, len(areas) * len(planes))

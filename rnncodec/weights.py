@@ -296,9 +296,9 @@ def _allocation(values: Any, network: AnyConfig) -> Allocation | None:
     if not isinstance(values["quality"], dict) or set(values["quality"]) != set(get_args(TuneName)):
         raise ValueError(f"a scale of quality is for the measures {', '.join(get_args(TuneName))}")
     for scale in values["quality"].values():
-        falls = _numbers(scale, len(QUALITIES)) and all(before > after > 0 for before, after in pairwise(scale))
-        if not falls:
-            raise ValueError(f"a scale of quality has {len(QUALITIES)} falling positive numbers")
+        rises = _numbers(scale, len(QUALITIES)) and all(before < after <= 1 for before, after in pairwise(scale))
+        if not rises:
+            raise ValueError(f"a scale of quality has {len(QUALITIES)} rising numbers from 0 to 1")
     return Allocation(tuple(values["worth"]), values["quality"])
 
 

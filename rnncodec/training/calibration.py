@@ -1,13 +1,12 @@
 """Learns from photographs what an encoder needs to choose iterations: the worth of latent errors, and qualities."""
 
-import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from rnncodec.allocation import QUALITIES, Allocation, Survey, TuneName, block_errors
+from rnncodec.allocation import QUALITIES, Allocation, Survey, block_errors, total
 from rnncodec.codec import Codec
 from rnncodec.loop import exact
 from rnncodec.network import RecurrentCodec, to_uint8
@@ -15,8 +14,8 @@ from rnncodec.network import RecurrentCodec, to_uint8
 CROP = 256  # pixels, side of the middle of each photograph from which the worth is learned
 RIDGE = 0.03  # added to the correlations of channels, to learn little from few blocks
 DESCENTS = 3000  # steps of the descent that keeps all values from falling below zero
-MULTIPLIERS = np.geomspace(1e-7, 1e3, 121)
-MARGIN = 0.02  # of the range of PSNR that the scale of quality leaves out at both ends, where multipliers do little
+EFFORTS = np.linspace(0, 1, 101)
+NOTHING = 0.02  # dB
 
 
 def calibrate(
@@ -24,7 +23,7 @@ def calibrate(
 ) -> Allocation:
     """Learns the allocation of a latent network with a context model.
 
-    The qualities of a measure divide the range of the mean PSNR, from one iteration to all, into equal parts.
+    Qualities divide the range of the mean PSNR, from one iteration to all, into equal parts.
 
     Args:
         codec: the network.
@@ -52,7 +51,7 @@ def calibrate(
     for i, x in enumerate(images):
         surveys.append(codec.survey(x, worth))
         report(len(images) + i + 1)
-    return Allocation(tuple(worth.tolist()), {tune: _scale(surveys, tune) for tune in ("ms-ssim", "psnr")})
+    return Allocation(tuple(worth.tolist()), {"psnr": _scale(surveys), "ms-ssim": _even_scale(surveys)})
 
 
 def _middle(x: np.ndarray) -> Tensor:
@@ -71,7 +70,7 @@ def _falls(network: RecurrentCodec, x: Tensor, iterations: int) -> tuple[Tensor,
         for step in network.unroll(y, iterations):
             latents.append((y - step.state.y_hat)[0].square().flatten(1).T)
             x_hat = to_uint8(network.picture(step.state)).float() / 127.5 - 1
-            pixels.append(block_errors(x, x_hat, side, "psnr")[1].flatten())
+            pixels.append(block_errors(x, x_hat, side, "psnr").flatten())
     return -torch.stack(latents).diff(dim=0).cpu(), -torch.stack(pixels).diff(dim=0).cpu()
 
 
@@ -95,18 +94,26 @@ def fit_worth(latents: Tensor, pixels: Tensor) -> Tensor:
     return (worth / spread).float()
 
 
-def _scale(surveys: Sequence[Survey], tune: TuneName) -> list[float]:
-    """The multipliers of the qualities in a measure."""
-    curves = []
-    for survey in surveys:
-        error = survey.between(survey.errors if tune == "ms-ssim" else survey.squares)
-        squares = survey.between(survey.squares)
-        last = [survey.choose(multiplier, error) for multiplier in MULTIPLIERS]
-        left = np.array([np.take_along_axis(squares, each[None] - 1, 0).sum() for each in last])
-        curves.append(-10 * np.log10(left))
-    psnr = np.mean(curves, 0)[::-1]  # rises with falling multipliers
-    psnr = np.maximum.accumulate(psnr)
-    low, high = psnr[0], psnr[-1]
-    parts = MARGIN + (1 - 2 * MARGIN) * (np.array(QUALITIES) - 1) / 99
-    logs = np.interp(low + parts * (high - low), psnr + np.arange(len(psnr)) * 1e-9, np.log(MULTIPLIERS[::-1]))
-    return [math.exp(value) for value in logs]
+def _scale(surveys: Sequence[Survey]) -> list[float]:
+    """The efforts of the qualities for `psnr`."""
+    chosen = [[survey.choose(effort) for effort in EFFORTS] for survey in surveys]
+    pairs = zip(surveys, chosen, strict=True)
+    left = [[total(survey.squares(), last) for last in each] for survey, each in pairs]
+    return _equal_parts(EFFORTS, np.array(left))
+
+
+def _even_scale(surveys: Sequence[Survey]) -> list[float]:
+    """The efforts of the qualities for `ms-ssim`."""
+    left = np.array([survey.squares().sum((1, 2)) for survey in surveys])
+    return _equal_parts(np.linspace(0, 1, left.shape[1]), left)
+
+
+def _equal_parts(efforts: np.ndarray, left: np.ndarray) -> list[float]:
+    """The efforts at which the mean PSNR rises by equal parts, from the squared errors [images, efforts]."""
+    psnr = np.maximum.accumulate(-10 * np.log10(np.maximum(left, 1e-9)).mean(0))
+    parts = (np.array(QUALITIES) - 1) / 99
+    # The ends, where efforts change next to nothing, are left out.
+    start = int(np.argmax(psnr > psnr[0] + NOTHING)) - 1
+    end = int(np.argmax(psnr >= psnr[-1] - NOTHING)) + 1
+    psnr, efforts = psnr[start:end], efforts[start:end]
+    return [float(effort) for effort in np.interp(psnr[0] + parts * (psnr[-1] - psnr[0]), psnr, efforts)]
