@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -19,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rnncodec import __version__
+from rnncodec.arguments import port, positive, positive_int, quality
 from rnncodec.files import format, images
 from rnncodec.files.format import Header
 from rnncodec.files.images import one_line
@@ -112,19 +112,9 @@ def encode(args: argparse.Namespace) -> int:
             image = images.load_image(file, args.max_pixels)
         else:
             image, records = images.load_photograph(file, args.max_pixels)
-        data = codec.encode(
-            image,
-            args.iterations,
-            quality=args.quality,
-            bpp=args.bpp,
-            max_bytes=args.bytes,
-            psnr=args.psnr,
-            tune=args.tune,
-            roi=roi,
-            entropy=args.entropy,
-            records=records,
-            progress=report,
-        )
+        target_of = {"quality": args.quality, "bpp": args.bpp, "max_bytes": args.bytes, "psnr": args.psnr}
+        how = {"tune": args.tune, "roi": roi, "entropy": args.entropy, "records": records}
+        data = codec.encode(image, args.iterations, **target_of, **how, progress=report)
         write(target, data)
         header = format.read_header(data)
         return f"{len(header.entries) / header.parts:g} iterations, {len(data)} bytes, {header.bpp[-1]:.4f} bpp"
@@ -322,7 +312,7 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument(
             "--max-pixels",
             metavar="N",
-            type=_positive_int,
+            type=positive_int,
             default=images.MAX_PIXELS,
             help="refuse larger images (default: %(default)s)",
         )
@@ -331,14 +321,14 @@ def _parser() -> argparse.ArgumentParser:
     add_coding(sub)
     target = sub.add_mutually_exclusive_group()
     target.add_argument(
-        "--iterations", metavar="N", type=_positive_int, help="how many (default: 16, or all if there are fewer)"
+        "--iterations", metavar="N", type=positive_int, help="how many (default: 16, or all if there are fewer)"
     )
-    target.add_argument("--quality", metavar="Q", type=_quality, help="from 1, the smallest file, to 100, the best")
+    target.add_argument("--quality", metavar="Q", type=quality, help="from 1, the smallest file, to 100, the best")
     target.add_argument(
-        "--bpp", metavar="B", type=_positive, help="at most this many bits per pixel, for the whole file"
+        "--bpp", metavar="B", type=positive, help="at most this many bits per pixel, for the whole file"
     )
-    target.add_argument("--bytes", metavar="N", type=_positive_int, help="at most this many bytes, for the whole file")
-    target.add_argument("--psnr", metavar="DB", type=_positive, help="the PSNR of the decoded image in dB")
+    target.add_argument("--bytes", metavar="N", type=positive_int, help="at most this many bytes, for the whole file")
+    target.add_argument("--psnr", metavar="DB", type=positive, help="the PSNR of the decoded image in dB")
     sub.add_argument(
         "--tune",
         choices=("ms-ssim", "psnr"),
@@ -365,7 +355,7 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = add(decode, "decompress .rnc files", PATHS.format(suffix="the suffix of an image format", kind=".rnc files"))
     add_coding(sub)
-    sub.add_argument("--iterations", metavar="K", type=_positive_int, help="decode only this many (default: all)")
+    sub.add_argument("--iterations", metavar="K", type=positive_int, help="decode only this many (default: all)")
     sub.add_argument("--format", metavar="F", help="image format, as a suffix (default: that of the output, or png)")
     sub.add_argument("--strip", action="store_true", help="leave out EXIF and XMP")
 
@@ -377,8 +367,8 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("input", metavar="IN", help="an .rnc file, or '-'")
     sub.add_argument("output", metavar="OUT", help="the file to write, overwritten if it exists, or '-'")
     limit = sub.add_mutually_exclusive_group()
-    limit.add_argument("--iterations", metavar="K", type=_positive_int, help="how many to keep")
-    limit.add_argument("--bytes", metavar="N", type=_positive_int, help="keep as many as fit in this many bytes")
+    limit.add_argument("--iterations", metavar="K", type=positive_int, help="how many to keep")
+    limit.add_argument("--bytes", metavar="N", type=positive_int, help="keep as many as fit in this many bytes")
     sub.add_argument("--strip", action="store_true", help="leave out all records, such as EXIF and XMP")
 
     sub = add(export, "export a checkpoint of a training as weights for --weights, in half precision")
@@ -402,7 +392,7 @@ def _parser() -> argparse.ArgumentParser:
         "results", metavar="RESULTS", type=Path, help="the folder that `rnncodec evaluate --save-images` wrote"
     )
     sub.add_argument("--host", default="127.0.0.1", help="where to listen (default: %(default)s, this computer only)")
-    sub.add_argument("--port", metavar="N", type=_port, default=8000, help="0 for any free port (default: %(default)s)")
+    sub.add_argument("--port", metavar="N", type=port, default=8000, help="0 for any free port (default: %(default)s)")
     sub.add_argument(
         "--votes", metavar="FILE", type=Path, help="file that keeps the votes (default: votes.sqlite in RESULTS)"
     )
@@ -410,7 +400,7 @@ def _parser() -> argparse.ArgumentParser:
         "--rates",
         metavar="B",
         nargs="+",
-        type=_positive,
+        type=positive,
         default=[0.25, 0.5, 1.0],
         help="bits per pixel near which codecs are compared, at matched bytes (default: 0.25 0.5 1.0)",
     )
@@ -451,31 +441,3 @@ def _codec_for(header: Header, args: argparse.Namespace) -> "Codec":
 def _check_iterations(args: argparse.Namespace, most: int) -> None:
     if (args.iterations or 1) > most:
         raise UsageError(f"--iterations must be in 1..{most}, not {args.iterations}")
-
-
-def _positive(text: str) -> float:
-    with suppress(ValueError):
-        if 0 < (value := float(text)) < math.inf:
-            return value
-    raise argparse.ArgumentTypeError(f"must be a positive number, not {text}")
-
-
-def _positive_int(text: str) -> int:
-    with suppress(ValueError):
-        if (value := int(text)) >= 1:
-            return value
-    raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, not {text}")
-
-
-def _quality(text: str) -> float:
-    with suppress(ValueError):
-        if 1 <= (value := float(text)) <= 100:
-            return value
-    raise argparse.ArgumentTypeError(f"must be a number from 1 to 100, not {text}")
-
-
-def _port(text: str) -> int:
-    with suppress(ValueError):
-        if 0 <= (value := int(text)) < 2**16:
-            return value
-    raise argparse.ArgumentTypeError(f"must be a port from 0 to {2**16 - 1}, not {text}")

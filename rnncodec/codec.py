@@ -2,7 +2,7 @@
 
 import copy
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TypedDict
 
 import numpy as np
@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from rnncodec.allocation import SURVEYS, Survey, TuneName, region_weights
-from rnncodec.entropy import CLASSICAL, ContextSession, EntropyName, PartsSession, Session, signs
+from rnncodec.allocation import TuneName, region_weights
+from rnncodec.entropy import EntropyName, Session, new_session, signs
 from rnncodec.files import format
 from rnncodec.files.fields import pack_bits, unpack_bits
 from rnncodec.files.format import (
@@ -29,12 +29,10 @@ from rnncodec.files.images import MAX_PIXELS, to_rgb
 from rnncodec.files.records import pack
 from rnncodec.loop import Loop, Progress
 from rnncodec.network import to_uint8
-from rnncodec.targets import BytesTarget, EffortTarget, PsnrTarget, Target, effort_of
+from rnncodec.targets import Allocator
 from rnncodec.tiling import MAX_ITERATIONS, MAX_SIDE
 from rnncodec.weights import Weights, WeightsError
 
-OVERHEAD = 56  # bits of a payload beside its locations: entry in the header, checksum, end of the code
-ATTEMPTS = 4  # to meet a target, each with what the one before has shown
 PART = (
     256  # locations for each part of an iteration: smaller images have fewer parts, whose headers would cost too much
 )
@@ -83,9 +81,13 @@ class Codec:
         self.network.in_bfloat16 = bfloat16
         self.config = weights.network.config
         self.name, self.fingerprint, self.provenance = weights.name, weights.fingerprint, weights.provenance
-        self.allocation = weights.allocation
         self.loop = Loop(self.network, tile)
         self.max_iterations = self.loop.max_iterations
+        grouped = self.context is not None and self.context.config.kind == "grouped"
+        self._questions = self.network.binarizer.questions if grouped else None
+        self.allocator: Allocator | None = None
+        if weights.allocation is not None and self.context is not None and grouped:
+            self.allocator = Allocator(self.loop, self.context, weights.allocation)
 
     def encode(
         self,
@@ -147,16 +149,22 @@ class Codec:
         if roi is not None and roi.shape != (height, width):
             raise ValueError(f"the region of interest has other sides than the image of {width}x{height} pixels")
         way: TuneName = "psnr" if psnr is not None or roi is not None else tune
-        target = self._target(quality, max_bytes, psnr, way, array.size) if entropy in (None, "context") else None
-        if target is not None:
-            weight = region_weights(roi, *self.loop.grid(height, width))
-            return self._allocate(pixels, target, way, weight, block, progress)
+        if self.allocator is not None and entropy in (None, "context"):
+            target = self.allocator.target(quality, max_bytes, psnr, way, array.size)
+            if target is not None:
+                grid = self.loop.grid(height, width)
+
+                def write(planes: Iterable[np.ndarray]) -> bytes:
+                    return self._write(planes, self.session("context", *grid, maps=True), height, width, None, block)
+
+                parts = self.session("context", *grid, maps=True).parts
+                return self.allocator.encode(pixels, target, way, region_weights(roi, *grid), write, parts, progress)
         if roi is not None:
             raise ValueError("a region of interest needs a target, and a latent network with its context model")
         session = self.session(entropy, *self.loop.grid(height, width))  # before the work, as it may raise
         count = None
         if quality is not None:
-            count = round((1 + self._effort(quality, tune) * (self.max_iterations - 1)) * session.parts)
+            count = round((1 + self._effort(quality) * (self.max_iterations - 1)) * session.parts)
             iterations = -(-count // session.parts)
         if psnr is None:
             planes: Iterable[np.ndarray] = self.loop.encode(pixels, self._check_iterations(iterations), progress)
@@ -166,73 +174,9 @@ class Codec:
             planes = self.loop.encode_to(psnr, pixels, progress)
         return self._write((plane[0] for plane in planes), session, height, width, max_bytes, block, count)
 
-    def _effort(self, quality: float, tune: TuneName) -> float:
-        """The effort of a quality, see `rnncodec.allocation`."""
-        return (quality - 1) / 99 if self.allocation is None else effort_of(quality, self.allocation.quality[tune])
-
-    def _target(
-        self, quality: float | None, max_bytes: int | None, psnr: float | None, tune: TuneName, values: int
-    ) -> Target | None:
-        """The target of an image that needs another number of iterations at each location; None if it needs not."""
-        if self.context is None or self.context.config.kind != "grouped" or self.allocation is None:
-            return None
-        if max_bytes is not None:
-            return BytesTarget(max_bytes)
-        if psnr is not None:
-            return PsnrTarget(psnr, values)
-        return EffortTarget(self._effort(quality, tune)) if quality is not None and tune == "psnr" else None
-
-    def _allocate(
-        self,
-        pixels: Tensor,
-        target: Target,
-        tune: TuneName,
-        weight: np.ndarray | None,
-        block: bytes,
-        progress: Progress | None,
-    ) -> bytes:
-        """Encodes with a number of iterations for each location, to meet a target."""
-        assert self.allocation is not None
-        height, width = pixels.shape[-2:]
-        grid, worth = self.loop.grid(height, width), torch.tensor(self.allocation.worth, device=self.device)
-
-        def half(first: int) -> Progress | None:
-            """Shows the survey as the first half of the steps, and each attempt to encode as the second."""
-            return None if progress is None else lambda done, total: progress(first + 99 * done // total, 200)
-
-        overhead = OVERHEAD * self.session("context", *grid, maps=True).parts
-        inputs, kind = self.loop.inputs(pixels), SURVEYS[tune]
-        survey = self.loop.survey(pixels, inputs, kind, overhead, worth, weight, target.effort, self._price, half(0))
-        before = None
-        for _ in range(ATTEMPTS):
-            last = survey.choose(target.effort(survey))
-            if before is not None and np.array_equal(last, before):
-                break
-            before = last
-            planes, reached = self.loop.encode_stopped(pixels, inputs, last, half(100), target.judges)
-            data = self._write(planes, self.session("context", *grid, maps=True), height, width, None, block)
-            if target.met(data, reached):
-                break
-        if progress:
-            progress(200, 200)
-        return target.best()
-
-    def _price(self, rows: int, cols: int) -> Callable[[np.ndarray], np.ndarray]:
-        """A function that gives the cost of the next iteration of rows x cols locations, see `ContextSession.price`."""
-        session = self._session("context", rows, cols, 1, maps=True)
-        assert isinstance(session, ContextSession)
-        return session.price
-
-    def survey(self, image: np.ndarray, worth: Tensor) -> Survey:
-        """Surveys an image, uint8 [H, W, 3], with all iterations, to calibrate weights; see `Loop.survey`.
-
-        Raises:
-            ValueError: this is no latent network with a context model of its own kind.
-        """
-        pixels = torch.tensor(_as_array(image)).permute(2, 0, 1)[None]
-        kind, price = SURVEYS["psnr"], self._price
-        inputs = self.loop.inputs(pixels)
-        return self.loop.survey(pixels, inputs, kind, 0, worth.to(self.device), None, lambda _: 1.0, price, None)
+    def _effort(self, quality: float) -> float:
+        """The effort of a quality without stops, see `rnncodec.allocation`."""
+        return self.allocator.effort(quality, "ms-ssim") if self.allocator else (quality - 1) / 99
 
     def write_bits(
         self,
@@ -271,31 +215,22 @@ class Codec:
 
         It gets at most `count` payloads.
         """
-        entries: list[Entry] = []
+        header: Header | None = None
         payloads: list[bytes] = []
         version = PARTS_VERSION if session.parts > 1 or session.maps or block else RAW_VERSION
-        for plane in planes:
-            for coding, payload in session.encode(plane):
-                header = self._header(height, width, [*entries, Entry.of(payload, coding, version)], session, block)
-                if max_bytes is not None and header.sizes[-1] > max_bytes:
-                    if not entries:
-                        raise ValueError(header.above(max_bytes))
-                    return self._file(height, width, entries, payloads, session, block)
-                entries, payloads = list(header.entries), [*payloads, payload]
-                if len(entries) == count:
-                    break
-        return self._file(height, width, entries, payloads, session, block)
-
-    def _file(
-        self,
-        height: int,
-        width: int,
-        entries: Sequence[Entry],
-        payloads: Sequence[bytes],
-        session: Session,
-        block: bytes,
-    ) -> bytes:
-        header = self._header(height, width, entries, session, block)
+        for coding, payload in (piece for plane in planes for piece in session.encode(plane)):
+            entries = [*(header.entries if header else ()), Entry.of(payload, coding, version)]
+            longer = self._header(height, width, entries, session, block)
+            if max_bytes is not None and longer.sizes[-1] > max_bytes:
+                if header is None:
+                    raise ValueError(longer.above(max_bytes))
+                break
+            header = longer
+            payloads.append(payload)
+            if len(payloads) == count:
+                break
+        if header is None:
+            raise ValueError("there are no bits to write")
         return format.write(Container(header, tuple(payloads), block))
 
     def decode(
@@ -453,18 +388,10 @@ class Codec:
 
     def _session(self, entropy: EntropyName, rows: int, columns: int, parts: int, maps: bool) -> Session:
         """A new session that codes iterations in parts, or locations that may stop."""
-        if parts == 1 and not maps and entropy in CLASSICAL:
-            return CLASSICAL[entropy](self.config.bits, rows, columns)
-        if entropy not in ("context", *CLASSICAL):
-            raise ValueError(f"entropy is one of context, {', '.join(CLASSICAL)}, not {entropy!r}")
-        if self.context is None:
+        if entropy == "context" and self.context is None:
             raise WeightsError(f"the weights {self.name!r} have no context model")
-        questions = self.network.binarizer.questions if self.context.config.kind == "grouped" else None
-        if parts == 1 and not maps:
-            return ContextSession(self.context, self.config.bits, rows, columns, questions)
-        if questions is None or entropy != "context":
-            raise ValueError("stop maps and parts of iterations need a context model of the kind grouped")
-        return PartsSession(self.context, self.config.bits, rows, columns, questions, parts, maps)
+        shape = self.config.bits, rows, columns
+        return new_session(entropy, shape, self.context, self._questions, parts, maps)
 
     def _check_iterations(self, iterations: int | None) -> int:
         """A number of iterations in range, 16 by default."""

@@ -1,18 +1,24 @@
-"""What a compressed file is to have: a quality, a number of bytes or a PSNR; and how an encoder comes near it."""
+"""What a compressed file is to have: an effort, a number of bytes or a PSNR; and the encoder that comes near it."""
 
 import math
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from rnncodec.allocation import QUALITIES, Survey
+from rnncodec.allocation import QUALITIES, SURVEYS, Allocation, Survey, TuneName
+from rnncodec.entropy import ContextModel, PartsSession
 from rnncodec.files.format import truncate
+from rnncodec.loop import Loop, Progress
 
 MARGIN = 0.003  # of the bytes of a target that are left over, so that it is rarely missed
 HEADER = 64  # bytes of a header, as far as they are known beforehand
 TOLERANCE = 0.03  # dB
+OVERHEAD = 56  # bits of a payload beside its locations: entry in the header, checksum, end of the code
+ATTEMPTS = 4  # to meet a target, each with what the one before has shown
 
 
 class Target(ABC):
@@ -127,6 +133,83 @@ class PsnrTarget(Target):
         return data
 
 
-def effort_of(quality: float, scale: Sequence[float]) -> float:
-    """The effort of a quality from 1 to 100, from those of `QUALITIES`."""
-    return float(np.interp(quality, QUALITIES, scale))
+class Allocator:
+    """Encodes images with a number of iterations for each location.
+
+    Args:
+        loop: of a latent network.
+        context: its exact context model, of the kind `grouped`.
+        allocation: of the weights; `survey` needs none.
+    """
+
+    def __init__(self, loop: Loop, context: ContextModel, allocation: Allocation | None) -> None:
+        self.loop, self.context, self.allocation = loop, context, allocation
+
+    def effort(self, quality: float, tune: TuneName) -> float:
+        """The effort of a quality from 1 to 100."""
+        assert self.allocation is not None
+        return float(np.interp(quality, QUALITIES, self.allocation.quality[tune]))
+
+    def target(
+        self, quality: float | None, max_bytes: int | None, psnr: float | None, tune: TuneName, values: int
+    ) -> Target | None:
+        """The target of an image of so many values; None if all its locations get as many iterations."""
+        if max_bytes is not None:
+            return BytesTarget(max_bytes)
+        if psnr is not None:
+            return PsnrTarget(psnr, values)
+        return EffortTarget(self.effort(quality, tune)) if quality is not None and tune == "psnr" else None
+
+    def encode(
+        self,
+        pixels: Tensor,
+        target: Target,
+        tune: TuneName,
+        weight: np.ndarray | None,
+        write: Callable[[Iterable[np.ndarray]], bytes],
+        parts: int,
+        progress: Progress | None,
+    ) -> bytes:
+        """Encodes an image to meet a target.
+
+        Args:
+            pixels: uint8 [1, 3, H, W].
+            target: what the file is to have.
+            tune: the way to allocate.
+            weight: how much the error of each location counts, [rows, cols]; None counts all alike.
+            write: makes a file of the bits of every iteration.
+            parts: payloads of an iteration in that file.
+            progress: is called with the number of steps done and the number of all steps.
+        """
+        assert self.allocation is not None
+        worth, inputs = torch.tensor(self.allocation.worth, device=pixels.device), self.loop.inputs(pixels)
+
+        def half(first: int) -> Progress | None:
+            """Shows the survey as the first half of the steps, and each attempt to encode as the second."""
+            show = progress
+            return show and (lambda done, total: show(first + 99 * done // total, 200))
+
+        kind, overhead = SURVEYS[tune], OVERHEAD * parts
+        survey = self.loop.survey(pixels, inputs, kind, overhead, worth, weight, target.effort, self._price, half(0))
+        before = None
+        for _ in range(ATTEMPTS):
+            last = survey.choose(target.effort(survey))
+            if before is not None and np.array_equal(last, before):
+                break
+            before = last
+            planes, reached = self.loop.encode_stopped(pixels, inputs, last, half(100), target.judges)
+            if target.met(write(planes), reached):
+                break
+        if progress:
+            progress(200, 200)
+        return target.best()
+
+    def survey(self, pixels: Tensor, worth: Tensor) -> Survey:
+        """Surveys an image, uint8 [1, 3, H, W], with all iterations, to calibrate weights; see `Loop.survey`."""
+        inputs, kind = self.loop.inputs(pixels), SURVEYS["psnr"]
+        return self.loop.survey(pixels, inputs, kind, 0, worth, None, lambda _: 1.0, self._price, None)
+
+    def _price(self, rows: int, cols: int) -> Callable[[np.ndarray], np.ndarray]:
+        """A function that gives the cost of the next iteration of rows x cols locations, see `ContextSession.price`."""
+        questions = self.loop.network.binarizer.questions
+        return PartsSession(self.context, self.loop.config.bits, rows, cols, questions, 1, maps=True).price

@@ -10,6 +10,7 @@ from rnncodec.entropy.context import ContextConfig, ContextModel, ContextName, c
 from rnncodec.entropy.exact import SCALE, probability
 from rnncodec.entropy.grouped import Questions
 from rnncodec.entropy.ranges import RangeDecoder, RangeEncoder, Session, signs
+from rnncodec.entropy.sessions import new_session
 from rnncodec.files.format import EntropyName
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "Session",
     "code_length",
     "code_nats",
+    "new_session",
     "probability",
     "signs",
 ]

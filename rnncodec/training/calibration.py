@@ -10,6 +10,7 @@ from rnncodec.allocation import QUALITIES, Allocation, Survey, block_errors, tot
 from rnncodec.codec import Codec
 from rnncodec.loop import exact
 from rnncodec.network import RecurrentCodec, to_uint8
+from rnncodec.targets import Allocator
 
 CROP = 256  # pixels, side of the middle of each photograph from which the worth is learned
 RIDGE = 0.03  # added to the correlations of channels, to learn little from few blocks
@@ -34,6 +35,8 @@ def calibrate(
         ValueError: the codec is another one, or there are no images of at least 64 pixels a side.
     """
     images = [x for x in images if min(x.shape[:2]) >= 64]
+    if codec.context is None or codec.context.config.kind != "grouped":
+        raise ValueError("only a latent network with its context model can be calibrated")
     if not images:
         raise ValueError("a calibration needs photographs of at least 64 pixels a side")
     steps = 2 * len(images)
@@ -47,9 +50,9 @@ def calibrate(
         blocks.append(_falls(codec.network, _middle(x).to(codec.device), codec.max_iterations))
         report(i + 1)
     worth = fit_worth(torch.cat([latent for latent, _ in blocks], 1), torch.cat([pixel for _, pixel in blocks], 1))
-    surveys = []
+    allocator, surveys = Allocator(codec.loop, codec.context, None), []
     for i, x in enumerate(images):
-        surveys.append(codec.survey(x, worth))
+        surveys.append(allocator.survey(torch.tensor(x).permute(2, 0, 1)[None], worth.to(codec.device)))
         report(len(images) + i + 1)
     return Allocation(tuple(worth.tolist()), {"psnr": _scale(surveys), "ms-ssim": _even_scale(surveys)})
 
