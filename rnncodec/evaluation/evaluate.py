@@ -4,6 +4,7 @@ import argparse
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import get_args
 
 import torch
 from platformdirs import user_cache_path
@@ -11,12 +12,14 @@ from rich.console import Console
 from rich.progress import Progress
 
 import rnncodec
+from rnncodec.allocation import TuneName
 from rnncodec.codec import MAX_ITERATIONS, Codec
 from rnncodec.evaluation.baselines import BASELINES
 from rnncodec.evaluation.measure import (
     Coded,
     Memory,
     Source,
+    allocated,
     baseline,
     coded_sizes,
     entropy_coders,
@@ -42,6 +45,7 @@ def evaluate(
     iterations: int | None = None,
     baselines: Sequence[str] = (),
     overlays: Iterable[str | os.PathLike[str]] = (),
+    tunes: Iterable[TuneName] = (),
     coders: Iterable[Codec] | None = None,
     output: str | os.PathLike[str] | None = None,
     save_images: bool = False,
@@ -63,6 +67,8 @@ def evaluate(
         iterations: number of iterations to measure; None takes all of each codec, but at most 16.
         baselines: names from `rnncodec.evaluation.baselines.BASELINES`, to measure on the same images.
         overlays: curves of other codecs to draw: JSON files in CompressAI's format, or names of published curves.
+        tunes: metrics for which each codec, beside files with the same iterations everywhere, makes files of as many
+            bytes with a number of iterations for each location.
         coders: codecs of the same network as the first, whose context models are compared with the other entropy coders
             on its bits; may be empty. None skips this comparison.
         output: folder for tables, curves and figures.
@@ -93,6 +99,7 @@ def evaluate(
     if missing:
         raise ValueError(f"this Pillow cannot write {', '.join(missing)}")
     sources = [ours(codec, counts[name], name) for name, codec in named.items()]
+    sources += [allocated(codec, counts[name], tune, name) for tune in tunes for name, codec in named.items()]
     sources += [baseline(BASELINES[name]) for name in baselines]
     codec, count = next(iter(named.values())), next(iter(counts.values()))
     curves = _overlays(overlays, [source.title for source in sources])
@@ -258,6 +265,13 @@ def main(argv: Sequence[str] | None = None, program: str = "evaluate.py") -> int
         help=f"curves of other codecs: JSON files as this program writes them, or published ones for Kodak: {shipped}",
     )
     parser.add_argument(
+        "--tunes",
+        nargs="*",
+        choices=get_args(TuneName),
+        default=[],
+        help="also measure files whose locations get their own number of iterations, at the same bytes",
+    )
+    parser.add_argument(
         "--coders",
         nargs="*",
         metavar="WEIGHTS",
@@ -293,6 +307,7 @@ def main(argv: Sequence[str] | None = None, program: str = "evaluate.py") -> int
             iterations=args.iterations,
             baselines=args.baselines,
             overlays=args.overlay,
+            tunes=args.tunes,
             coders=coders,
             output=args.output,
             save_images=args.save_images,

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from rnncodec.allocation import TuneName
 from rnncodec.codec import Codec
 from rnncodec.entropy import CLASSICAL, ContextSession, EntropyName
 from rnncodec.evaluation.baselines import Baseline
@@ -92,18 +93,47 @@ def ours(codec: Codec, iterations: int, name: str = "") -> Source:
             if k in settings:
                 yield Coded(k, size, x_hat, None, float(least), *times)
 
-    description = f"weights {codec.name} ({codec.fingerprint.hex()}), "
+    name = f"rnncodec-{name or codec.name}"
+    settings = tuple(range(1, iterations + 1))
+    description = f"{_described(codec)}, 1 to {iterations} iterations"
+    return Source(name, name, description, ".png", settings, run, saturates=iterations == codec.max_iterations)
+
+
+def allocated(codec: Codec, iterations: int, tune: TuneName, name: str = "") -> Source:
+    """The same codec with a number of iterations for each location, at the bytes of 1, 2, ... iterations everywhere.
+
+    Raises:
+        ValueError: the codec cannot choose them.
+    """
+    if codec.allocator is None:
+        raise ValueError(f"the weights {codec.name!r} cannot choose the iterations of each location")
+
+    def run(x: np.ndarray, settings: Sequence[float]) -> Iterator[Coded]:
+        sizes = _sizes(codec.encode(x, iterations))
+        for k in settings:
+            start = time.perf_counter()
+            data = codec.encode(x, max_bytes=sizes[int(k) - 1], tune=tune)
+            middle = time.perf_counter()
+            x_hat = np.asarray(codec.decode(data))
+            yield Coded(k, len(data), x_hat, None, NAN, middle - start, time.perf_counter() - middle)
+
+    name = f"rnncodec-{name or codec.name}-{tune}"
+    settings = tuple(range(1, iterations + 1))
+    description = f"{_described(codec)}, at the bytes of 1 to {iterations} iterations, allocated for {tune}"
+    return Source(name, name, description, ".png", settings, run)
+
+
+def _described(codec: Codec) -> str:
+    """What identifies the files and pictures of a codec."""
+    description = f"weights {codec.name} ({codec.fingerprint.hex()})"
     if codec.context is not None:
-        description += f"{codec.context.config.kind} context model ({codec.context_fingerprint.hex()}), "
-    description += f"1 to {iterations} iterations"
+        description += f", {codec.context.config.kind} context model ({codec.context_fingerprint.hex()})"
     # Both change the bits, so the cache must distinguish them.
     if codec.network.in_bfloat16:
         description += ", in bfloat16"
     if codec.loop.tile is not None:
         description += f", in tiles of {codec.loop.tile} pixels"
-    name = f"rnncodec-{name or codec.name}"
-    settings = tuple(range(1, iterations + 1))
-    return Source(name, name, description, ".png", settings, run, saturates=iterations == codec.max_iterations)
+    return description
 
 
 def baseline(codec: Baseline) -> Source:
