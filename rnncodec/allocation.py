@@ -29,13 +29,13 @@ SCALES = (0.2856, 0.3001, 0.2363, 0.1333)  # weights of the scales of MS-SSIM fr
 WINDOW, SPREAD = 11, 1.5  # side and standard deviation of its Gaussian window, in pixels
 CONTRAST = (2 * 0.03) ** 2  # its constant C2, for values in [-1, 1]
 HALO = 5  # blocks around a block on which its lost contrast depends
-MULTIPLIERS = 10.0, 1e-6  # squared error per bit, at efforts 0 and 1
 QUALITIES = 1, 10, 20, 30, 40, 50, 60, 70, 80, 90, 100  # whose efforts weights have; those between follow
 CHECKED = 2  # iterations from one look of a survey at what it needs to the next
 PATIENCE = 2  # iterations without use after which a location is no longer surveyed
 FEW = 0.005  # share of locations that are not worth another iteration of the survey
+FLAGS = 3.0  # bits that say when a location stops before the others; but a map takes at most a bit for each location
 INTEREST = 16.0  # how much more errors count where a region of interest is white
-FLAGS = 3.0  # bits that say when a location stops before the others
+MULTIPLIERS = 10 * INTEREST, 1e-6  # squared error per bit, at efforts 0, where no error is worth a bit, and 1
 CLOSE = 1e-4  # difference of efforts that are not worth telling apart
 
 Wish = Callable[["Survey"], float]
@@ -71,6 +71,7 @@ class Survey(ABC):
 
     measure: ClassVar[TuneName]
     reconstructions: ClassVar[int]  # of the last iterations, from which `errors` are measured
+    crowd: ClassVar[float]  # share of locations that make a survey short if they want all that was surveyed of them
 
     def __init__(self, rows: int, cols: int, most: int, overhead: float, weight: np.ndarray | None = None) -> None:
         self.most, self.overhead = most, overhead
@@ -104,6 +105,11 @@ class Survey(ABC):
     def done(self, last: np.ndarray) -> bool:
         """Whether more iterations would hardly change a choice."""
 
+    def short(self, last: np.ndarray) -> bool:
+        """Whether a choice seems to ask for more iterations than were surveyed."""
+        ends = (self.rate < self.rate[-1]).sum(0) + 1
+        return bool(((last == ends) & (ends < self.most)).mean() >= self.crowd)
+
     @abstractmethod
     def squares(self) -> np.ndarray:
         """The squared error of each location after each iteration, [iterations, rows, cols]."""
@@ -114,7 +120,9 @@ class Survey(ABC):
 
     def _beside(self, last: np.ndarray) -> float:
         """Estimates the bits of a file beside those of the locations: overhead, and where locations stop."""
-        return self.overhead * last.max() + FLAGS * np.count_nonzero(last != last.max())
+        stops = np.bincount(last.ravel())[1:-1]
+        living = last.size - np.cumsum(stops) + stops
+        return self.overhead * last.max() + float(np.minimum(FLAGS * stops, living).sum())
 
     def for_squared(self, error: float) -> float:
         """The largest effort that leaves at least such a squared error."""
@@ -134,7 +142,7 @@ class Survey(ABC):
 class ErrorSurvey(Survey):
     """A survey for `psnr`; `errors` holds the squared error after the last iteration."""
 
-    measure, reconstructions = "psnr", 1
+    measure, reconstructions, crowd = "psnr", 1, 0.05
 
     def choose(self, effort: float) -> np.ndarray:
         multiplier = math.exp(np.interp(effort, (0, 1), np.log(MULTIPLIERS)))
@@ -152,7 +160,7 @@ class ErrorSurvey(Survey):
 class EvenSurvey(Survey):
     """A survey for `ms-ssim`; `errors` holds what the metric sees after the last two iterations."""
 
-    measure, reconstructions = "ms-ssim", 2
+    measure, reconstructions, crowd = "ms-ssim", 2, 1.0
 
     def choose(self, effort: float) -> np.ndarray:
         level = 1 + effort * (self.most - 1)
@@ -180,16 +188,16 @@ def total(values: np.ndarray, last: np.ndarray) -> float:
     return float(np.take_along_axis(values, last[None] - 1, 0).sum())
 
 
-def region_weights(roi: np.ndarray | None, rows: int, cols: int) -> np.ndarray | None:
-    """How much the error of each location counts, float [rows, cols], from a region of interest, uint8 [H, W].
+def region_weights(roi: np.ndarray | None, side: int) -> np.ndarray | None:
+    """How much the error of each location, `side` pixels wide, counts, from a region of interest, uint8 [H, W].
 
     It is 1 where the region has 0, and `INTEREST` where it has 255; between them it grows by equal factors.
     """
     if roi is None:
         return None
     height, width = roi.shape
-    side = -(-max(height, width) // max(rows, cols))
-    padded = np.pad(roi / 255, ((0, rows * side - height), (0, cols * side - width)), mode="edge")
+    padded = np.pad(roi / 255, ((0, -height % side), (0, -width % side)), mode="edge")
+    rows, cols = padded.shape[0] // side, padded.shape[1] // side
     return INTEREST ** padded.reshape(rows, side, cols, side).mean((1, 3))
 
 

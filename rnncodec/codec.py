@@ -146,8 +146,9 @@ class Codec:
             max_bytes = int(min(bpp * height * width / 8 * (1 + 1e-12), 2**62))
         if quality is not None and not 1 <= quality <= 100:
             raise ValueError(f"quality must be in 1..100, not {quality}")
-        if roi is not None and roi.shape != (height, width):
-            raise ValueError(f"the region of interest has other sides than the image of {width}x{height} pixels")
+        if roi is not None and (roi.dtype != np.uint8 or roi.shape != (height, width)):
+            found = f"{roi.dtype} {list(roi.shape)}"
+            raise ValueError(f"the region of interest of this image is uint8 [{height}, {width}], not {found}")
         way: TuneName = "psnr" if psnr is not None or roi is not None else tune
         if self.allocator is not None and entropy in (None, "context"):
             target = self.allocator.target(quality, max_bytes, psnr, way, array.size)
@@ -158,7 +159,8 @@ class Codec:
                     return self._write(planes, self.session("context", *grid, maps=True), height, width, None, block)
 
                 parts = self.session("context", *grid, maps=True).parts
-                return self.allocator.encode(pixels, target, way, region_weights(roi, *grid), write, parts, progress)
+                weight = region_weights(roi, self.config.stride)
+                return self.allocator.encode(pixels, target, way, weight, write, parts, progress)
         if roi is not None:
             raise ValueError("a region of interest needs a target, and a latent network with its context model")
         session = self.session(entropy, *self.loop.grid(height, width))  # before the work, as it may raise

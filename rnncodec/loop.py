@@ -71,6 +71,7 @@ class Loop:
         wish: Wish,
         price: Callable[[int, int], Callable[[np.ndarray], np.ndarray]],
         progress: Progress | None,
+        least: int,
     ) -> Survey:
         """Encodes an image [1, 3, H, W] without stops, as far as the wish may need; see `rnncodec.allocation`.
 
@@ -85,6 +86,7 @@ class Loop:
             price: takes rows and columns, and gives a function from the bits of the next iteration to their cost at
                 each location.
             progress: is called with the number of steps done and the number of all steps.
+            least: iterations before the wish matters.
         """
         areas, most = self.tiles(*image.shape[-2:]), self.max_iterations
         groups = self.network.binarizer.questions.groups
@@ -103,7 +105,7 @@ class Loop:
                 if progress:
                     progress(i * most + t, len(areas) * most)
                 # With several tiles, the wish depends on the others, too.
-                if len(areas) == 1 and t % CHECKED == 0:
+                if len(areas) == 1 and t >= least and t % CHECKED == 0:
                     best = survey.choose(wish(survey))
                     if survey.done(best):
                         break

@@ -18,7 +18,8 @@ MARGIN = 0.003  # of the bytes of a target that are left over, so that it is rar
 HEADER = 64  # bytes of a header, as far as they are known beforehand
 TOLERANCE = 0.03  # dB
 OVERHEAD = 56  # bits of a payload beside its locations: entry in the header, checksum, end of the code
-ATTEMPTS = 4  # to meet a target, each with what the one before has shown
+STEPS = 200  # of progress
+ATTEMPTS = 6  # to meet a target, each with what the one before has shown
 
 
 class Target(ABC):
@@ -75,13 +76,20 @@ class BytesTarget(Target):
         self.limit, self.goal = limit, limit * (1 - MARGIN)
         self.bits = 8 * (self.goal - HEADER)
         self.files: list[bytes] = []
+        self.tried: list[tuple[int, float]] = []  # bytes of files, and the bits that were asked for
 
     def effort(self, survey: Survey) -> float:
         return survey.for_rate(self.bits)
 
     def met(self, data: bytes, reached: float) -> bool:
         self.files.append(data)
-        self.bits += 8 * (self.goal - len(data))
+        self.tried.append((len(data), self.bits))
+        below = max((tried for tried in self.tried if tried[0] <= self.goal), default=None)
+        above = min((tried for tried in self.tried if tried[0] > self.goal), default=None)
+        size, bits = min((tried for tried in (below, above) if tried), key=lambda tried: abs(tried[0] - self.goal))
+        self.bits = bits + 8 * (self.goal - size)
+        if below and above and not below[1] < self.bits < above[1]:
+            self.bits = float(np.interp(self.goal, (below[0], above[0]), (below[1], above[1])))
         return (1 - 3 * MARGIN) * self.limit <= len(data) <= self.limit
 
     def best(self) -> bytes:
@@ -91,7 +99,7 @@ class BytesTarget(Target):
             FormatError: not even the first payload fits.
         """
         small = max((data for data in self.files if len(data) <= self.limit), key=len, default=b"")
-        if len(small) >= (1 - 3 * MARGIN) * self.limit:
+        if small and len(small) >= (1 - 3 * MARGIN) * self.limit:
             return small
         cut = [truncate(data, max_bytes=self.limit) for data in self.files if len(data) > self.limit]
         return max([small, *cut], key=len)
@@ -183,31 +191,41 @@ class Allocator:
         """
         assert self.allocation is not None
         worth, inputs = torch.tensor(self.allocation.worth, device=pixels.device), self.loop.inputs(pixels)
+        shown = 0
 
-        def half(first: int) -> Progress | None:
-            """Shows the survey as the first half of the steps, and each attempt to encode as the second."""
-            show = progress
-            return show and (lambda done, total: show(first + 99 * done // total, 200))
+        def half() -> Progress | None:
+            """Shows a survey or an attempt to encode as half of the steps that are left."""
+            nonlocal shown
+            show, first = progress, shown
+            shown += (STEPS - shown) // 2
+            share = shown - first
+            return show and (lambda done, total: show(first + share * done // total, STEPS))
 
-        kind, overhead = SURVEYS[tune], OVERHEAD * parts
-        survey = self.loop.survey(pixels, inputs, kind, overhead, worth, weight, target.effort, self._price, half(0))
-        before = None
+        def look(least: int) -> Survey:
+            kind, overhead = SURVEYS[tune], OVERHEAD * parts
+            wish, price = target.effort, self._price
+            return self.loop.survey(pixels, inputs, kind, overhead, worth, weight, wish, price, half(), least)
+
+        survey, made = look(0), dict[bytes, tuple[bytes, float]]()
         for _ in range(ATTEMPTS):
             last = survey.choose(target.effort(survey))
-            if before is not None and np.array_equal(last, before):
-                break
-            before = last
-            planes, reached = self.loop.encode_stopped(pixels, inputs, last, half(100), target.judges)
-            if target.met(write(planes), reached):
+            while survey.short(last):  # it ended too early, by estimates that were wrong
+                survey = look(2 * len(survey.rate))
+                last = survey.choose(target.effort(survey))
+            if last.tobytes() not in made:
+                planes, reached = self.loop.encode_stopped(pixels, inputs, last, half(), target.judges)
+                made[last.tobytes()] = write(planes), reached
+            if target.met(*made[last.tobytes()]):
                 break
         if progress:
-            progress(200, 200)
+            progress(STEPS, STEPS)
         return target.best()
 
     def survey(self, pixels: Tensor, worth: Tensor) -> Survey:
         """Surveys an image, uint8 [1, 3, H, W], with all iterations, to calibrate weights; see `Loop.survey`."""
         inputs, kind = self.loop.inputs(pixels), SURVEYS["psnr"]
-        return self.loop.survey(pixels, inputs, kind, 0, worth, None, lambda _: 1.0, self._price, None)
+        most = self.loop.max_iterations + 1
+        return self.loop.survey(pixels, inputs, kind, 0, worth, None, lambda _: 1.0, self._price, None, most)
 
     def _price(self, rows: int, cols: int) -> Callable[[np.ndarray], np.ndarray]:
         """A function that gives the cost of the next iteration of rows x cols locations, see `ContextSession.price`."""
