@@ -32,7 +32,8 @@ def calibrate(
         progress: is called with the number of steps done and the number of all steps.
 
     Raises:
-        ValueError: the codec is another one, or there are no images of at least 64 pixels a side.
+        ValueError: the codec is another one, there are no images of at least 64 pixels a side, or more iterations do
+            not improve them.
     """
     images = [x for x in images if min(x.shape[:2]) >= 64]
     if codec.context is None or codec.context.config.kind != "grouped":
@@ -115,6 +116,8 @@ def _equal_parts(efforts: np.ndarray, left: np.ndarray) -> list[float]:
     """The efforts at which the mean PSNR rises by equal parts, from the squared errors [images, efforts]."""
     psnr = np.maximum.accumulate(-10 * np.log10(np.maximum(left, 1e-9)).mean(0))
     parts = (np.array(QUALITIES) - 1) / 99
+    if psnr[-1] <= psnr[0] + NOTHING:
+        raise ValueError("a calibration needs photographs that more iterations improve")
     # The ends, where efforts change next to nothing, are left out.
     start = int(np.argmax(psnr > psnr[0] + NOTHING)) - 1
     end = int(np.argmax(psnr >= psnr[-1] - NOTHING)) + 1
