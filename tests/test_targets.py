@@ -1,0 +1,255 @@
+"""Tests of targets: bytes, PSNR, quality and regions, met by a small latent network and by networks without choice."""
+
+import warnings
+from typing import Any
+
+import numpy as np
+import pytest
+from test_calibration import save_latent
+
+import rnncodec
+from rnncodec import tiling
+from rnncodec.codec import Codec
+from rnncodec.files import format
+from rnncodec.files.images import load_image
+from rnncodec.training.calibration import calibrate
+from rnncodec.weights import load_weights, save_weights
+
+TUNES = ("ms-ssim", "psnr")
+
+
+@pytest.fixture(scope="module")
+def plain(photos, tmp_path_factory):
+    """A codec whose weights do not know how to allocate."""
+    path = tmp_path_factory.mktemp("weights") / "latent.safetensors"
+    save_latent(photos, path)
+    return Codec(load_weights(path))
+
+
+@pytest.fixture(scope="module")
+def codec(plain, photos, tmp_path_factory):
+    path = tmp_path_factory.mktemp("weights") / "latent.safetensors"
+    allocation = calibrate(plain, [load_image(photo) for photo in sorted(photos.iterdir())])
+    save_weights(path, plain.network, "latent", {}, plain.context, allocation)
+    return Codec(load_weights(path))
+
+
+@pytest.fixture(scope="module")
+def x(photos):
+    return load_image(photos / "coffee.png")[:256, :384]
+
+
+def psnr(x, data, codec, part: Any = np.s_[:]):
+    error = (np.asarray(codec.decode(data)).astype(float) - x)[part]
+    return 10 * np.log10(255**2 / np.mean(error**2))
+
+
+def test_bytes_are_met_and_never_exceeded(codec, photos, x):
+    """Files for `psnr` use at least 99.1 % of the bytes.
+
+    For `ms-ssim`, the first location that goes on brings a map of a bit for each location: fewer bytes are left over.
+    """
+    larger = load_image(photos / "astronaut.png")[:360, :400]  # with two payloads an iteration
+    for image, parts in ((x, 1), (larger, 2)):
+        first, everything = (len(codec.encode(image, iterations)) for iterations in (1, 4))
+        for tune in TUNES:
+            for limit in np.linspace(1.15 * first, 0.99 * everything, 12).astype(int):
+                data = codec.encode(image, max_bytes=int(limit), tune=tune)
+                assert format.read_header(data).parts == parts
+                rows, cols = codec.loop.grid(*image.shape[:2])
+                gap = rows * cols / 8 + 16 if tune == "ms-ssim" else 0
+                assert len(data) <= limit
+                assert len(data) >= 0.97 * limit or limit - len(data) < gap
+                assert codec.decode(data).size == (image.shape[1], image.shape[0])
+
+
+@pytest.mark.parametrize("tune", TUNES)
+def test_bytes_near_the_ends(codec, x, tune):
+    largest = codec.encode(x, max_bytes=10**9, tune=tune)
+    first, everything = len(format.truncate(largest, iterations=1)), len(largest)
+    assert abs(everything - len(codec.encode(x, 4))) < 20
+    for limit in (first, first + 1, first + 40, everything - 1, everything, everything + 1, 2 * everything):
+        data = codec.encode(x, max_bytes=limit, tune=tune)
+        assert first <= len(data) <= limit
+        codec.decode(data)
+    for limit in (first - 1, 50, 1, 0):
+        with pytest.raises(ValueError, match=f"^iteration 1 takes {first} bytes, more than {limit}$"):
+            codec.encode(x, max_bytes=limit, tune=tune)
+
+
+def test_bits_per_pixel_are_bytes(codec, x):
+    for tune in TUNES:
+        assert codec.encode(x, bpp=8 * 900 / x[..., 0].size, tune=tune) == codec.encode(x, max_bytes=900, tune=tune)
+
+
+def test_a_psnr_is_met(codec, x):
+    """Within 0.1 dB where it is in reach, and without a warning, which comes where more is asked than there is."""
+    least, most = (psnr(x, codec.encode(x, iterations), codec) for iterations in (1, 4))
+    for target in np.linspace(least + 0.05, most - 0.05, 12):
+        assert abs(psnr(x, codec.encode(x, psnr=target), codec) - target) < 0.1
+    for target in (most + 0.2, most + 2, 50, 99):
+        with pytest.warns(UserWarning, match=rf"^{target:g} dB are out of reach, the image has [\d.]+ dB$"):
+            data = codec.encode(x, psnr=target)
+        assert psnr(x, data, codec) > most - 0.05
+    assert psnr(x, codec.encode(x, psnr=1), codec) == pytest.approx(least, abs=0.01)
+    for target in (0, -3, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=r"^psnr must be a positive number of dB, not [^\n]*$"):
+            codec.encode(x, psnr=target)
+
+
+@pytest.mark.parametrize("tune", TUNES)
+def test_quality_rises(codec, x, tune):
+    files = [codec.encode(x, quality=quality, tune=tune) for quality in (1, 1.5, *range(4, 98, 6), 100)]
+    sizes, reached = [len(data) for data in files], [psnr(x, data, codec) for data in files]
+    assert (np.diff(sizes) >= 0).all()
+    assert (np.diff(reached) > -0.05).all()
+    least, most = (psnr(x, codec.encode(x, iterations), codec) for iterations in (1, 4))
+    assert abs(reached[0] - least) < 0.1
+    assert abs(reached[-1] - most) < 0.1
+    assert len(set(sizes)) >= (4 if tune == "ms-ssim" else 15)
+
+
+def test_qualities_divide_the_range_of_psnr(codec, photos):
+    """On the photographs of the calibration, as nearly as errors are known in the latent space."""
+    images = [load_image(photo) for photo in sorted(photos.iterdir())]
+    reached = [np.mean([psnr(y, codec.encode(y, quality=q, tune="psnr"), codec) for y in images]) for q in (1, 50, 100)]
+    assert 0.3 < (reached[1] - reached[0]) / (reached[2] - reached[0]) < 0.7
+
+
+@pytest.mark.parametrize("quality", [0, 0.99, 100.5, -1, float("nan")])
+def test_qualities_beyond_the_range(codec, plain, x, quality):
+    for each in (codec, plain):
+        with pytest.raises(ValueError, match=r"^quality must be in 1\.\.100, not [^\n]*$"):
+            each.encode(x, quality=quality)
+
+
+def test_the_choice_for_psnr_is_no_worse_than_none(codec, x):
+    for iterations in (1, 2, 3, 4):
+        uniform = codec.encode(x, iterations)
+        data = codec.encode(x, max_bytes=len(uniform) + 5, tune="psnr")  # what version 3 takes
+        assert psnr(x, data, codec) > psnr(x, uniform, codec) - 0.05
+
+
+def test_each_way_serves_its_metric(codec, photos):
+    """At equal bytes, the choice for `psnr` has a higher PSNR; that for `ms-ssim` gives all as many iterations."""
+    y = load_image(photos / "rocket.jpg")[:256, :384]
+    limit = (len(codec.encode(y, 2)) + len(codec.encode(y, 3))) // 2
+    files = {tune: codec.encode(y, max_bytes=limit, tune=tune) for tune in TUNES}
+    assert psnr(y, files["psnr"], codec) > psnr(y, files["ms-ssim"], codec)
+    counts = {tune: (codec.read_bits(data)[:, 0] != 0).sum(0) for tune, data in files.items()}
+    assert np.ptp(counts["ms-ssim"]) == 1
+    assert np.ptp(counts["psnr"]) > 1
+
+
+def test_regions_of_interest(codec, x):
+    """A white half gains, and a black one loses; all gray is as none."""
+    roi = np.zeros(x.shape[:2], np.uint8)
+    roi[:, 192:] = 255
+    right, left = np.s_[:, 192:], np.s_[:, :192]
+    for limit in (700, 900, 1100):
+        without, data = codec.encode(x, max_bytes=limit, tune="psnr"), codec.encode(x, max_bytes=limit, roi=roi)
+        assert 0.97 * limit <= len(data) <= limit
+        assert psnr(x, data, codec, right) > psnr(x, without, codec, right) + 0.1
+        assert psnr(x, data, codec, left) < psnr(x, without, codec, left) - 0.1
+        assert codec.encode(x, max_bytes=limit, roi=np.zeros_like(roi)) == without
+        assert codec.encode(x, max_bytes=limit, roi=roi, tune="psnr") == data
+    assert codec.encode(x, quality=50, roi=roi) != codec.encode(x, quality=50, tune="psnr")
+    target = psnr(x, codec.encode(x, 2), codec)
+    assert abs(psnr(x, codec.encode(x, psnr=target, roi=roi), codec) - target) < 0.1
+    for height, width in ((33, 32), (17, 250)):  # no whole blocks
+        data = codec.encode(x[:height, :width], max_bytes=10**6, roi=roi[:height, :width])
+        assert codec.decode(data).size == (width, height)
+
+
+def test_regions_that_cannot_be(codec, plain, x):
+    roi = np.zeros(x.shape[:2], np.uint8)
+    for wrong in (roi[:-1], roi.T, np.zeros_like(x), roi > 0, roi / 255):
+        with pytest.raises(
+            ValueError, match=r"^the region of interest of this image is uint8 \[256, 384\], not [^\n]*$"
+        ):
+            codec.encode(x, quality=50, roi=wrong)
+    for each, options in (
+        (codec, {}),
+        (codec, {"iterations": 2}),
+        (codec, {"quality": 50, "entropy": "none"}),
+        (plain, {"quality": 50}),
+        (plain, {"max_bytes": 1000}),
+        (plain, {"psnr": 20}),
+    ):
+        with pytest.raises(ValueError, match=r"^a region of interest needs a target[^\n]*$"):
+            each.encode(x, roi=roi, **options)
+
+
+@pytest.mark.parametrize("options", [{"max_bytes": 963}, {"max_bytes": 1227}, {"psnr": 20}, {"psnr": 20.8}])
+@pytest.mark.parametrize("tune", TUNES)
+def test_progress_never_falls(codec, x, options, tune):
+    seen = []
+    codec.encode(x, **options, tune=tune, progress=lambda done, total: seen.append((done, total)))
+    assert len({total for _, total in seen}) == 1
+    assert (np.diff([done for done, _ in seen]) >= 0).all()
+    assert seen[0][0] >= 0
+    assert seen[-1][0] == seen[-1][1]
+    assert len({done for done, _ in seen}) > 6
+
+
+@pytest.mark.parametrize("tune", TUNES)
+def test_images_in_bands(codec, x, tune, monkeypatch):
+    """The loop of large images runs on bands of rows, whose surveys are joined."""
+    monkeypatch.setattr(tiling, "MAP", 7 * 24)
+    assert len(codec.loop.tiles(256, 384)) == 3
+    for limit in (700, 1000, 1300):
+        seen = []
+        data = codec.encode(x, max_bytes=limit, tune=tune, progress=lambda *step, seen=seen: seen.append(step))
+        assert 0.9 * limit <= len(data) <= limit
+        assert (np.diff([done for done, _ in seen]) >= 0).all()
+        codec.decode(data)
+    assert abs(psnr(x, codec.encode(x, psnr=20.3), codec) - 20.3) < 0.1
+
+
+@pytest.mark.parametrize("tune", TUNES)
+def test_tiny_and_flat_images(codec, x, tune):
+    flat = np.full((70, 50, 3), 77, np.uint8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a PSNR out of reach
+        for image in (x[:1, :1], x[:16, :16], x[:5, :60], flat):
+            for target in ({"quality": 1}, {"quality": 60}, {"max_bytes": 200}, {"max_bytes": 10**6}, {"psnr": 25}):
+                data = codec.encode(image, **target, tune=tune)
+                assert len(data) <= target.get("max_bytes", 10**6)
+                assert codec.decode(data).size == (image.shape[1], image.shape[0])
+
+
+@pytest.mark.parametrize("entropy", [None, "adaptive"])
+def test_latent_networks_without_allocation_choose_for_the_whole_image(codec, plain, x, entropy):
+    coder = plain if entropy is None else codec  # other coders than the context model know no stops
+    whole = [coder.encode(x, iterations, entropy=entropy) for iterations in (1, 2, 3, 4)]
+    sizes, reached = [len(data) for data in whole], [psnr(x, data, coder) for data in whole]
+    for tune in TUNES:
+        files = [coder.encode(x, quality=q, tune=tune, entropy=entropy) for q in (1, 20, 40, 60, 80, 100)]
+        assert files[0] == whole[0]
+        assert files[-1] == whole[-1]
+        assert (np.diff([len(data) for data in files]) >= 0).all()
+        assert coder.encode(x, max_bytes=sizes[2], tune=tune, entropy=entropy) == whole[2]
+        assert coder.encode(x, max_bytes=sizes[2] - 1, tune=tune, entropy=entropy) == whole[1]
+        assert coder.encode(x, bpp=8 * sizes[1] / x[..., 0].size, tune=tune, entropy=entropy) == whole[1]
+        assert coder.encode(x, psnr=reached[1] - 0.01, tune=tune, entropy=entropy) == whole[1]
+    with pytest.raises(ValueError, match=f"^iteration 1 takes {sizes[0]} bytes, more than 99$"):
+        coder.encode(x, max_bytes=99, entropy=entropy)
+    with pytest.warns(UserWarning, match="^60 dB are out of reach, 4 iterations reach"):
+        assert coder.encode(x, psnr=60, entropy=entropy) == whole[-1]
+
+
+def test_the_shipped_network_chooses_for_the_whole_image(x):
+    small, y = rnncodec.load(), x[60:92, 200:248]
+    whole = small.encode(y, 16)
+    files = [format.truncate(whole, iterations=t) for t in range(1, 17)]
+    reached = [psnr(y, data, small) for data in files]
+    found = [small.encode(y, quality=q) for q in (1, 30, 60, 100)]
+    counts = [files.index(data) for data in found]
+    assert counts[0] == 0
+    assert counts[-1] == 15
+    assert counts == sorted(set(counts))
+    assert small.encode(y, max_bytes=len(files[4])) == files[4]
+    assert small.encode(y, bpp=8 * len(files[4]) / y[..., 0].size) == files[4]
+    assert small.encode(y, psnr=reached[3]) == files[3]
+    with pytest.raises(ValueError, match=r"^a region of interest needs"):
+        small.encode(y, quality=30, roi=np.zeros(y.shape[:2], np.uint8))
