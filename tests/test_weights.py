@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_calibration import save_latent
+from test_latent import TINY
 
 from rnncodec import weights
+from rnncodec.allocation import QUALITIES, Allocation
 from rnncodec.network import NetworkConfig, RecurrentCodec
 from rnncodec.weights import WeightsError, known_weights, load_weights, save_weights
 
@@ -217,3 +220,76 @@ def test_names(network, tmp_path, name):
     with pytest.raises(WeightsError, match="name of weights"):
         save_weights(tmp_path / "x.safetensors", network, name, {})
     assert list(tmp_path.iterdir()) == []
+
+
+ALLOCATION = Allocation(
+    tuple(np.linspace(0, 3, TINY.latents).tolist()),
+    {name: np.linspace(0, 1, len(QUALITIES)).tolist() for name in ("psnr", "ms-ssim")},
+)
+
+
+@pytest.fixture(scope="module")
+def latent(photos, tmp_path_factory):
+    """The file of a small latent network with its context model, without an allocation."""
+    path = tmp_path_factory.mktemp("weights") / "latent.safetensors"
+    save_latent(photos, path)
+    return path
+
+
+def allocated(path, target):
+    """Saves the weights with an allocation."""
+    bare = load_weights(path)
+    save_weights(target, bare.network, bare.name, bare.provenance, bare.context, ALLOCATION)
+
+
+def test_an_allocation_is_kept_and_changes_no_fingerprint(latent, tmp_path):
+    allocated(latent, tmp_path / "new.safetensors")
+    bare, loaded = load_weights(latent), load_weights(tmp_path / "new.safetensors")
+    assert bare.allocation is None
+    assert loaded.allocation == ALLOCATION
+    assert loaded.fingerprint == bare.fingerprint
+    assert loaded.context_fingerprint == bare.context_fingerprint
+    assert parse(tmp_path / "new.safetensors")[1] == parse(latent)[1]
+    metadata = parse(tmp_path / "new.safetensors")[0]["__metadata__"]
+    assert json.loads(metadata.pop("allocation")) == {"worth": list(ALLOCATION.worth), "quality": ALLOCATION.quality}
+    assert metadata == parse(latent)[0]["__metadata__"]
+
+
+GOOD = {"worth": list(ALLOCATION.worth), "quality": dict(ALLOCATION.quality)}
+SCALE = GOOD["quality"]["psnr"]
+WRONG_WORTH = [GOOD["worth"][1:], [*GOOD["worth"], 0.5], [], None, "x", {}, 1.0]
+WRONG_WORTH += [[value, *GOOD["worth"][1:]] for value in (-0.1, float("nan"), float("inf"), "1", None, True, [0.5])]
+WRONG_SCALES = [SCALE[1:], [*SCALE, 2.0], SCALE[::-1], [0.5] * len(SCALE), [-0.1, *SCALE[1:]], None, {}, "x"]
+WRONG_SCALES += [[*SCALE[:-1], value] for value in (1.01, float("nan"), float("inf"), SCALE[-2], "1")]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(json.dumps(GOOD | {"worth": worth}) for worth in WRONG_WORTH),
+        *(json.dumps(GOOD | {"quality": GOOD["quality"] | {"ms-ssim": scale}}) for scale in WRONG_SCALES),
+        *(json.dumps(GOOD | {"quality": quality}) for quality in ({}, None, [], {"psnr": SCALE}, SCALE)),
+        json.dumps(GOOD | {"quality": GOOD["quality"] | {"vmaf": SCALE}}),
+        json.dumps(GOOD | {"more": 1.0}),
+        json.dumps({"worth": GOOD["worth"]}),
+        "[]",
+        "1",
+        "{",
+        "",
+        "[" * 100_000,
+    ],
+)
+def test_malformed_allocations(latent, tmp_path, text):
+    path = tmp_path / "latent.safetensors"
+    path.write_bytes(latent.read_bytes())
+    rewrite(path, {"allocation": text})
+    with pytest.raises(WeightsError, match=f"^{path}: [^\n]*$"):
+        load_weights(path)
+
+
+def test_an_allocation_is_not_for_pixel_networks(path):
+    rewrite(path, {"allocation": json.dumps(GOOD)})
+    with pytest.raises(WeightsError, match="not that of a latent network"):
+        load_weights(path)
+    rewrite(path, {"allocation": "null"})
+    assert load_weights(path).allocation is None
