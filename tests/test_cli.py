@@ -8,11 +8,13 @@ import subprocess
 import sys
 import types
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_calibration import save_latent
 
 import rnncodec
 from rnncodec import jobs, weights
@@ -289,6 +291,18 @@ def test_refused_before_any_work(command, message, capsys):
         ["encode", "a.png", "--bpp", "-1"],
         ["encode", "a.png", "--bpp", "nan"],
         ["encode", "a.png", "--psnr", "inf"],
+        ["encode", "a.png", "--quality", "0"],
+        ["encode", "a.png", "--quality", "101"],
+        ["encode", "a.png", "--quality", "x"],
+        ["encode", "a.png", "--quality", "nan"],
+        ["encode", "a.png", "--bytes", "0"],
+        ["encode", "a.png", "--bytes", "1.5"],
+        ["encode", "a.png", "--bytes", "100", "--quality", "50"],
+        ["encode", "a.png", "--quality", "50", "--tune", "vmaf"],
+        ["encode", "a.png", "folder/b.png", "--quality", "50", "--roi", "a.png"],
+        ["encode", "folder", "--quality", "50", "--roi", "a.png"],
+        ["export", "a.safetensors", "b.safetensors"],
+        ["export", "a.safetensors", "b.safetensors", "--name", "b", "--allocation", "folder"],
         ["encode", "a.png", "--iterations", "1", "--bpp", "1"],
         ["encode", "a.png", "out.rnc", "--output-dir", "out"],
         ["encode", "folder", "out.rnc"],
@@ -513,3 +527,89 @@ def test_train_and_evaluate_are_commands_with_lines_of_their_own(command, module
     assert done.stderr.startswith(f"rnncodec: error: {command} needs {missing}")
     assert done.stderr.endswith(f"pip install 'rnncodec[{extra}]'\n")
     assert done.stderr.count("\n") == 1
+
+
+@pytest.fixture(scope="module")
+def latent(photos, tmp_path_factory):
+    """Weights of a small latent network, first without and then with an allocation."""
+    folder = tmp_path_factory.mktemp("latent")
+    bare, path = folder / "bare.safetensors", folder / "latent.safetensors"
+    save_latent(photos, bare)
+    assert main(["export", str(bare), str(path), "--allocation", str(photos)]) == 0
+    return bare, path
+
+
+@pytest.fixture
+def photo(photos):
+    """Writes a photograph and a mask."""
+    array = np.asarray(Image.open(photos / "coffee.png"))[:192, :256]
+    Image.fromarray(array).save("photo.png")
+    Image.fromarray(np.where(np.arange(256) < 100, 255, 0)[None].repeat(192, 0).astype(np.uint8)).save("mask.png")
+    return array
+
+
+def test_targets_of_weights_that_allocate(latent, photo, capsys):
+    allocating, mask = Codec(load_weights(latent[1])), np.asarray(Image.open("mask.png"))
+    cases: list[tuple[list[str], dict[str, Any]]] = [
+        (["--bytes", "500"], {"max_bytes": 500}),
+        (["--bytes", "500", "--tune", "psnr"], {"max_bytes": 500, "tune": "psnr"}),
+        (["--quality", "40"], {"quality": 40}),
+        (["--quality", "62.5", "--tune", "psnr"], {"quality": 62.5, "tune": "psnr"}),
+        (["--psnr", "20"], {"psnr": 20}),
+        (["--bytes", "500", "--roi", "mask.png"], {"max_bytes": 500, "roi": mask}),
+        (["--quality", "40", "--roi", "mask.png"], {"quality": 40, "roi": mask}),
+    ]
+    data = b""
+    for options, expected in cases:
+        assert main(["encode", "photo.png", "out.rnc", "--weights", str(latent[1]), *options]) == 0
+        data = Path("out.rnc").read_bytes()
+        assert data == allocating.encode(photo, **expected)
+        assert len(data) <= expected.get("max_bytes", 10**6)
+    assert main(["decode", "out.rnc", "out.png", "--weights", str(latent[1])]) == 0
+    assert np.array_equal(np.asarray(Image.open("out.png")), np.asarray(allocating.decode(data)))
+    assert main(["info", "out.rnc"]) == 0
+    assert "locations stop" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--quality", "40", "--roi", "a.png"], "photo.png: the region of interest of this image is uint8 [192, 256]"),
+        (["--quality", "40", "--roi", "absent.png"], "absent.png: No such file"),
+        (["--roi", "mask.png"], "photo.png: a region of interest needs a target"),
+        (["--bytes", "50"], "photo.png: iteration 1 takes"),
+    ],
+)
+def test_targets_that_fail(latent, photo, capsys, options, message):
+    assert main(["encode", "photo.png", "out.rnc", "--weights", str(latent[1]), *options]) == 1
+    (line,) = complaints(capsys)
+    assert line.startswith(f"rnncodec: error: {message}")
+    assert not Path("out.rnc").exists()
+
+
+def test_export_of_an_allocation(latent, pretrained, photos, capsys):
+    bare, path = map(load_weights, latent)
+    assert bare.allocation is None
+    assert path.allocation is not None
+    assert (path.name, path.fingerprint, path.context_fingerprint) == (
+        bare.name,
+        bare.fingerprint,
+        bare.context_fingerprint,
+    )
+    Path("none").mkdir()
+    Path("none/text.txt").write_text("no image")
+    Path("tiny").mkdir()
+    Image.fromarray(picture()).save("tiny/a.png")
+    Path("out.safetensors").write_text("old")
+    for source, folder, message in (
+        (pretrained / "small.safetensors", photos, "not a latent network"),
+        (latent[0], "absent", "absent: No such file or directory"),
+        (latent[0], "none", "needs photographs of at least 64 pixels"),
+        (latent[0], "tiny", "needs photographs of at least 64 pixels"),
+        ("a.png", photos, "not a readable safetensors file"),
+        ("absent.safetensors", photos, "no such weights file"),
+    ):
+        assert main(["export", str(source), "out.safetensors", "--allocation", str(folder)]) == 1
+        (line,) = complaints(capsys)
+        assert message in line
+        assert Path("out.safetensors").read_text() == "old"

@@ -20,6 +20,7 @@ from rnncodec.files import format
 from rnncodec.files.format import CONTEXT, RAW, Container, Entry, FormatError
 from rnncodec.files.images import load_image
 from rnncodec.network import to_uint8
+from rnncodec.targets import Allocator
 from rnncodec.training.context import start_context
 from rnncodec.weights import WeightsError, load_weights, save_weights
 
@@ -245,7 +246,8 @@ def test_records_beside_parts_and_maps(codec, photos):
         assert format.truncate(data, iterations=1) == codec.encode(picture, 1, records=records)
         np.testing.assert_array_equal(np.asarray(codec.decode(data)), np.asarray(codec.decode(plain)))
     chooser = copy.copy(codec)
-    chooser.allocation = Allocation((1.0,) * codec.config.latents, {"ms-ssim": (0.1,) * len(QUALITIES)})
+    allocation = Allocation((1.0,) * codec.config.latents, {"ms-ssim": (0.1,) * len(QUALITIES)})
+    chooser.allocator = Allocator(codec.loop, codec.context, allocation)
     target = len(codec.encode(x, 2, records=records))
     data = chooser.encode(x, max_bytes=target, records=records)
     assert 0.9 * target < len(data) <= target
