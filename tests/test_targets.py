@@ -50,10 +50,10 @@ def test_bytes_are_met_and_never_exceeded(codec, photos, x):
     For `ms-ssim`, the first location that goes on brings a map of a bit for each location: fewer bytes are left over.
     """
     larger = load_image(photos / "astronaut.png")[:360, :400]  # with two payloads an iteration
-    for image, parts in ((x, 1), (larger, 2)):
+    for image, parts, count in ((x, 1, 12), (larger, 2, 4)):
         first, everything = (len(codec.encode(image, iterations)) for iterations in (1, 4))
         for tune in TUNES:
-            for limit in np.linspace(1.15 * first, 0.99 * everything, 12).astype(int):
+            for limit in np.linspace(1.15 * first, 0.99 * everything, count).astype(int):
                 data = codec.encode(image, max_bytes=int(limit), tune=tune)
                 assert format.read_header(data).parts == parts
                 rows, cols = codec.loop.grid(*image.shape[:2])
@@ -85,7 +85,7 @@ def test_bits_per_pixel_are_bytes(codec, x):
 def test_a_psnr_is_met(codec, x):
     """Within 0.1 dB where it is in reach, and without a warning, which comes where more is asked than there is."""
     least, most = (psnr(x, codec.encode(x, iterations), codec) for iterations in (1, 4))
-    for target in np.linspace(least + 0.05, most - 0.05, 12):
+    for target in np.linspace(least + 0.05, most - 0.05, 8):
         assert abs(psnr(x, codec.encode(x, psnr=target), codec) - target) < 0.1
     for target in (most + 0.2, most + 2, 50, 99):
         with pytest.warns(UserWarning, match=rf"^{target:g} dB are out of reach, the image has [\d.]+ dB$"):
@@ -99,14 +99,14 @@ def test_a_psnr_is_met(codec, x):
 
 @pytest.mark.parametrize("tune", TUNES)
 def test_quality_rises(codec, x, tune):
-    files = [codec.encode(x, quality=quality, tune=tune) for quality in (1, 1.5, *range(4, 98, 6), 100)]
+    files = [codec.encode(x, quality=quality, tune=tune) for quality in (1, 1.5, *range(5, 96, 9), 100)]
     sizes, reached = [len(data) for data in files], [psnr(x, data, codec) for data in files]
     assert (np.diff(sizes) >= 0).all()
     assert (np.diff(reached) > -0.05).all()
     least, most = (psnr(x, codec.encode(x, iterations), codec) for iterations in (1, 4))
     assert abs(reached[0] - least) < 0.1
     assert abs(reached[-1] - most) < 0.1
-    assert len(set(sizes)) >= (4 if tune == "ms-ssim" else 15)
+    assert len(set(sizes)) >= (4 if tune == "ms-ssim" else 10)
 
 
 def test_qualities_divide_the_range_of_psnr(codec, photos):
@@ -239,7 +239,7 @@ def test_latent_networks_without_allocation_choose_for_the_whole_image(codec, pl
 
 
 def test_the_shipped_network_chooses_for_the_whole_image(x):
-    small, y = rnncodec.load(), x[60:92, 200:248]
+    small, y = rnncodec.load(), x[60:92, 200:232]
     whole = small.encode(y, 16)
     files = [format.truncate(whole, iterations=t) for t in range(1, 17)]
     reached = [psnr(y, data, small) for data in files]
