@@ -10,8 +10,9 @@ from test_calibration import save_latent
 import rnncodec
 from rnncodec import tiling
 from rnncodec.codec import Codec
+from rnncodec.evaluation.evaluate import evaluate
 from rnncodec.files import format
-from rnncodec.files.images import load_image
+from rnncodec.files.images import load_image, save_image
 from rnncodec.training.calibration import calibrate
 from rnncodec.weights import load_weights, save_weights
 
@@ -253,3 +254,18 @@ def test_the_shipped_network_chooses_for_the_whole_image(x):
     assert small.encode(y, psnr=reached[3]) == files[3]
     with pytest.raises(ValueError, match=r"^a region of interest needs"):
         small.encode(y, quality=30, roi=np.zeros(y.shape[:2], np.uint8))
+
+
+def test_evaluation_measures_files_of_the_same_bytes(codec, x, tmp_path):
+    """Beside those with the same iterations everywhere, which are at most as large as theirs."""
+    save_image(x, tmp_path / "x.png")
+    points = evaluate(codec, tmp_path / "x.png", iterations=3, tunes=["psnr"])
+    even = [point for point in points if point.codec == f"rnncodec-{codec.name}"]
+    chosen = [point for point in points if point.codec == f"rnncodec-{codec.name}-psnr"]
+    assert [point.setting for point in chosen] == [point.setting for point in even[1:]] == [2, 3]
+    for own, other in zip(chosen, even[1:], strict=True):
+        data = codec.encode(x, max_bytes=other.bytes, tune="psnr")
+        assert own.bytes == len(data) <= other.bytes == len(codec.encode(x, int(other.setting)))
+        assert own.psnr == pytest.approx(psnr(x, data, codec), abs=1e-3)
+    with pytest.raises(ValueError, match="cannot choose"):
+        evaluate(rnncodec.load(), tmp_path / "x.png", iterations=2, tunes=["psnr"])

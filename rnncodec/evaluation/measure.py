@@ -100,13 +100,13 @@ def ours(codec: Codec, iterations: int, name: str = "") -> Source:
 
 
 def allocated(codec: Codec, iterations: int, tune: TuneName, name: str = "") -> Source:
-    """The same codec with a number of iterations for each location, at the bytes of 1, 2, ... iterations everywhere.
+    """The same codec with a number of iterations for each location, at the bytes of 2, 3, ... iterations everywhere.
 
     Raises:
-        ValueError: the codec cannot choose them.
+        ValueError: the codec cannot choose them, or there is only one iteration.
     """
-    if codec.allocator is None:
-        raise ValueError(f"the weights {codec.name!r} cannot choose the iterations of each location")
+    if codec.allocator is None or iterations < 2:
+        raise ValueError(f"the weights {codec.name!r} cannot choose {iterations} iterations at each location")
 
     def run(x: np.ndarray, settings: Sequence[float]) -> Iterator[Coded]:
         sizes = _sizes(codec.encode(x, iterations))
@@ -118,8 +118,8 @@ def allocated(codec: Codec, iterations: int, tune: TuneName, name: str = "") -> 
             yield Coded(k, len(data), x_hat, None, NAN, middle - start, time.perf_counter() - middle)
 
     name = f"rnncodec-{name or codec.name}-{tune}"
-    settings = tuple(range(1, iterations + 1))
-    description = f"{_described(codec)}, at the bytes of 1 to {iterations} iterations, allocated for {tune}"
+    settings = tuple(range(2, iterations + 1))
+    description = f"{_described(codec)}, at the bytes of 2 to {iterations} iterations, allocated for {tune}"
     return Source(name, name, description, ".png", settings, run)
 
 
