@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
@@ -157,11 +158,10 @@ def info(args: argparse.Namespace) -> int:
         file = format.read(data, max_pixels=2**32)
         found, records = len(file.payloads), unpack(file.records)
         complete = found // header.parts
-        rows = [(end, header.sizes[end - 1], header.bpp[end - 1]) for end in header.ends]
-        codings = [
-            max(entry.coding for entry in header.entries[start : start + header.parts])
-            for start in range(0, len(header.entries), header.parts)
-        ]
+        sizes, bpp = header.sizes, header.bpp
+        rows = [(end, sizes[end - 1], bpp[end - 1]) for end in header.ends]
+        entries = [header.entries[start:end] for start, end in pairwise((0, *header.ends))]
+        codings = [max(entry.coding for entry in own) for own in entries]
         if args.json:
             document = {
                 "file": source,
@@ -178,10 +178,10 @@ def info(args: argparse.Namespace) -> int:
                 "records": {kind: len(value) for kind, value in records.items()},
                 "records_bytes": header.records.length if header.records else 0,
                 "iterations": [
-                    {"iteration": t, "bytes": size, "bpp": bpp, "coding": coding}
-                    for t, ((_, size, bpp), coding) in enumerate(zip(rows, codings, strict=True), 1)
+                    {"iteration": t, "bytes": size, "bpp": rate, "coding": coding}
+                    for t, ((_, size, rate), coding) in enumerate(zip(rows, codings, strict=True), 1)
                 ],
-                "sizes": header.sizes,
+                "sizes": sizes,
             }
             print(json.dumps(document))
             return
@@ -196,13 +196,11 @@ def info(args: argparse.Namespace) -> int:
         table = Table("iteration", "bytes", "bpp", "payload", "")
         for column in table.columns[:4]:
             column.justify = "right"
-        start = 0
-        for t, ((end, size, bpp), coding) in enumerate(zip(rows, codings, strict=True), 1):
-            length = sum(entry.length for entry in header.entries[start:end])
+        for t, ((end, size, rate), coding, own) in enumerate(zip(rows, codings, entries, strict=True), 1):
+            length = sum(entry.length for entry in own)
             payload = "raw" if coding == format.RAW else f"{length / (header.raw_length * header.parts):.1%}"
-            missing = "" if end <= found else "missing" if start >= found else "cut"
-            table.add_row(str(t), str(size), f"{bpp:.4f}", payload, missing)
-            start = end
+            missing = "" if end <= found else "missing" if end - len(own) >= found else "cut"
+            table.add_row(str(t), str(size), f"{rate:.4f}", payload, missing)
         Console(highlight=False).print(table)
 
     return do_each([Job(file, "", True) for file in args.paths], work)

@@ -33,9 +33,7 @@ from rnncodec.targets import Allocator
 from rnncodec.tiling import MAX_ITERATIONS, MAX_SIDE
 from rnncodec.weights import Weights, WeightsError
 
-PART = (
-    256  # locations for each part of an iteration: smaller images have fewer parts, whose headers would cost too much
-)
+PART = 256  # locations for each part of an iteration; more parts would cost small images too much in headers
 
 
 class Compressed(TypedDict):
@@ -158,9 +156,8 @@ class Codec:
                 def write(planes: Iterable[np.ndarray]) -> bytes:
                     return self._write(planes, self.session("context", *grid, maps=True), height, width, None, block)
 
-                parts = self.session("context", *grid, maps=True).parts
                 weight = region_weights(roi, self.config.stride)
-                return self.allocator.encode(pixels, target, way, weight, write, parts, progress)
+                return self.allocator.encode(pixels, target, way, weight, write, self._parts(*grid), progress)
         if roi is not None:
             raise ValueError("a region of interest needs a target, and a latent network with its context model")
         session = self.session(entropy, *self.loop.grid(height, width))  # before the work, as it may raise
@@ -217,23 +214,22 @@ class Codec:
 
         It gets at most `count` payloads.
         """
-        header: Header | None = None
+        entries: list[Entry] = []
         payloads: list[bytes] = []
         version = PARTS_VERSION if session.parts > 1 or session.maps or block else RAW_VERSION
         for coding, payload in (piece for plane in planes for piece in session.encode(plane)):
-            entries = [*(header.entries if header else ()), Entry.of(payload, coding, version)]
-            longer = self._header(height, width, entries, session, block)
-            if max_bytes is not None and longer.sizes[-1] > max_bytes:
-                if header is None:
-                    raise ValueError(longer.above(max_bytes))
-                break
-            header = longer
+            entries.append(Entry.of(payload, coding, version))
             payloads.append(payload)
+            if max_bytes is not None:
+                header = self._header(height, width, entries, session, block)
+                if header.sizes[-1] > max_bytes:
+                    if len(entries) == 1:
+                        raise ValueError(header.above(max_bytes))
+                    del entries[-1], payloads[-1]
+                    break
             if len(payloads) == count:
                 break
-        if header is None:
-            raise ValueError("there are no bits to write")
-        return format.write(Container(header, tuple(payloads), block))
+        return format.write(Container(self._header(height, width, entries, session, block), tuple(payloads), block))
 
     def decode(
         self,
@@ -382,11 +378,16 @@ class Codec:
         """
         if isinstance(entropy, Session):
             return entropy
-        parts = 1
-        if self.context is not None and entropy in (None, "context") and self.context.config.kind == "grouped":
-            groups, most = self.context.config.groups, max(1, rows * columns // PART)
-            parts = max(parts for parts in range(1, min(groups, most, MAX_PARTS) + 1) if groups % parts == 0)
-        return self._session(entropy or ("context" if self.context else "none"), rows, columns, parts, maps)
+        entropy = entropy or ("context" if self.context else "none")
+        parts = self._parts(rows, columns) if entropy == "context" else 1
+        return self._session(entropy, rows, columns, parts, maps)
+
+    def _parts(self, rows: int, columns: int) -> int:
+        """Payloads of an iteration with the context model."""
+        if self.context is None or self.context.config.kind != "grouped":
+            return 1
+        groups, most = self.context.config.groups, max(1, rows * columns // PART)
+        return max(parts for parts in range(1, min(groups, most, MAX_PARTS) + 1) if groups % parts == 0)
 
     def _session(self, entropy: EntropyName, rows: int, columns: int, parts: int, maps: bool) -> Session:
         """A new session that codes iterations in parts, or locations that may stop."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rnncodec.allocation import QUALITIES, SURVEYS, Allocation, Survey, TuneName
-from rnncodec.entropy import ContextModel, PartsSession
+from rnncodec.entropy import ContextModel, ContextSession
 from rnncodec.files.format import truncate
 from rnncodec.loop import Loop, Progress
 
@@ -230,4 +230,4 @@ class Allocator:
     def _price(self, rows: int, cols: int) -> Callable[[np.ndarray], np.ndarray]:
         """A function that gives the cost of the next iteration of rows x cols locations, see `ContextSession.price`."""
         questions = self.loop.network.binarizer.questions
-        return PartsSession(self.context, self.loop.config.bits, rows, cols, questions, 1, maps=True).price
+        return ContextSession(self.context, self.loop.config.bits, rows, cols, questions).price

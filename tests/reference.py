@@ -2,6 +2,7 @@
 
 import math
 import zlib
+from collections.abc import Iterator
 from fractions import Fraction
 
 import numpy as np
@@ -432,3 +433,15 @@ def damaged(payload, trials=40):
             yield bytes(changed)
         else:
             yield payload[: rng.integers(len(payload))]
+
+
+def damaged_files(data: bytes) -> Iterator[bytes]:
+    """200 damages of a file by turns: one byte changed, or cut anywhere."""
+    rng = np.random.default_rng(2)
+    for trial in range(200):
+        if trial % 2:
+            yield data[: rng.integers(len(data))]
+        else:
+            changed = bytearray(data)
+            changed[rng.integers(len(data))] ^= int(rng.integers(1, 256))
+            yield bytes(changed)

@@ -103,12 +103,13 @@ class Header:
             raise FormatError("a context model must be named if, and only if, a payload is coded with one")
         if self.records is not None and not 1 <= self.records.length <= MAX_BLOCK:
             raise FormatError(f"records take 1 to {MAX_BLOCK} bytes, not {self.records.length}")
+        later, raw_length = self.version >= PARTS_VERSION, self.raw_length
+        shorter = self.parts > 1 or self.maps  # raw payloads, too, have any length
+        most = min(raw_length, MAX_LENGTH) if later else raw_length
         for number, entry in enumerate(self.entries):
-            if not (0 <= entry.coding <= 255 and 0 <= entry.checksum < self._checksums):
+            if not (0 <= entry.coding <= 255 and 0 <= entry.checksum < (2**16 if later else 2**32)):
                 raise FormatError(f"{self.place(number)}: coding {entry.coding} or its checksum is out of range")
-            shorter = self.parts > 1 or self.maps  # raw payloads, too, have any length
-            least = self.raw_length if entry.coding == RAW and not shorter else 1
-            most = min(self.raw_length, MAX_LENGTH) if self.version >= PARTS_VERSION else self.raw_length
+            least = raw_length if entry.coding == RAW and not shorter else 1
             if not least <= entry.length <= most:
                 raise FormatError(f"{self.place(number)} takes {entry.length} bytes, not {least} to {most}")
 
@@ -149,17 +150,19 @@ class Header:
     @property
     def size(self) -> int:
         """Bytes before the first payload: of this header and the block of records."""
-        return self._fixed_size + sum(map(self._entry_size, self.entries))
+        return self._fixed_size(self.version) + sum(self._entry_sizes())
 
     @property
     def sizes(self) -> tuple[int, ...]:
         """Bytes of the whole file when truncated after payload 1, 2, ..."""
-        ends = itertools.accumulate(self._entry_size(entry) + entry.length for entry in self.entries)
-        fixed = [
-            self.shortened(count)._fixed_size if self.version < PARTS_VERSION else self._fixed_size
-            for count in range(1, len(self.entries) + 1)
-        ]
-        return tuple(map(operator.add, fixed, ends))
+        pairs = zip(self._entry_sizes(), self.entries, strict=True)
+        ends = itertools.accumulate(size + entry.length for size, entry in pairs)
+        # A file that was truncated before its first coded payload has a lower version.
+        own = self.version
+        versions = itertools.accumulate(
+            (own if own >= PARTS_VERSION or entry.coding != RAW else RAW_VERSION for entry in self.entries), max
+        )
+        return tuple(map(operator.add, map(self._fixed_size, versions), ends))
 
     def shortened(self, count: int) -> "Header":
         """The header of a file of the first `count` payloads."""
@@ -182,23 +185,18 @@ class Header:
         iteration, part = divmod(number, self.parts)
         return f"iteration {iteration + 1}" + (f", part {part + 1}" if self.parts > 1 else "")
 
-    @property
-    def _fixed_size(self) -> int:
-        """Bytes before the first payload without the entries of payloads."""
-        version = {RAW_VERSION: 1, CODED_VERSION: len(self.context) + 1, PARTS_VERSION: len(self.context) + PARTS.size}
+    def _fixed_size(self, version: int) -> int:
+        """Bytes before the first payload without the entries of payloads, in a version."""
+        own = {RAW_VERSION: 1, CODED_VERSION: len(self.context) + 1, PARTS_VERSION: len(self.context) + PARTS.size}
         records = len(varint(self.records.length)) + 4 + self.records.length if self.records else 0
-        return len(MAGIC) + 1 + SIZES.size + SHAPE.size + len(self.weights) + version[self.version] + records + 4
+        return len(MAGIC) + 1 + SIZES.size + SHAPE.size + len(self.weights) + own[version] + records + 4
 
-    def _entry_size(self, entry: Entry) -> int:
-        """Bytes of an entry in this header."""
+    def _entry_sizes(self) -> list[int]:
+        """Bytes of each entry in this header."""
         if self.version >= PARTS_VERSION:
-            return len(varint(2 * entry.length)) + 2
-        return 5 + (length_size(self.raw_length) if entry.coding != RAW else 0)
-
-    @property
-    def _checksums(self) -> int:
-        """Number of different checksums."""
-        return 2**16 if self.version >= PARTS_VERSION else 2**32
+            return [len(varint(2 * entry.length)) + 2 for entry in self.entries]
+        width = length_size(self.raw_length)
+        return [5 + (width if entry.coding != RAW else 0) for entry in self.entries]
 
 
 @dataclass(frozen=True)
