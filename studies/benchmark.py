@@ -9,7 +9,7 @@ It prints three tables:
 1. Patches per second of the data stream alone, over those that training `small` consumes.
 2. The time of a train step, of encoding and of decoding: `small` and the configuration of Toderici et al. 2017, in
    eager float32 and in the fastest mode, relative to the latter configuration in eager float32. The fastest mode is
-   bfloat16 by autocast where the processor has AVX-512.
+   bfloat16 by autocast where the processor has AVX512-BF16.
 3. The time of entropy coding with the shipped weights, relative to the network's part of encoding and decoding.
 
 What is compared runs in turns, so that changes of the machine's load affect all alike. Numbers are medians of the

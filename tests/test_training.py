@@ -105,12 +105,12 @@ class Recorder(L.Callback):
 
 
 @pytest.mark.parametrize(
-    ("gpu", "capability", "precision"),
-    [(False, "AVX2", "32-true"), (False, "AVX512", "bf16-mixed"), (True, "AVX2", "bf16-mixed")],
+    ("gpu", "instructions", "precision"),
+    [(False, False, "32-true"), (False, True, "bf16-mixed"), (True, False, "bf16-mixed")],
 )
-def test_mixed_precision_is_the_default_where_it_is_fast(gpu, capability, precision, monkeypatch):
+def test_mixed_precision_is_the_default_where_it_is_fast(gpu, instructions, precision, monkeypatch):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: gpu)
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: instructions)
     assert training_cli.default_precision() == precision
 
 
@@ -403,7 +403,10 @@ def test_a_share_of_the_steps_has_missing_bits():
     given = [limit for limit in limits if limit is not None]
     assert 60 < len(given) < 140  # a quarter, within five standard deviations
     assert given[0].shape == (2, 2, 3)
-    assert torch.stack(given).unique().tolist() == list(range(1, 97))
+    limits = torch.cat(given)
+    assert limits.unique().tolist() == list(range(1, 97))
+    cut = (limits == limits[:, :1, :1]).all(2).all(1).float().mean()
+    assert 0.35 < cut < 0.65  # half of the images, likewise
 
 
 def test_one_iteration_is_refused_where_processes_share_gradients():

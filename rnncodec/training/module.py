@@ -43,8 +43,9 @@ class CodecTraining(Training):
         iterations: steps of the unrolled loop, each weighted equally.
         pictures: number of iterations that are reconstructed in a training step, one drawn from each of as many equal
             ranges; 0 for all. A latent network needs few, because reconstruction costs more than an iteration.
-        missing: fraction of the training steps of a latent network in which each location receives only a random number
-            of its groups of bits.
+        missing: fraction of the training steps of a latent network in which locations receive only a random number of
+            their groups of bits: in half of the images each its own, in the others all the same, as in a file that was
+            cut.
         distortion: `l1`, the mean L1 error of all iterations (Toderici et al. 2017), or `rmse`, the geometric mean of
             their root mean square errors, in which a decibel counts the same in each iteration.
         growth: number of iterations to unroll, by the training step from which it applies, such as {0: 2, 1000: 4,
@@ -187,7 +188,9 @@ class CodecTraining(Training):
         batch, _, height, width = x.shape
         counts = config.iterations * config.groups
         shape = batch, height // config.stride, width // config.stride
-        return torch.randint(1, counts + 1, shape, device=x.device)
+        each = torch.randint(1, counts + 1, shape, device=x.device)
+        cut = torch.rand(batch, 1, 1, device=x.device) < 0.5
+        return torch.where(cut, each[:, :1, :1], each)
 
     def loss(self, x: Tensor, steps: list[Step]) -> Tensor:
         """The loss of the unrolled steps, here the distortion of those that `draws` selects."""
