@@ -1,4 +1,4 @@
-"""Errors of files, and what any error says in one line."""
+"""Errors and warnings of files, and what any error says in one line."""
 
 
 class FormatError(ValueError):
@@ -7,6 +7,10 @@ class FormatError(ValueError):
 
 class ImageError(ValueError):
     """Raised for images that cannot be read or written; the message is one line and names the file."""
+
+
+class ImageWarning(UserWarning):
+    """Warns that an image was read or written, but not all of it was kept; the message is one line without its name."""
 
 
 def one_line(error: BaseException) -> str:
