@@ -1,8 +1,30 @@
-"""Types of command-line arguments, whose errors say what was expected."""
+"""The arguments of the command line: their types, whose errors say what was expected, and the parser of commands."""
 
 import argparse
 import math
 from contextlib import suppress
+from pathlib import Path
+from typing import get_args
+
+from rnncodec import __version__
+from rnncodec.files import format, images
+
+PATHS = """\
+Exactly two paths, the second of which is '-' or ends in {suffix}, are one input and its output, which is
+overwritten if it exists. Otherwise every path is an input, and a folder stands for all {kind} below it.
+Outputs are written beside their inputs or, with --output-dir, to that folder and the same folders below it;
+existing files are replaced only with --force. '-' is standard input or output; alone, it is both.{more}
+
+The exit status is 0 if all is done, 1 if a file failed{skipped}, 2 for wrong usage, 130 if interrupted."""
+
+ENCODE = PATHS.format(
+    suffix=".rnc",
+    kind="images",
+    more="""
+Images that differ only in their suffixes keep them: a.jpg and a.png become a.jpg.rnc and a.png.rnc.""",
+    skipped=" or a picture in a folder was skipped,\nbecause it is of a format that is not supported or not installed",
+)
+DECODE = PATHS.format(suffix="the suffix of an image format", kind=".rnc files", more="", skipped="")
 
 
 def positive(text: str) -> float:
@@ -35,3 +57,144 @@ def port(text: str) -> int:
         if 0 <= (value := int(text)) < 2**16:
             return value
     raise argparse.ArgumentTypeError(f"must be a port from 0 to {2**16 - 1}, not {text}")
+
+
+def weights_file(text: str) -> str:
+    """A path by which weights are found again."""
+    if Path(text).suffix != ".safetensors":
+        raise argparse.ArgumentTypeError(f"must end in .safetensors, not {text}")
+    return text
+
+
+def command_line() -> argparse.ArgumentParser:
+    """The parser of the command line, which gives the name of a command as `command`, and its arguments."""
+    parser = argparse.ArgumentParser("rnncodec", description="A recurrent progressive image codec.")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", title="commands")
+
+    def add(command: str, help: str, epilog: str = "") -> argparse.ArgumentParser:
+        sub = commands.add_parser(
+            command,
+            help=help,
+            description=f"{help[0].upper()}{help[1:]}.",
+            epilog=epilog,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        sub.set_defaults(command=command)
+        return sub
+
+    def add_coding(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("paths", nargs="+", metavar="PATH", help="inputs, or one input and its output; see below")
+        sub.add_argument("--output-dir", metavar="DIR", type=Path, help="folder for outputs, made if it does not exist")
+        sub.add_argument("--force", action="store_true", help="replace existing outputs whose names were not given")
+        sub.add_argument("--quiet", action="store_true", help="show only errors")
+        sub.add_argument("--weights", metavar="W", help="name of shipped weights, or path of a .safetensors file")
+        sub.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="device to compute on")
+        sub.add_argument(
+            "--bfloat16",
+            action="store_true",
+            help="compute less precisely where encoder and decoder need not agree: faster on some machines",
+        )
+        sub.add_argument(
+            "--max-pixels",
+            metavar="N",
+            type=positive_int,
+            default=images.MAX_PIXELS,
+            help="refuse larger images (default: %(default)s)",
+        )
+
+    sub = add("encode", "compress images to .rnc files", ENCODE)
+    add_coding(sub)
+    target = sub.add_mutually_exclusive_group()
+    target.add_argument(
+        "--iterations", metavar="N", type=positive_int, help="how many (default: 16, or all if there are fewer)"
+    )
+    target.add_argument("--quality", metavar="Q", type=quality, help="from 1, the smallest file, to 100, the best")
+    target.add_argument(
+        "--bpp", metavar="B", type=positive, help="at most this many bits per pixel, for the whole file"
+    )
+    target.add_argument("--bytes", metavar="N", type=positive_int, help="at most this many bytes, for the whole file")
+    target.add_argument("--psnr", metavar="DB", type=positive, help="the PSNR of the decoded image in dB")
+    sub.add_argument(
+        "--tune",
+        choices=("ms-ssim", "psnr"),
+        default="ms-ssim",
+        help="where weights allow different numbers of iterations in an image: what the bits of a target are spent for "
+        "(default: %(default)s)",
+    )
+    sub.add_argument(
+        "--roi",
+        metavar="MASK",
+        help="for a target: an image of the same size, white where the picture matters most, black where least",
+    )
+    coder = sub.add_mutually_exclusive_group()
+    coder.add_argument(
+        "--entropy",
+        choices=get_args(format.EntropyName)[1:],
+        help="entropy coder (default: the context model of the weights)",
+    )
+    coder.add_argument(
+        "--no-entropy", dest="entropy", action="store_const", const="none", help="store raw bits, which is faster"
+    )
+
+    sub.add_argument("--strip", action="store_true", help="leave out EXIF and XMP")
+
+    sub = add("decode", "decompress .rnc files", DECODE)
+    add_coding(sub)
+    sub.add_argument("--iterations", metavar="K", type=positive_int, help="decode only this many (default: all)")
+    sub.add_argument("--format", metavar="F", help="image format, as a suffix (default: that of the output, or png)")
+    sub.add_argument("--strip", action="store_true", help="leave out EXIF and XMP")
+
+    sub = add("info", "show size, weights, and bytes and bits per pixel of each iteration")
+    sub.add_argument("paths", nargs="+", metavar="FILE", help=".rnc files, or '-'")
+    sub.add_argument("--json", action="store_true", help="one line with a JSON object for each file")
+
+    sub = add("truncate", "shorten a file to its first iterations; without a limit, to those that are complete")
+    sub.add_argument("input", metavar="IN", help="an .rnc file, or '-'")
+    sub.add_argument("output", metavar="OUT", help="the file to write, overwritten if it exists, or '-'")
+    limit = sub.add_mutually_exclusive_group()
+    limit.add_argument("--iterations", metavar="K", type=positive_int, help="how many to keep")
+    limit.add_argument("--bytes", metavar="N", type=positive_int, help="keep as many as fit in this many bytes")
+    sub.add_argument("--strip", action="store_true", help="leave out all records, such as EXIF and XMP")
+
+    sub = add("export", "export a checkpoint of a training as weights for --weights, in half precision")
+    sub.add_argument("checkpoint", metavar="CHECKPOINT", help="a .ckpt file")
+    sub.add_argument(
+        "output", metavar="OUT", type=weights_file, help="the .safetensors file to write, overwritten if it exists"
+    )
+    kind = sub.add_mutually_exclusive_group(required=True)
+    kind.add_argument("--name", help="name of the weights, which files made with them contain")
+    kind.add_argument(
+        "--context", metavar="MODEL", help="add this context model of the checkpoint to the weights in OUT"
+    )
+    kind.add_argument(
+        "--allocation",
+        metavar="PHOTOS",
+        type=Path,
+        help="calibrate the weights in CHECKPOINT, of a latent network, on a folder of photographs, so that an encoder "
+        "can choose how many iterations each location gets",
+    )
+
+    sub = add("rate", "serve a page where people say which of two reconstructions is closer to the original")
+    sub.add_argument(
+        "results", metavar="RESULTS", type=Path, help="the folder that `rnncodec evaluate --save-images` wrote"
+    )
+    sub.add_argument("--host", default="127.0.0.1", help="where to listen (default: %(default)s, this computer only)")
+    sub.add_argument("--port", metavar="N", type=port, default=8000, help="0 for any free port (default: %(default)s)")
+    sub.add_argument(
+        "--votes", metavar="FILE", type=Path, help="file that keeps the votes (default: votes.sqlite in RESULTS)"
+    )
+    sub.add_argument(
+        "--rates",
+        metavar="B",
+        nargs="+",
+        type=positive,
+        default=[0.25, 0.5, 1.0],
+        help="bits per pixel near which codecs are compared, at matched bytes (default: 0.25 0.5 1.0)",
+    )
+    sub.add_argument("--scores", action="store_true", help="show the scores from the votes, serve nothing")
+    sub.add_argument("--json", action="store_true", help="show the scores as one JSON object")
+
+    commands.add_parser("train", help="train a codec or a context model: `rnncodec train fit --config small ...`")
+    commands.add_parser("evaluate", help="measure codecs on images: tables, curves, pictures, a report")
+    return parser

@@ -1,32 +1,18 @@
-"""Runs a command file by file: pairs inputs with outputs, shows progress and reports failures."""
+"""Pairs inputs with outputs, and reads and writes .rnc files."""
 
 import argparse
 import os
-import sys
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
-
+from rnncodec.console import is_terminal, stdin, stdout
 from rnncodec.files import format, images
 from rnncodec.files.format import FormatError, Header
-from rnncodec.files.images import one_line
 
 HEADER_BYTES = 2**15  # no header is longer
 MAX_FILE_BYTES = 2**31  # twice the size of 16 iterations of the largest image
-FAILURES = (ValueError, OSError, MemoryError, RuntimeError)  # torch reports exhausted memory as RuntimeError
-
-PATHS = """\
-Exactly two paths, the second of which is '-' or ends in {suffix}, are one input and its output, which is
-overwritten if it exists. Otherwise every path is an input, and a folder stands for all {kind} below it.
-Outputs are written beside their inputs or, with --output-dir, to that folder and the same folders below it;
-existing files are replaced only with --force. '-' is standard input or output; alone, it is both."""
-
-Report = Callable[[int, int], None]
 
 
 class UsageError(ValueError):
@@ -42,9 +28,20 @@ class Job(NamedTuple):
 
 
 def find_jobs(
-    args: argparse.Namespace, suffix: str, output_suffixes: set[str], search: Callable[[Path], list[Path]]
+    args: argparse.Namespace,
+    suffix: str,
+    output_suffixes: set[str],
+    search: Callable[[Path], list[Path]],
+    skipped: Sequence[Path] = (),
 ) -> list[Job]:
-    """Pairs inputs with outputs by the rules of `PATHS`.
+    """Pairs inputs with outputs by the rules of `rnncodec.arguments.PATHS`.
+
+    Args:
+        args: with `paths`, `output_dir` and `force`.
+        suffix: of outputs whose names are not given.
+        output_suffixes: those by which a path is known as an output.
+        search: gives the inputs in a folder.
+        skipped: files that are left out, so that a folder with one of them is not empty.
 
     Raises:
         UsageError: the arguments cannot be combined.
@@ -58,31 +55,42 @@ def find_jobs(
             raise UsageError("give an output or --output-dir, not both")
         if Path(paths[0]).is_dir():
             raise UsageError(f"{paths[0]} is a folder and cannot become one output")
+        refuse_terminal(paths[1])
         jobs = [Job(paths[0], paths[1], True)]
     elif "-" in paths:
         raise UsageError("'-' cannot be one of several inputs")
     else:
-        jobs = []
+        places: dict[tuple[Path, Path], None] = {}  # inputs, and the same names where their outputs are to be
         for path in map(Path, paths):
             files = search(path) if path.is_dir() else [path]
-            if not files:
+            if not files and not any(file.is_relative_to(path) for file in skipped):
                 raise ValueError(f"nothing to do in {path}")
             for file in files:
-                place = file if args.output_dir is None else args.output_dir / _below(file, path)
-                jobs.append(Job(str(file), str(place.with_suffix(suffix)), args.force))
-        jobs = list(dict.fromkeys(jobs))
+                places[file, file if args.output_dir is None else args.output_dir / _below(file, path)] = None
+        targets = _outputs([place for _, place in places], suffix)
+        jobs = [Job(str(file), str(target), args.force) for (file, _), target in zip(places, targets, strict=True)]
     sources = {os.path.realpath(job.source): job.source for job in jobs if job.source != "-"}
-    targets: dict[str, str] = {}
+    taken: dict[str, str] = {}
     for job in jobs:
         if job.target == "-":
             continue
         target = os.path.realpath(job.target)
         if target in sources:
             raise ValueError(f"{job.target} would overwrite the input {sources[target]}")
-        if target in targets:
-            raise ValueError(f"{targets[target]} and {job.source} would both become {job.target}")
-        targets[target] = job.source
+        if target in taken:
+            raise ValueError(f"{taken[target]} and {job.source} would both become {job.target}")
+        taken[target] = job.source
     return jobs
+
+
+def refuse_terminal(target: str) -> None:
+    """Refuses an output that is a terminal, which would take its bytes for commands.
+
+    Raises:
+        UsageError: it is.
+    """
+    if target == "-" and is_terminal():
+        raise UsageError("standard output is a terminal; name a file, or redirect the output")
 
 
 def find_files(folder: Path) -> list[Path]:
@@ -95,57 +103,18 @@ def _below(file: Path, root: Path) -> Path:
     return Path(file.name) if file == root else file.relative_to(root)
 
 
-def do_each(jobs: Sequence[Job], work: Callable[[str, str, Report], str | None]) -> int:
-    """Does all jobs, even if some of them fail, and gives the exit status."""
-    failed = False
-    with _progress(len(jobs)) as start:
-        for job in jobs:
-            try:
-                if not job.overwrite and os.path.lexists(job.target):
-                    raise ValueError(f"{job.target} exists; --force replaces it")
-                if job.target not in ("", "-"):
-                    Path(job.target).parent.mkdir(parents=True, exist_ok=True)
-                with warnings.catch_warnings(record=True) as caught:
-                    warnings.simplefilter("always")
-                    summary = work(job.source, job.target, start(job.source))
-                for warning in caught:
-                    complain(f"warning: {job.source}: {warning.message}")
-                if summary and job.target != "-":
-                    print(f"{printable(job.target)}: {summary}")
-            except BrokenPipeError:
-                raise
-            except FAILURES as error:
-                message = one_line(error)
-                complain(f"error: {message}" if job.source in message else f"error: {job.source}: {message}")
-                failed = True
-    return int(failed)
-
-
-def columns() -> tuple[ProgressColumn, ...]:
-    """The columns of a progress bar: description, bar, count and remaining time."""
-    return TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-
-
-@contextmanager
-def _progress(jobs: int) -> Iterator[Callable[[str], Report]]:
-    """Shows progress bars on standard error if it is a terminal; gives a function that starts the bar of a job."""
-    if not (sys.stderr and sys.stderr.isatty()):
-        yield lambda source: lambda done, total: None
-        return
-    on_terminal = bool(sys.stdout and sys.stdout.isatty())
-    with Progress(*columns(), console=Console(stderr=True), transient=True, redirect_stdout=on_terminal) as bars:
-        files = bars.add_task("files", total=jobs, visible=jobs > 1)
-        steps = bars.add_task("", total=None)
-        begun = 0
-
-        def start(source: str) -> Report:
-            nonlocal begun
-            bars.update(files, completed=begun)
-            begun += 1
-            bars.reset(steps, description=printable(source), total=None)
-            return lambda done, total: bars.update(steps, completed=done, total=total)
-
-        yield start
+def _outputs(places: Sequence[Path], suffix: str) -> list[Path]:
+    """Names of outputs: a suffix in place of that of each input, or behind it where two would have the same name."""
+    found = [place.with_suffix(suffix) for place in places]
+    while True:
+        count = Counter(found)
+        longer = [
+            place.with_name(place.name + suffix) if count[name] > 1 else name
+            for place, name in zip(places, found, strict=True)
+        ]
+        if longer == found:
+            return found
+        found = longer  # which may be the name of another
 
 
 def read(source: str) -> tuple[Header, bytes]:
@@ -174,27 +143,3 @@ def write(target: str, data: bytes) -> None:
         stdout().write(data)
     else:
         images.atomic_write(target, data)
-
-
-def stdin() -> BinaryIO:
-    """Standard input as a binary file."""
-    if sys.stdin is None:
-        raise OSError("standard input is closed")
-    return sys.stdin.buffer
-
-
-def stdout() -> BinaryIO:
-    """Standard output as a binary file."""
-    if sys.stdout is None:
-        raise OSError("standard output is closed")
-    return sys.stdout.buffer
-
-
-def complain(message: str) -> None:
-    """Prints one line on standard error."""
-    print(f"rnncodec: {printable(message)}", file=sys.stderr)
-
-
-def printable(text: str) -> str:
-    """Escapes characters that would move the cursor or cannot be encoded, as names of files may contain any."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)

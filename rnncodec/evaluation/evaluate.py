@@ -14,6 +14,7 @@ from rich.progress import Progress
 import rnncodec
 from rnncodec.allocation import TuneName
 from rnncodec.codec import MAX_ITERATIONS, Codec
+from rnncodec.console import columns
 from rnncodec.evaluation.baselines import BASELINES
 from rnncodec.evaluation.measure import (
     Coded,
@@ -32,7 +33,6 @@ from rnncodec.evaluation.report import write_report
 from rnncodec.evaluation.results import Results
 from rnncodec.files.format import NAME_PATTERN
 from rnncodec.files.images import find_images, load_image, one_line, save_image
-from rnncodec.jobs import columns
 from rnncodec.metrics.curves import Point, from_json
 
 PUBLISHED = Path(__file__).with_name("published")
