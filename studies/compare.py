@@ -213,7 +213,7 @@ def measure(variant: Variant, args: argparse.Namespace) -> Result:
 
 def quality(curve: Sequence[Point]) -> dict[str, float]:
     """The areas and PSNR of a mean curve, by column."""
-    psnr = {point.setting: point.psnr for point in curve}
+    psnr = {point.setting: point.psnr for point in curve if point.image == "mean"}
     areas = {
         f"{metric}_{name}": area(curve, metric, *span)
         for name, span in SPANS.items()

@@ -44,11 +44,45 @@ def test_mean_curve_is_the_mean_at_equal_setting():
         Point("b", "codec", 2, 500, 1.5, psnr=31),
         Point("b", "codec", 3, 900, 2.5, psnr=35),  # a mean of one image would be another curve
     ]
-    first, second = mean_curve(points)
-    assert (first.setting, first.bytes, first.bpp, first.psnr, first.ms_ssim) == (1, 150, 0.5, 23, 0.8)
-    assert (second.setting, second.bytes, second.bpp, second.psnr, second.ms_ssim) == (2, 400, 1.0, 30.5, 0.9)
+    first, second, *of_one = mean_curve(points)
+    assert (first.setting, first.bytes, first.bpp, first.psnr) == (1, 150, 0.5, 23)
+    assert (second.setting, second.bytes, second.bpp, second.psnr) == (2, 400, 1.0, 30.5)
     assert math.isnan(first.psnr_hvs)
     assert (first.image, first.picture) == ("mean", "")
+    # MS-SSIM stands beside the bytes and the rate of the one image that has it.
+    assert [(p.image, p.setting, p.bytes, p.bpp, p.ms_ssim) for p in of_one] == [
+        ("mean of 1", 1, 100, 0.25, 0.8),
+        ("mean of 1", 2, 300, 0.5, 0.9),
+    ]
+    assert all(map(math.isnan, (first.ms_ssim, second.ms_ssim, *(point.psnr for point in of_one))))
+
+
+def test_a_metric_that_an_image_lacks_at_one_setting_is_not_of_that_image():
+    points = [Point(image, "codec", k, 100 * k, k, psnr=20 + k) for image in ("a", "b") for k in (1, 2)]
+    points += [Point("c", "codec", k, 400 * k, 4 * k, psnr=psnr) for k, psnr in ((1, 40), (2, math.nan))]
+    curve = mean_curve(points)
+    assert samples(curve, "psnr")[0].tolist() == [1, 2]  # not 2 and 4, the rates of all three
+    assert samples(curve, "psnr")[1].tolist() == [21, 22]
+    assert [(p.image, p.bytes) for p in curve] == [("mean", 200), ("mean", 400), ("mean of 2", 100), ("mean of 2", 200)]
+
+
+def test_no_rate_of_small_images_stands_beside_the_ms_ssim_of_large_ones():
+    """Of the image with MS-SSIM, the codec takes half of the bits. What it takes of the other does not count."""
+    rates, similarities = np.array([0.125, 0.25, 0.5, 1.0, 2.0]), [0.8, 0.9, 0.95, 0.97, 0.99]
+    for small in (0.1, 5.0):
+        curves = []
+        for codec, factor, of_small in (("other", 1, 4), ("mine", 1 / 2, small)):
+            points = [Point("small", codec, k, 1, of_small * rate, psnr=30) for k, rate in enumerate(rates)]
+            for k, (rate, similarity) in enumerate(zip(rates, similarities, strict=True)):
+                points.append(Point("large", codec, k, 1, factor * rate, psnr=30, ms_ssim=similarity))
+            curves.append(mean_curve(points))
+        other, mine = curves
+        assert bd_rate(other, mine, "ms_ssim_db") == (pytest.approx(-50, abs=1e-6), 1)
+        assert area(other, "ms_ssim", 0.25, 1.0) == pytest.approx(0.925 * 0.25 + 0.96 * 0.5)
+        assert interpolate(mine, "ms_ssim", 0.25) == pytest.approx(0.95)
+        results = json.loads(to_json(mine, "mine", ""))["results"]
+        assert results["bpp"][5:] == (rates / 2).tolist()
+        assert results["ms-ssim-rgb"] == [None] * 5 + similarities
 
 
 def test_an_equal_picture_takes_its_setting_out_of_the_curve():

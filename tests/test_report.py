@@ -594,15 +594,21 @@ def test_curves_and_table(shared, browser, open_page):
 
     rates, levels = zip(*((mean("jpeg", q, "bpp"), mean("jpeg", q, "psnr")) for q in QUALITIES["jpeg"]), strict=True)
     cells = [[cell.text for cell in row.find_elements(By.CSS_SELECTOR, "td")] for row in rows_in(browser)]
-    assert [row[0] for row in cells] == ["1", "2", "4"]
+    # MS-SSIM, which only one of the images has, stands beside the bytes of that image.
+    assert [row[0] for row in cells] == ["1", "2", "4", "1 (mean of 1)", "2 (mean of 1)", "4 (mean of 1)"]
     own = [cell.text for cell in browser.find_elements(By.CSS_SELECTOR, "thead th[rowspan]")]
     assert own[3:6] == ["PSNR, dB", "MS-SSIM", "PSNR-HVS-M, dB"]
     names = [cell.text for cell in browser.find_elements(By.CSS_SELECTOR, "thead tr:last-child th")]
     jpeg = len(own) + names.index("JPEG")
-    for t, row in zip((1, 2, 4), cells, strict=True):
+    beta = {row["setting"]: row for row in rows_of(shared) if (row["image"], row["codec"]) == ("beta", CODEC)}
+    for t, row in zip((1, 2, 4), cells[3:], strict=True):
+        assert row[1:3] == [whole(float(beta[str(t)]["bytes"])), f"{float(beta[str(t)]['bpp']):.4f}"]
+        assert row[3:6] == ["–", f"{0.9 + t / 1000:.4f}", "–"]
+        assert set(row[6:]) == {"–"}  # of the PSNR of all images
+    for t, row in zip((1, 2, 4), cells[:3], strict=True):
         bpp = mean(CODEC, t, "bpp")
         assert row[1:4] == [whole(mean(CODEC, t, "bytes")), f"{bpp:.4f}", f"{20.5 + 2 * t:.2f}"]
-        assert row[4:6] == [f"{0.9 + t / 1000:.4f}", f"{21.5 + 2 * t:.2f}"]
+        assert row[4:6] == ["–", f"{21.5 + 2 * t:.2f}"]
         expected = f"{np.interp(bpp, rates, levels):.2f}" if rates[0] <= bpp <= rates[-1] else "–"
         assert row[jpeg] == expected
     assert cells[0][jpeg] == "–"
@@ -625,7 +631,7 @@ def test_curves_and_table(shared, browser, open_page):
 
     find(browser, "#metric button[value=ms_ssim]").click()
     assert text(browser, "thead th[colspan]") == "MS-SSIM of others at the same bpp"
-    assert "MS-SSIM, dB" in text(browser, "#chart svg")
+    assert "MS-SSIM, dB, mean of 1" in text(browser, "#chart svg")
     ActionChains(browser).move_to_element(find(browser, "#chart .ours circle")).perform()
     assert f"MS-SSIM 0.9010, {-10 * math.log10(1 - 0.901):.2f} dB" in text(browser, "#tip")
     find(browser, "#scope button[value=image]").click()  # alpha, which has no MS-SSIM

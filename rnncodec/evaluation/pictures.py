@@ -19,7 +19,7 @@ PANEL = (224, 224)  # width and height in pixels of a picture in a comparison
 
 def figure(curves: dict[str, list[Point]], overlays: Sequence[str] = ()) -> Figure:
     """Draws mean curves over bpp, each with a label on the right; the first sets the range, overlays are dashed."""
-    end = next(iter(curves.values()))[-1].bpp
+    end = max(point.bpp for point in next(iter(curves.values())))
     drawing = Figure(figsize=(5 * len(CURVES), 4.8), dpi=110, layout="constrained")
     panels = drawing.subplots(1, len(CURVES), squeeze=False)[0]
     for axes, (attribute, metric) in zip(panels, CURVES.items(), strict=True):

@@ -21,8 +21,7 @@ from rnncodec.evaluation.tables import (
     summary_csv,
 )
 from rnncodec.files.images import atomic_write
-from rnncodec.metrics.curves import Point, mean_curve, to_csv, to_json
-from rnncodec.metrics.distortion import MS_SSIM_MIN_SIDE
+from rnncodec.metrics.curves import METRICS, Point, mean_curve, to_csv, to_json
 
 
 @dataclass(frozen=True)
@@ -71,12 +70,15 @@ class Results:
 
     @cached_property
     def images(self) -> str:
-        """The number of images that the means are of, and that for MS-SSIM if some images are too small for it."""
+        """The number of images that the means are of, and that for each metric that only some of them have."""
         mine = [point for point in self.points if point.codec == self.sources[0].name]
         count = len({point.image for point in mine})
-        large = len({point.image for point in mine if not np.isnan(point.ms_ssim)})
-        exception = f", MS-SSIM of the {large} with sides of at least {MS_SSIM_MIN_SIDE}" if large < count else ""
-        return f"{count} image{'s' * (count > 1)}{exception}"
+        text = f"{count} image{'s' * (count > 1)}"
+        for name, metric in METRICS.items():
+            having = len({point.image for point in mine if not np.isnan(getattr(point, name))})
+            if 0 < having < count:
+                text += f", {metric.title} of the {having} large enough"
+        return text
 
     @property
     def files(self) -> list[str]:

@@ -4,6 +4,7 @@ import csv
 import io
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import numpy as np
 from rich.table import Table
@@ -23,21 +24,23 @@ COMPARED = ("psnr", "ms_ssim")  # of `rivals_table`
 
 
 def curve_table(curve: Sequence[Point], images: str) -> Table:
-    """A table of all metrics of a mean curve."""
+    """A table of all metrics of a mean curve; those that only some images have have rows of their own."""
     result = Table(title=f"{curve[0].codec}, mean of {images}")
     for column in ("", "bytes", "bpp", *(metric.title for metric in METRICS.values())):
         result.add_column(column, justify="right", no_wrap=True)
-    for point in curve:
-        cells = [number(getattr(point, name), metric.digits) for name, metric in METRICS.items()]
-        result.add_row(f"{point.setting:g}", number(point.bytes, 0), number(point.bpp, 4), *cells)
+    for name, points in groupby(curve, key=lambda point: point.image):
+        result.add_section()
+        for point in points:
+            setting = f"{point.setting:g}" if name == "mean" else f"{point.setting:g} ({name})"
+            cells = [number(getattr(point, metric), METRICS[metric].digits) for metric in METRICS]
+            result.add_row(setting, number(point.bytes, 0), number(point.bpp, 4), *cells)
     return result
 
 
 def rivals_table(curves: dict[str, list[Point]]) -> Table:
     """A table of all mean curves at the bits per pixel of the first after 1, 2, 4, 8 and 16 iterations."""
-    rates = [
-        (point.setting, point.bpp) for point in next(iter(curves.values())) if point.setting in REPORTED_ITERATIONS
-    ]
+    first = next(iter(curves.values()))
+    rates = [(p.setting, p.bpp) for p in first if p.image == "mean" and p.setting in REPORTED_ITERATIONS]
     result = Table(title="PSNR and MS-SSIM at the same bits per pixel")
     result.add_column("iterations\nbpp", overflow="fold")
     for setting, bpp in rates:

@@ -23,7 +23,7 @@ class Point:
     """A point of a rate-distortion curve, of one image or the mean of several; missing values are nan.
 
     Attributes:
-        image: name of the image, or `mean`.
+        image: name of the image; `mean`, or `mean of N` where only so many images have the metrics.
         codec: name of the codec; the name of the evaluated one begins with `rnncodec`.
         setting: iterations, or what the codec calls quality; printed with `:g`.
         bytes: of the whole file.
@@ -119,22 +119,32 @@ COMPRESSAI = {"bpp": "bpp"} | {metric.compressai: name for name, metric in METRI
 def mean_curve(points: Iterable[Point]) -> list[Point]:
     """The mean over images of one codec's points, at each setting that all of them have, in order of setting.
 
-    Each measure is the mean over the images that have it. It is infinite if one of them is, such as the PSNR of an
-    equal image; `samples` leaves such values out.
+    Every value of a point is a mean over the same images. Metrics that only some images have, as small ones have no
+    MS-SSIM, therefore follow in points of their own, named `mean of N`, whose bytes and bpp are those of the N images
+    that have the metric at every setting. A mean is infinite if one of its values is, such as the PSNR of an equal
+    image; `samples` leaves it out.
     """
     groups: dict[float, list[Point]] = {}
     for point in points:
         groups.setdefault(point.setting, []).append(point)
-    images = {point.image for group in groups.values() for point in group}
+    images = frozenset(point.image for group in groups.values() for point in group)
+    # Others are measured only for single images, to match the bytes of a file.
+    complete = [group for _, group in sorted(groups.items()) if len(group) == len(images)]
+    having = {
+        metric: images - {point.image for group in complete for point in group if math.isnan(getattr(point, metric))}
+        for metric in METRICS
+    }
     curve = []
-    for setting, group in sorted(groups.items()):
-        if len(group) < len(images):
-            continue  # measured only for single images, to match the bytes of a file
-        means = {}
-        for name in MEASURES:
-            values = [value for point in group if not math.isnan(value := getattr(point, name))]
-            means[name] = float(np.mean(values)) if values else NAN
-        curve.append(Point("mean", group[0].codec, setting, **means))
+    for members in sorted({images, *filter(None, having.values())}, key=len, reverse=True):
+        name = "mean" if members == images else f"mean of {len(members)}"
+        for group in complete:
+            chosen = [point for point in group if point.image in members]
+            means: dict[str, Any] = {
+                measure: float(np.mean([getattr(point, measure) for point in chosen]))
+                for measure in MEASURES
+                if having.get(measure, members) == members
+            }
+            curve.append(Point(name, chosen[0].codec, chosen[0].setting, **means))
     return curve
 
 
