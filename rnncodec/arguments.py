@@ -91,6 +91,12 @@ def command_line() -> argparse.ArgumentParser:
         sub.add_argument("--weights", metavar="W", help="name of shipped weights, or path of a .safetensors file")
         sub.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="device to compute on")
         sub.add_argument(
+            "--threads",
+            metavar="N",
+            type=positive_int,
+            help="processors to compute on (default: OMP_NUM_THREADS, or those without other work, at most 8)",
+        )
+        sub.add_argument(
             "--bfloat16",
             action="store_true",
             help="compute less precisely where encoder and decoder need not agree: faster on some machines",

@@ -19,6 +19,7 @@ from rnncodec.files import format, images
 from rnncodec.files.errors import ImageWarning, one_line
 from rnncodec.files.format import Header
 from rnncodec.jobs import Job, UsageError, find_files, find_jobs, read, refuse_terminal, write
+from rnncodec.threads import use_threads
 
 if TYPE_CHECKING:
     from rnncodec.codec import Codec  # elsewhere imported only where it is used, because importing torch takes seconds
@@ -82,6 +83,7 @@ def encode(args: argparse.Namespace) -> int:
     jobs = find_jobs(args, ".rnc", {".rnc"}, lambda folder: images.find_images([folder]))
     if args.roi and len(jobs) > 1:
         raise UsageError("--roi goes with one image")
+    use_threads(args.threads)
     codec = _codec(args.weights or "small", args)
     _check_iterations(args, codec.max_iterations)
     roi = None
@@ -115,6 +117,7 @@ def decode(args: argparse.Namespace) -> int:
         raise UsageError(f"unknown --format {args.format!r}")
     jobs = find_jobs(args, suffix, suffixes, find_files)
     _check_iterations(args, format.MAX_ITERATIONS)
+    use_threads(args.threads)
     codecs: dict[bytes, Codec] = {}
     if args.weights:
         given = _codec(args.weights, args)

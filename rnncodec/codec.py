@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from rnncodec import threads  # noqa: F401 - its hook lets forked processes compute
 from rnncodec.allocation import TuneName, region_weights
 from rnncodec.entropy import EntropyName, Session, new_session, signs
 from rnncodec.files import format
@@ -25,8 +26,9 @@ from rnncodec.files.format import (
     FormatError,
     Header,
 )
-from rnncodec.files.images import MAX_PIXELS, to_rgb
+from rnncodec.files.images import MAX_PIXELS
 from rnncodec.files.records import pack
+from rnncodec.inputs import Input, read_input
 from rnncodec.loop import Loop, Progress
 from rnncodec.network import to_uint8
 from rnncodec.targets import Allocator
@@ -89,7 +91,7 @@ class Codec:
 
     def encode(
         self,
-        image: Image.Image | np.ndarray | Tensor,
+        image: Input,
         iterations: int | None = None,
         *,
         quality: float | None = None,
@@ -109,7 +111,8 @@ class Codec:
         Other networks choose the number of iterations for the whole image.
 
         Args:
-            image: PIL image of any mode, uint8 array [H, W, 3], or tensor [3, H, W] in [0, 1], rounded to 8 bits.
+            image: path of an image file, PIL image of any mode, uint8 array [H, W, 3], or tensor [3, H, W] in [0, 1],
+                rounded to 8 bits.
             iterations: at least 1, 16 by default, at most `max_iterations`.
             quality: from 1 to 100, see README.md.
             bpp: the most bits per pixel of the whole file.
@@ -120,20 +123,21 @@ class Codec:
                 as much; needs a target, and a network that chooses the iterations of each location, by squared error.
             entropy: coder of the bits (see `rnncodec.entropy`), a new session of it, or `none` for raw bits; None takes
                 the context model if the weights have one. Iterations that a coder does not shorten are stored raw.
-            records: what the file is to say of the photograph, as `rnncodec.files.load_photograph` gives it.
+            records: what the file is to say of the photograph, as `rnncodec.files.load_photograph` gives it; None takes
+                what an image file says, nothing for other images.
             progress: is called with the number of steps done and the number of all steps.
 
         Returns:
             The bytes of a file, see FORMAT.md.
 
         Raises:
-            ValueError: the image, the target or the records are not as above, or not even the first payload fits bpp or
-                max_bytes.
+            ValueError: the image, the target or the records are not as above, the image file cannot be read, or not
+                even the first payload fits bpp or max_bytes.
         """
         if sum(target is not None for target in (iterations, quality, bpp, max_bytes, psnr)) > 1:
             raise ValueError("give one of iterations, quality, bpp, max_bytes and psnr, not several")
-        block = pack(records or {})
-        array = _as_array(image)
+        array, own = read_input(image)
+        block = pack(own if records is None else records)
         height, width = array.shape[:2]
         if max(height, width) > MAX_SIDE:
             raise ValueError(f"an image has at most {MAX_SIDE} pixels a side, not {width}x{height}")
@@ -433,18 +437,3 @@ class Codec:
             )
         if header.iterations > self.max_iterations:
             raise FormatError(f"{header.iterations} iterations, its weights decode up to {self.max_iterations}")
-
-
-def _as_array(image: Image.Image | np.ndarray | Tensor) -> np.ndarray:
-    """Converts any image that `Codec.encode` takes to uint8 [H, W, 3]."""
-    if isinstance(image, Image.Image):
-        return to_rgb(image)
-    if isinstance(image, Tensor):
-        if image.ndim != 3 or image.shape[0] != 3 or not image.is_floating_point():
-            raise ValueError(f"a tensor image is floating-point [3, H, W], not {image.dtype} {list(image.shape)}")
-        if not bool(((image >= 0) & (image <= 1)).all()):
-            raise ValueError("a tensor image holds values in [0, 1]")
-        return _as_array((image.detach().float() * 255).round().byte().permute(1, 2, 0).cpu().numpy())
-    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or image.size == 0:
-        raise ValueError(f"an image is uint8 [H, W, 3], not {image.dtype} {list(image.shape)}")
-    return np.require(image, requirements=["C", "W"])

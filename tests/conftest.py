@@ -1,5 +1,6 @@
 """Fixtures and options shared by all tests."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -28,6 +29,7 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
     """Small tensors gain nothing from a second thread, and one thread keeps sums in one order."""
+    os.environ["OMP_NUM_THREADS"] = "1"  # for programs that tests start, and the command line, which would choose
     torch.set_num_threads(1)
 
 
