@@ -342,6 +342,7 @@ def test_high_entropy_takes_what_png_compresses_worst(module, mixed, monkeypatch
 # Images good and bad
 
 
+@pytest.mark.filterwarnings("ignore::rnncodec.files.errors.ImageWarning")
 def test_bad_images_are_counted_and_odd_ones_converted(module, tmp_path, messages):
     root = tmp_path / "odd"
     root.mkdir()

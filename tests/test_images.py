@@ -19,7 +19,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, features
 
-from rnncodec.files.images import FORMATS, ImageError, atomic_write, find_images, load_image, save_image, to_rgb
+from rnncodec.files.images import (
+    FORMATS,
+    ImageError,
+    ImageWarning,
+    atomic_write,
+    find_images,
+    load_image,
+    save_image,
+    to_rgb,
+)
 
 Image.init()  # fills Image.SAVE
 
@@ -95,9 +104,9 @@ class TestModes:
         np.testing.assert_array_equal(loaded, [[[0, 128, 255]]])
 
     def test_16_bit_gray_with_transparent_value(self):
-        loaded = load_image(
-            png(2, 1, 16, 0, b"\0" + struct.pack(">2H", 1000, 25700), (b"tRNS", struct.pack(">H", 1000)))
-        )
+        file = png(2, 1, 16, 0, b"\0" + struct.pack(">2H", 1000, 25700), (b"tRNS", struct.pack(">H", 1000)))
+        with pytest.warns(ImageWarning, match="transparency is replaced by white"):
+            loaded = load_image(file)
         np.testing.assert_array_equal(loaded[0, :, 0], [255, 100])
 
     @pytest.mark.parametrize("maximum", [255, 65535])
@@ -141,6 +150,7 @@ class TestModes:
         np.testing.assert_array_equal(to_rgb(Image.new("HSV", (1, 1), (0, 255, 200))), [[[200, 0, 0]]])
 
 
+@pytest.mark.filterwarnings("ignore:transparency is replaced")
 class TestTransparency:
     """c on white with alpha a gives c a / 255 + 255 - a, rounded."""
 
@@ -241,11 +251,14 @@ class TestMetadata:
         frames = [Image.new("RGB", (4, 4), color) for color in ("red", "lime", "blue")]
         for format, options in (("PNG", {}), ("WEBP", {"lossless": True}), ("GIF", {}), ("TIFF", {})):
             file = file_of(frames[0], format, save_all=True, append_images=frames[1:], **options)
-            np.testing.assert_array_equal(load_image(file), np.broadcast_to([255, 0, 0], (4, 4, 3)))
+            with pytest.warns(ImageWarning, match="only the first of several images is kept"):
+                loaded = load_image(file)
+            np.testing.assert_array_equal(loaded, np.broadcast_to([255, 0, 0], (4, 4, 3)))
 
-    def test_profile_is_ignored(self):
-        plain = Image.fromarray(photo())
-        np.testing.assert_array_equal(load_image(file_of(plain, icc_profile=b"not a profile")), photo())
+    def test_broken_profile_is_named(self):
+        file = file_of(Image.fromarray(photo()), icc_profile=b"not a profile")
+        with pytest.warns(ImageWarning, match="color profile ignored: it is corrupt"):
+            np.testing.assert_array_equal(load_image(file), photo())
 
 
 class TestLoadErrors:
@@ -268,8 +281,7 @@ class TestLoadErrors:
 
     @pytest.mark.parametrize("suffix", [*SUFFIXES, "gif"])
     def test_truncated(self, tmp_path, suffix):
-        save_image(photo(), path := tmp_path / f"whole.{suffix}")
-        data = path.read_bytes()
+        data = file_of(Image.fromarray(photo()), Image.registered_extensions()[f".{suffix}"]).getvalue()
         for length in (5, 20, len(data) // 4, len(data) // 2, len(data) * 3 // 4):
             (cut := tmp_path / f"cut.{suffix}").write_bytes(data[:length])
             assert self.error(cut).startswith(f"{cut}: ")
@@ -295,14 +307,14 @@ class TestLoadErrors:
         assert load_image(file_of(Image.new("RGB", (20, 20)))).shape == (20, 20, 3)
         assert Image.MAX_IMAGE_PIXELS == 100
 
+    @pytest.mark.filterwarnings("ignore::rnncodec.files.errors.ImageWarning")
     def test_random_corruption(self):
         """The result is always an image or an ImageError."""
         rng = random.Random(0)
         files = []
         for format in FORMATS:
             if format in Image.SAVE:
-                save_image(photo(20, 30), buffer := io.BytesIO(), format)
-                files.append(buffer.getvalue())
+                files.append(file_of(Image.fromarray(photo(20, 30)), format).getvalue())
         errors = 0
         for i in range(400):
             data = bytearray(files[i % len(files)])
@@ -386,6 +398,12 @@ class TestSave:
     @pytest.mark.parametrize(("name", "format"), [("a", None), ("a.xyz", None), ("a.eps", None), ("a.png", "nonsense")])
     def test_unknown_format(self, tmp_path, name, format):
         with pytest.raises(ImageError, match="cannot write the format"):
+            save_image(photo(), tmp_path / name, format)
+        assert list(tmp_path.iterdir()) == []
+
+    @pytest.mark.parametrize(("name", "format"), [("a.gif", None), ("a.PGM", None), ("a.pbm", None), ("a.png", "gif")])
+    def test_formats_without_all_colors(self, tmp_path, name, format):
+        with pytest.raises(ImageError, match="files cannot hold all colors"):
             save_image(photo(), tmp_path / name, format)
         assert list(tmp_path.iterdir()) == []
 

@@ -16,7 +16,7 @@ from rich.progress import track
 
 from rnncodec.files.images import FORMATS, find_images, load_image
 
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}  # by name of folder
 
 Item = TypeVar("Item")

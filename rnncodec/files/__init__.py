@@ -3,7 +3,7 @@
 Nothing here depends on torch or on networks.
 """
 
-from rnncodec.files.errors import FormatError, ImageError
+from rnncodec.files.errors import FormatError, ImageError, ImageWarning
 from rnncodec.files.format import Header, read_header, read_records, truncate
 from rnncodec.files.images import find_images, load_image, load_photograph, save_image
 
@@ -11,6 +11,7 @@ __all__ = [
     "FormatError",
     "Header",
     "ImageError",
+    "ImageWarning",
     "find_images",
     "load_image",
     "load_photograph",

@@ -11,7 +11,7 @@ from typing import Any
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from rnncodec.files.errors import ImageError, one_line
+from rnncodec.files.errors import ImageError, ImageWarning, one_line
 from rnncodec.files.records import EXIF, XMP, pack
 
 PREFIX = b"Exif\0\0"  # before the EXIF data of JPEG
@@ -24,11 +24,14 @@ MAIN_TAGS |= {40091, 40092, 40093, 40094, 40095}
 XMP_TAG, XMP_NAME = 700, "XML:com.adobe.xmp"  # of the packet in TIFF and in PNG
 XMP_ORIENTATION = re.compile(rb"(tiff:Orientation\s*(?:=\s*[\"']|>)\s*)[0-9]")
 
-_warnings_lock = threading.Lock()
+warnings_lock = threading.Lock()
 
 
-def read_metadata(image: Image.Image) -> dict[str, bytes]:
-    """The records of an image that was loaded and turned upright, see `rnncodec.files.load_photograph`."""
+def read_metadata(image: Image.Image, lost: list[str]) -> dict[str, bytes]:
+    """The records of an image that was loaded and turned upright, see `rnncodec.files.load_photograph`.
+
+    What is corrupt or too large is named in `lost`.
+    """
     records = dict[str, bytes]()
     for kind, take in ((EXIF, _exif), (XMP, _xmp)):
         try:
@@ -36,7 +39,7 @@ def read_metadata(image: Image.Image) -> dict[str, bytes]:
                 pack({**records, kind: value})
                 records[kind] = value
         except Exception as error:  # decoders raise nearly any exception on malicious input
-            warnings.warn(f"{kind.strip()} left out: {one_line(error)}", stacklevel=6)
+            lost.append(f"{kind.strip()} left out: {one_line(error)}")
     return records
 
 
@@ -53,14 +56,14 @@ def save_options(name: str, records: Mapping[str, bytes]) -> dict[str, Any]:
         else:
             options, kept = more, {**kept, kind: records[kind]}
     for reason, kinds in failed.items():
-        warnings.warn(f"{' and '.join(kinds)} left out: {reason}", stacklevel=3)
+        warnings.warn(f"{' and '.join(kinds)} left out: {reason}", ImageWarning, stacklevel=3)
     return options
 
 
 @contextmanager
 def quiet() -> Iterator[list[warnings.WarningMessage]]:
     """A context that keeps Pillow's warnings about metadata, for one thread at a time, because filters are global."""
-    with _warnings_lock, warnings.catch_warnings(record=True) as said:
+    with warnings_lock, warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         yield said
 

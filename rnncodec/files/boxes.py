@@ -1,0 +1,165 @@
+"""What the boxes of AVIF, HEIC and JPEG 2000 files say of the colors of their main picture."""
+
+import io
+import struct
+from collections.abc import Iterator
+from typing import BinaryIO, NamedTuple
+
+from rnncodec.files.errors import ImageError
+from rnncodec.files.profiles import SRGB, Chromaticities, Curve, Space, space_of_code_points
+
+MAX_BOX = 2**24  # of a box of metadata; a longer one is not read
+ROMM = Space(Chromaticities((0.7347, 0.2653), (0.1596, 0.8404), (0.0366, 0.0001), (0.3457, 0.3585)), Curve(1.8))
+# The enumerated color spaces of JPEG 2000 that its decoder hands on as sRGB, gray or CMYK, and those that it does not.
+JXL_RATIOS = (None, (1, 1), (12, 10), (4, 3), (3, 2), (16, 9), (5, 4), (2, 1))  # of width to height
+PLAIN_JP2, SYCC, ROMM_JP2 = {0, 12, 15, 16, 17}, 18, 21
+
+
+class Box(NamedTuple):
+    """The type and the content of a box."""
+
+    kind: bytes
+    body: bytes
+
+
+def boxes(data: bytes) -> Iterator[Box]:
+    """The boxes that follow on one another in the content of a box, up to the first that is not whole."""
+    file = io.BytesIO(data)
+    while (head := _head(file)) is not None:
+        kind, length = head
+        body = file.read(len(data) if length is None else length)
+        if length is not None and len(body) < length:
+            return
+        yield Box(kind, body)
+
+
+def top_box(file: BinaryIO, wanted: bytes, start: int | None = None) -> bytes | None:
+    """The content of the first box of a kind in a seekable file, or the start of it.
+
+    Without a number of bytes for the start, the whole; None if there is no such box or it is too long.
+    """
+    file.seek(0)
+    for _ in range(1000):
+        if (head := _head(file)) is None:
+            return None
+        kind, length = head
+        if kind == wanted and start is not None:
+            return file.read(start)
+        if kind == wanted:
+            return file.read(length) if length is not None and length <= MAX_BOX else None
+        if length is None:
+            return None
+        file.seek(length, io.SEEK_CUR)
+    return None
+
+
+def _head(file: BinaryIO) -> tuple[bytes, int | None] | None:
+    """The type of the next box and the length of its content, None to the end of the file; None after the last one."""
+    head = file.read(8)
+    if len(head) < 8:
+        return None
+    length, kind = struct.unpack(">I4s", head)
+    if length == 0:
+        return kind, None
+    if length == 1:
+        long = file.read(8)
+        length = int.from_bytes(long) - 8 if len(long) == 8 else 0
+    return (kind, length - 8) if 8 <= length < 2**63 else None
+
+
+def heif_space(file: BinaryIO) -> Space:
+    """The color space that an AVIF or HEIC file states by code points (`nclx`), sRGB if it states none.
+
+    Raises:
+        ImageError: the space is not supported, for example because it is HDR.
+    """
+    try:
+        found = _nclx(top_box(file, b"meta") or b"")
+    except (struct.error, IndexError):
+        found = None
+    return space_of_code_points(*found) if found else SRGB
+
+
+def _nclx(meta: bytes) -> tuple[int, int] | None:
+    """Primaries and transfer of the main item of a `meta` box."""
+    inside = dict(boxes(meta[4:]))
+    if not {b"pitm", b"iprp"} <= set(inside):
+        return None
+    primary = inside[b"pitm"]
+    item = struct.unpack(">H" if primary[0] == 0 else ">I", primary[4 : 6 if primary[0] == 0 else 8])[0]
+    properties = list(boxes(inside[b"iprp"]))
+    container = [box for kind, body in properties if kind == b"ipco" for box in boxes(body)]
+    for kind, body in properties:
+        if kind == b"ipma":
+            for index in _associated(body, item):
+                kind, value = container[index - 1] if 0 < index <= len(container) else (b"", b"")
+                if kind == b"colr" and value[:4] == b"nclx":
+                    return struct.unpack(">HH", value[4:8])
+    return None
+
+
+def _associated(ipma: bytes, wanted: int) -> Iterator[int]:
+    """The numbers of the properties of an item, from 1, in an `ipma` box."""
+    version, wide = ipma[0], ipma[3] & 1
+    count, place = struct.unpack(">I", ipma[4:8])[0], 8
+    for _ in range(count):
+        name = ">H" if version == 0 else ">I"
+        item = struct.unpack_from(name, ipma, place)[0]
+        place += struct.calcsize(name)
+        number = ipma[place]
+        place += 1
+        for _ in range(number):
+            index = struct.unpack_from(">H", ipma, place)[0] & 0x7FFF if wide else ipma[place] & 0x7F
+            place += 2 if wide else 1
+            if item == wanted:
+                yield index
+
+
+def jp2_space(file: BinaryIO) -> bytes | Space:
+    """The ICC profile or the color space that a JPEG 2000 file states, sRGB if it states none.
+
+    Raises:
+        ImageError: the space is not supported.
+    """
+    for kind, body in boxes(top_box(file, b"jp2h") or b""):
+        if kind == b"colr" and len(body) >= 7:
+            if body[0] in (2, 3):
+                return body[3:]
+            if body[0] == 1:
+                number = int.from_bytes(body[3:7])
+                if number == ROMM_JP2:
+                    return ROMM
+                if number not in PLAIN_JP2 | {SYCC}:
+                    raise ImageError(f"the color space {number} of JPEG 2000 is not supported")
+                return SRGB
+    return SRGB
+
+
+def jxl_size(file: BinaryIO) -> tuple[int, int]:
+    """Width and height that the header of a seekable JPEG XL file states.
+
+    Raises:
+        ImageError: there is no such header.
+    """
+    file.seek(0)
+    start = file.read(16)
+    if not start.startswith(b"\xff\x0a"):
+        whole, part = top_box(file, b"jxlc", 16), top_box(file, b"jxlp", 20)
+        start = whole if whole is not None else (part or b"")[4:]
+    if not start.startswith(b"\xff\x0a"):
+        raise ImageError("the header of the JPEG XL file is missing")
+    bits = int.from_bytes(start[2:16], "little")
+
+    def take(count: int) -> int:
+        nonlocal bits
+        value, bits = bits & (1 << count) - 1, bits >> count
+        return value
+
+    by_eight = take(1)
+
+    def side() -> int:
+        return 8 * (take(5) + 1) if by_eight else take((9, 13, 18, 30)[take(2)]) + 1
+
+    height = side()
+    ratio = JXL_RATIOS[take(3)]
+    return (height * ratio[0] // ratio[1] if ratio else side()), height

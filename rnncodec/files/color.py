@@ -1,0 +1,112 @@
+"""Converts the colors of images to sRGB, by the ICC profile that they are in."""
+
+import io
+from collections.abc import Callable
+from itertools import product
+
+import numpy as np
+from PIL import Image, ImageCms
+
+from rnncodec.files.errors import ImageError
+from rnncodec.files.profiles import HDR, space_of_code_points
+
+# Pillow's modes of the color spaces that ICC profiles have here, and the number of their samples.
+SPACES = {"GRAY": "L", "RGB ": "RGB", "CMYK": "CMYK", "Lab ": "LAB"}
+SAMPLES = {"L": 1, "RGB": 3, "CMYK": 4, "LAB": 3}
+ROWS = 2**20  # pixels that are converted at once, which bounds the memory
+
+Transform = Callable[[Image.Image], Image.Image]
+
+
+def to_srgb(samples: np.ndarray, mode: str, profile: bytes | None, lost: list[str]) -> np.ndarray:
+    """Converts samples of a color space to 8-bit sRGB: relative colorimetric, with black point compensation.
+
+    Args:
+        samples: uint8 or uint16 [H, W, C], from 0 to the largest number of the type.
+        mode: Pillow's name of the space: L, RGB, CMYK or LAB.
+        profile: of the samples; None stands for sRGB, its grays, plain inks and D50. A profile of sRGB changes nothing.
+        lost: a profile that cannot be used is named here, and the samples are taken as without it.
+
+    Returns:
+        uint8 [H, W, 3].
+    """
+    transform = _transform(mode, profile, lost)
+    height, width, _ = samples.shape
+    rgb = np.empty((height, width, 3), np.uint8)
+    step = max(1, ROWS // width)
+    for top in range(0, height, step):
+        rows = samples[top : top + step]
+        if rows.dtype == np.uint8:
+            rgb[top : top + step] = _apply(transform, rows, mode)
+        elif transform is None:
+            rgb[top : top + step] = (rows.astype(np.uint32) * 255 + 32767) // 65535
+        else:
+            rgb[top : top + step] = _interpolate(transform, rows, mode)
+    return rgb
+
+
+def _transform(mode: str, profile: bytes | None, lost: list[str]) -> Transform | None:
+    """What converts 8-bit images of a mode, None where nothing but the number of samples changes."""
+    if profile is not None:
+        try:
+            source = ImageCms.getOpenProfile(io.BytesIO(profile))
+            space = ImageCms.core.profile_frombytes(profile).xcolor_space
+            if SPACES.get(space) != mode:
+                raise ImageError(f"it is for {space.strip()}, but the pixels are {mode}")
+            transform = _between(source, mode)
+            return None if mode in ("L", "RGB") and _changes_nothing(transform, mode) else transform
+        except Exception as error:  # of many types
+            reason = str(error) if isinstance(error, ImageError) else "it is corrupt"
+            lost.append(f"color profile ignored: {reason}")
+    if mode == "LAB":
+        return _between(ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")), mode)
+    return None if mode in ("L", "RGB") else lambda image: image.convert("RGB")
+
+
+def _between(source: ImageCms.ImageCmsProfile, mode: str) -> Transform:
+    """The transform from a profile to sRGB."""
+    target = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
+    intent, flags = ImageCms.Intent.RELATIVE_COLORIMETRIC, ImageCms.Flags.BLACKPOINTCOMPENSATION
+    return ImageCms.ImageCmsTransform(source, target, mode, "RGB", intent, flags=flags).apply
+
+
+def _changes_nothing(transform: Transform, mode: str) -> bool:
+    """Whether a transform gives what it gets, up to rounding: all grays, and the colors of a grid."""
+    grays = np.arange(256, dtype=np.uint8)[None, :, None].repeat(SAMPLES[mode], 2)
+    grid = np.array([list(product(range(0, 256, 15), repeat=3))], np.uint8)
+    return all(
+        np.abs(_apply(transform, probe, mode).astype(int) - probe).max() <= 1
+        for probe in ([grays, grid] if mode == "RGB" else [grays])
+    )
+
+
+def _apply(transform: Transform | None, samples: np.ndarray, mode: str) -> np.ndarray:
+    """Converts uint8 samples [H, W, C]."""
+    if transform is None:
+        return np.broadcast_to(samples, (*samples.shape[:2], 3))
+    height, width, _ = samples.shape
+    image = Image.frombytes(mode, (width, height), np.ascontiguousarray(samples).data)
+    return np.asarray(transform(image))
+
+
+def _interpolate(transform: Transform, samples: np.ndarray, mode: str) -> np.ndarray:
+    """Converts uint16 samples [H, W, C] by a transform of 8 bits, at the corners of the cell around each color."""
+    base, part = np.divmod(samples, 257)
+    part = part.astype(np.float32) / 257
+    base = base.astype(np.uint8)
+    total = np.zeros((*samples.shape[:2], 3), np.float32)
+    for corner in product((0, 1), repeat=samples.shape[2]):
+        weight = np.where(corner, part, 1 - part).prod(2, keepdims=True)
+        total += weight * _apply(transform, base + (np.array(corner, bool) & (part > 0)), mode)
+    return np.rint(total).astype(np.uint8)
+
+
+def refuse_hdr(profile: bytes) -> None:
+    """Raises an ImageError if an ICC profile says, by code points, that its colors are HDR."""
+    count = int.from_bytes(profile[128:132])
+    for place in range(132, 132 + 12 * min(count, 100), 12):
+        if profile[place : place + 4] == b"cicp":
+            start = int.from_bytes(profile[place + 4 : place + 8])
+            code = profile[start + 8 : start + 10]
+            if len(code) == 2 and code[1] in HDR:
+                space_of_code_points(*code)

@@ -1,0 +1,204 @@
+"""Opens image files of any kind, without decoding their pixels where the format allows it."""
+
+import io
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import BinaryIO
+
+from PIL import Image, PngImagePlugin, TiffImagePlugin
+
+from rnncodec.files import tiff
+from rnncodec.files.bmp import bmp_space
+from rnncodec.files.boxes import heif_space, jp2_space, jxl_size
+from rnncodec.files.errors import ImageError, one_line
+from rnncodec.files.metadata import quiet
+from rnncodec.files.png import read_png
+from rnncodec.files.profiles import Space
+
+# Formats of photographs. Pillow's other plugins are left out: some run external programs, some accept any bytes.
+FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "TIFF", "BMP", "GIF", "PPM", "JPEG2000")
+# Formats that another package reads: its module, the class of its images, and the extra that installs it.
+PACKAGES = {
+    "HEIF": ("pillow_heif", "HeifImageFile", "heic"),
+    "JXL": ("pillow_jxl.JpegXLImagePlugin", "JXLImageFile", "jxl"),
+}
+HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
+JXL_STARTS = (b"\xff\x0a", b"\0\0\0\x0cJXL \r\n\x87\n")
+
+Factory = Callable[[BinaryIO, str], Image.Image]
+
+
+@dataclass
+class Picture:
+    """An image whose pixels Pillow will decode, and what Pillow does not say of them.
+
+    Args:
+        image: opened; its pixels may be loaded or not.
+        space: the ICC profile or the color space of the pixels; None for sRGB.
+        low: an image of the lower bytes of 16-bit samples, of which `image` has the upper ones.
+        key: the samples of the color that is transparent.
+        premultiplied: whether the colors are multiplied by alpha.
+        interleaved: whether the image is gray with alpha, of 16 bits each, as four bytes per pixel.
+        lost: what was not kept or is corrupt, each in one line.
+    """
+
+    image: Image.Image
+    space: bytes | Space | None = None
+    low: Image.Image | None = None
+    key: tuple[int, ...] | None = None
+    premultiplied: bool = False
+    interleaved: bool = False
+    lost: list[str] = field(default_factory=list)
+
+
+def open_picture(file: BinaryIO, max_pixels: int) -> Picture:
+    """Opens an image of an allowed format and size.
+
+    Image.open is not used, because its limit of pixels is a global variable, which belongs to the calling program.
+
+    Raises:
+        ImageError: the file is not an image, too large, or of colors that are not supported.
+    """
+    Image.init()
+    if file.seekable():
+        file.seek(0)
+    prefix = file.read(32)
+    limit = 8 * max_pixels + 2**24  # bytes of all pixels in 16-bit RGBA, and ample metadata
+    reason = "not an image file, or of a format that is not supported" if prefix else "the file is empty"
+    for name in (*FORMATS, *PACKAGES):
+        accepted = _accepts(name, prefix)
+        if isinstance(accepted, str):
+            raise ImageError(accepted)  # this build of Pillow lacks the format
+        if not accepted:
+            continue
+        if not file.seekable():
+            file = _read_pipe(file, prefix, limit)
+        file.seek(0)
+        try:
+            picture = _OPEN.get(name, _open_plain)(file, name, max_pixels)
+        except SyntaxError as error:  # Pillow's sign that the file is of another format after all
+            reason = f"a {name} file that cannot be read: {one_line(error)}"
+            continue
+        return picture
+    raise ImageError(reason)
+
+
+def _accepts(name: str, prefix: bytes) -> bool | str:
+    """Whether the first bytes of a file may be of a format, or why this format cannot be read."""
+    if name == "HEIF":
+        return prefix[4:8] == b"ftyp" and prefix[8:12] in HEIF_BRANDS
+    if name == "JXL":
+        return prefix.startswith(JXL_STARTS)
+    accept = Image.OPEN[name][1]
+    return accept is None or accept(prefix)
+
+
+def _open_plain(file: BinaryIO, name: str, max_pixels: int) -> Picture:
+    """Opens an image of a format that Pillow reads as it is."""
+    image = _checked(Image.OPEN[name][0], file, max_pixels)
+    picture = Picture(image, image.info.get("icc_profile"))
+    if "icc_profile" in image.info and picture.space is None:
+        picture.lost.append("color profile ignored: it is corrupt")
+    if name != "JPEG2000" and getattr(image, "is_animated", False):
+        picture.lost.append("only the first of several images is kept")
+    if name == "AVIF":
+        picture.space = picture.space or heif_space(file)
+    elif name == "JPEG2000":
+        picture.space = jp2_space(file)
+    elif name == "BMP":
+        picture.space = bmp_space(file)
+    return picture
+
+
+def _open_png(file: BinaryIO, name: str, max_pixels: int) -> Picture:
+    header = file.read(24)
+    if header[12:16] == b"IHDR":
+        _check_size(*struct.unpack(">II", header[16:24]), max_pixels)
+    file.seek(0)
+    lost = list[str]()
+    png = read_png(file, 8 * max_pixels + 2**24, lost)
+    with quiet():
+        image = PngImagePlugin.PngImageFile(png.file, "")
+    image.info.update(png.info)
+    picture = Picture(image, png.space, key=png.key, lost=lost)
+    if png.depth == 16 and png.color == 4:
+        picture.interleaved = True
+        image.tile = [tile._replace(args="RGBA") for tile in image.tile]
+    elif png.depth == 16 and png.color in (2, 6):
+        picture.low = PngImagePlugin.PngImageFile(io.BytesIO(png.file.getvalue()), "")
+        picture.low.tile = [tile._replace(args=str(tile.args).replace("16B", "16L")) for tile in picture.low.tile]
+    elif png.key and png.color == 0:  # Pillow stretches gray to 8 bits
+        picture.key = (png.key[0] % 2**png.depth * 255 // (2**png.depth - 1),) if png.depth < 16 else png.key
+    return picture
+
+
+def _open_tiff(file: BinaryIO, name: str, max_pixels: int) -> Picture:
+    if file.read(10)[8:] == b"CR":
+        raise ImageError(tiff.RAW)
+    lost = list[str]()
+
+    def opened(low: bool) -> TiffImagePlugin.TiffImageFile:
+        file.seek(0)
+        image = TiffImagePlugin.TiffImageFile(file, "")
+        tiff.choose_page(image, [] if low else lost)
+        _check_size(*image.size, max_pixels)
+        tiff.unpack(image, low)
+        return image
+
+    with quiet():
+        image = opened(low=False)
+        picture = Picture(image, image.info.get("icc_profile"), lost=lost)
+        picture.premultiplied = tiff.is_premultiplied(image)
+        if tiff.has_wide_samples(image) and not tiff.has_planes(image) and image.mode in ("RGB", "RGBA", "CMYK"):
+            picture.low = opened(low=True)
+    return picture
+
+
+def _open_package(file: BinaryIO, name: str, max_pixels: int) -> Picture:
+    module, kind, extra = PACKAGES[name]
+    try:
+        factory = getattr(import_module(module), kind)
+    except ImportError as error:
+        raise ImageError(f"{extra.upper()} files need another package: pip install 'rnncodec[{extra}]'") from error
+    if name == "JXL":  # whose pixels are decoded at once
+        _check_size(*jxl_size(file), max_pixels)
+        file.seek(0)
+    image = _checked(factory, file, max_pixels)
+    picture = Picture(image, image.info.get("icc_profile"))
+    if getattr(image, "n_frames", 1) > 1:
+        picture.lost.append("only the first of several images is kept")
+    if name == "HEIF":
+        picture.space = picture.space or heif_space(file)
+    return picture
+
+
+_OPEN = {"PNG": _open_png, "TIFF": _open_tiff, "HEIF": _open_package, "JXL": _open_package}
+
+
+def _checked(factory: Factory, file: BinaryIO, max_pixels: int) -> Image.Image:
+    """Opens an image and checks its size."""
+    with quiet():
+        image = factory(file, "")
+    _check_size(*image.size, max_pixels)
+    return image
+
+
+def _check_size(width: int, height: int, max_pixels: int) -> None:
+    if width < 1 or height < 1:
+        raise ImageError(f"an image of {width}x{height} pixels")
+    if width * height > max_pixels:
+        raise ImageError(f"{width}x{height} pixels are above the limit of {max_pixels}; raise max_pixels to read it")
+
+
+def _read_pipe(pipe: BinaryIO, prefix: bytes, limit: int) -> BinaryIO:
+    """Reads the rest of a pipe into memory, after a prefix that was read before; refuses more than `limit` bytes."""
+    file = io.BytesIO()
+    file.write(prefix)
+    while chunk := pipe.read(2**20):
+        file.write(chunk)
+        if file.tell() > limit:
+            raise ImageError(f"more than {limit} bytes")
+    file.seek(0)
+    return file
