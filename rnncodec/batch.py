@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -11,17 +11,24 @@ from rnncodec.files.errors import ImageWarning, one_line
 from rnncodec.jobs import Job
 
 FAILURES = (ValueError, OSError, MemoryError, RuntimeError)  # torch reports exhausted memory as RuntimeError
-NAMED = 5  # files of a kind that are named where they may be many
+NAMED = 10  # of the files that are skipped for one reason
 
 
-def do_each(jobs: Sequence[Job], work: Callable[[str, str, Report], str | None], quiet: bool = False) -> int:
-    """Does all jobs, even if some of them fail, and gives the exit status.
+def do_each(
+    jobs: Sequence[Job],
+    work: Callable[[str, str, Report], str | None],
+    quiet: bool = False,
+    skipped: Mapping[Path, str] | None = None,
+) -> int:
+    """Does all jobs, even if some of them fail, and gives the exit status, 1 if a file failed or was skipped.
 
     Args:
         jobs: inputs and outputs.
         work: does one of them, and gives what is said of it.
         quiet: whether only errors are shown.
+        skipped: files that were left out, and why.
     """
+    skipped = skipped or {}
     failed = before = after = 0
     lost: dict[str, list[str]] = {}  # inputs by what was lost of them
     with progress(len(jobs), quiet) as start:
@@ -52,23 +59,24 @@ def do_each(jobs: Sequence[Job], work: Callable[[str, str, Report], str | None],
             if summary and job.target != "-":
                 say(f"{job.target}: {summary}")
     for text, sources in lost.items():
-        example = sources[0] if len(sources) == 1 else f"{len(sources)} files, such as {sources[0]}"
-        complain(f"warning: {example}: {text}")
-    if len(jobs) > 1 and any(job.target for job in jobs) and not quiet:
-        failures = f"; {failed} failed" if failed else ""
-        say(f"{len(jobs) - failed} of {len(jobs)} files: {before} bytes became {after}{failures}")
-    return int(failed > 0)
+        complain(f"warning: {_listed(sources, 1)}: {text}")
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for path, why in skipped.items():
+        reasons.setdefault((path.suffix.lower(), why), []).append(str(path))
+    for (_, why), paths in reasons.items():
+        complain(f"skipped: {_listed(paths, NAMED)}: {why}")
+    total = len(jobs) + len(skipped)
+    if total > 1 and any(job.target for job in jobs) and not quiet:
+        counts = [f"{count} {what}" for count, what in ((failed, "failed"), (len(skipped), "skipped")) if count]
+        say("; ".join([f"{len(jobs) - failed} of {total} files: {before} bytes became {after}", *counts]))
+    return int(bool(failed or skipped))
 
 
-def report_skipped(skipped: Sequence[Path]) -> int:
-    """Names the files that were left out, a line for each kind, and gives the exit status."""
-    kinds: dict[str, list[str]] = {}
-    for path in skipped:
-        kinds.setdefault(path.suffix.lower(), []).append(str(path))
-    for suffix, names in kinds.items():
-        more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-        complain(f"skipped {len(names)} {suffix} files: {', '.join(names[:NAMED])}{more}")
-    return int(bool(skipped))
+def _listed(paths: Sequence[str], most: int) -> str:
+    """Names of files, only some examples of many."""
+    if len(paths) <= most:
+        return ", ".join(paths)
+    return f"{len(paths)} files, such as {', '.join(paths[:most])}"
 
 
 def _size(path: str) -> int:

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,6 +19,7 @@ from rnncodec.display import show_file, show_scores
 from rnncodec.files import format, images
 from rnncodec.files.errors import ImageWarning, one_line
 from rnncodec.files.format import Header
+from rnncodec.files.metadata import ORIENTATION
 from rnncodec.jobs import Job, UsageError, find_files, find_jobs, read, refuse_terminal, write
 from rnncodec.threads import use_threads
 
@@ -80,7 +82,10 @@ def _enter(command: str, arguments: list[str]) -> int:
 
 def encode(args: argparse.Namespace) -> int:
     """Compresses images."""
-    jobs = find_jobs(args, ".rnc", {".rnc"}, lambda folder: images.find_images([folder]))
+    skipped: dict[Path, str] = {}
+    for folder in filter(Path.is_dir, map(Path, args.paths)):
+        skipped |= images.find_unreadable(folder)
+    jobs = find_jobs(args, ".rnc", {".rnc"}, lambda folder: images.find_images([folder]), skipped)
     if args.roi and len(jobs) > 1:
         raise UsageError("--roi goes with one image")
     use_threads(args.threads)
@@ -98,6 +103,8 @@ def encode(args: argparse.Namespace) -> int:
             image = images.load_image(file, args.max_pixels)
         else:
             image, records = images.load_photograph(file, args.max_pixels)
+        if _is_turned(source):
+            warnings.warn("turned upright, as its EXIF data says", ImageWarning, stacklevel=2)
         target_of = {"quality": args.quality, "bpp": args.bpp, "max_bytes": args.bytes, "psnr": args.psnr}
         how = {"tune": args.tune, "roi": roi, "entropy": args.entropy, "records": records}
         data = codec.encode(image, args.iterations, **target_of, **how, progress=report)
@@ -105,7 +112,7 @@ def encode(args: argparse.Namespace) -> int:
         header = format.read_header(data)
         return f"{len(header.entries) / header.parts:g} iterations, {len(data)} bytes, {header.bpp[-1]:.4f} bpp"
 
-    return do_each(jobs, work, args.quiet)
+    return do_each(jobs, work, args.quiet, skipped)
 
 
 def decode(args: argparse.Namespace) -> int:
@@ -197,6 +204,15 @@ def rate(args: argparse.Namespace) -> int:
         server.serve_forever()
     print(f"{printable(str(path))}: {sum(vote.undone is None for vote in votes.all())} votes")
     return 0
+
+
+def _is_turned(path: str) -> bool:
+    """Whether an image file that can be read has an orientation, unless it is a pipe."""
+    with suppress(Exception), warnings.catch_warnings():  # corrupt EXIF data must not make an image unreadable
+        warnings.simplefilter("ignore")
+        with Image.open(path, formats=images.FORMATS) as image:
+            return image.getexif().get(ORIENTATION, 1) in range(2, 9)
+    return False
 
 
 COMMANDS = {command.__name__: command for command in (encode, decode, info, truncate, export, rate)}

@@ -3,7 +3,7 @@
 import argparse
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -32,7 +32,7 @@ def find_jobs(
     suffix: str,
     output_suffixes: set[str],
     search: Callable[[Path], list[Path]],
-    skipped: Sequence[Path] = (),
+    skipped: Collection[Path] = (),
 ) -> list[Job]:
     """Pairs inputs with outputs by the rules of `rnncodec.arguments.PATHS`.
 
