@@ -9,6 +9,7 @@ from PIL import Image, ImageCms
 
 from rnncodec.files.errors import ImageError
 from rnncodec.files.profiles import HDR, space_of_code_points
+from rnncodec.files.shaper import shape, tags_of
 
 # Pillow's modes of the color spaces that ICC profiles have here, and the number of their samples.
 SPACES = {"GRAY": "L", "RGB ": "RGB", "CMYK": "CMYK", "Lab ": "LAB"}
@@ -36,12 +37,14 @@ def to_srgb(samples: np.ndarray, mode: str, profile: bytes | None, lost: list[st
     step = max(1, ROWS // width)
     for top in range(0, height, step):
         rows = samples[top : top + step]
-        if rows.dtype == np.uint8:
-            rgb[top : top + step] = _apply(transform, rows, mode)
-        elif transform is None:
-            rgb[top : top + step] = (rows.astype(np.uint32) * 255 + 32767) // 65535
-        else:
-            rgb[top : top + step] = _interpolate(transform, rows, mode)
+        if transform is not None and profile is not None and (rows.dtype == np.uint16 or mode == "L"):
+            wide = rows if rows.dtype == np.uint16 else rows * np.uint16(257)
+            if (shaped := shape(wide, profile)) is not None:
+                rgb[top : top + step] = shaped
+                continue
+        if rows.dtype == np.uint16:
+            rows = ((rows.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
+        rgb[top : top + step] = _apply(transform, rows, mode)
     return rgb
 
 
@@ -89,24 +92,8 @@ def _apply(transform: Transform | None, samples: np.ndarray, mode: str) -> np.nd
     return np.asarray(transform(image))
 
 
-def _interpolate(transform: Transform, samples: np.ndarray, mode: str) -> np.ndarray:
-    """Converts uint16 samples [H, W, C] by a transform of 8 bits, at the corners of the cell around each color."""
-    base, part = np.divmod(samples, 257)
-    part = part.astype(np.float32) / 257
-    base = base.astype(np.uint8)
-    total = np.zeros((*samples.shape[:2], 3), np.float32)
-    for corner in product((0, 1), repeat=samples.shape[2]):
-        weight = np.where(corner, part, 1 - part).prod(2, keepdims=True)
-        total += weight * _apply(transform, base + (np.array(corner, bool) & (part > 0)), mode)
-    return np.rint(total).astype(np.uint8)
-
-
 def refuse_hdr(profile: bytes) -> None:
     """Raises an ImageError if an ICC profile says, by code points, that its colors are HDR."""
-    count = int.from_bytes(profile[128:132])
-    for place in range(132, 132 + 12 * min(count, 100), 12):
-        if profile[place : place + 4] == b"cicp":
-            start = int.from_bytes(profile[place + 4 : place + 8])
-            code = profile[start + 8 : start + 10]
-            if len(code) == 2 and code[1] in HDR:
-                space_of_code_points(*code)
+    code = tags_of(profile).get(b"cicp", b"")[8:10]
+    if len(code) == 2 and code[1] in HDR:
+        space_of_code_points(*code)
