@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import get_args
 
 from rnncodec import __version__
-from rnncodec.files import format, images
+from rnncodec.files import images
+from rnncodec.files.codings import EntropyName
 
 PATHS = """\
 Exactly two paths, the second of which is '-' or ends in {suffix}, are one input and its output, which is
@@ -136,7 +137,7 @@ def command_line() -> argparse.ArgumentParser:
     coder = sub.add_mutually_exclusive_group()
     coder.add_argument(
         "--entropy",
-        choices=get_args(format.EntropyName)[1:],
+        choices=get_args(EntropyName)[1:],
         help="entropy coder (default: the context model of the weights)",
     )
     coder.add_argument(

@@ -313,6 +313,23 @@ def parts_file(data):
     return fields, payloads
 
 
+def least_bytes(coding, locations, bits, number=0, parts=1, maps=False):
+    """The fewest bytes of a payload, from FORMAT.md: its coding, the geometry, and its number from 0 in the file."""
+    (iteration, part), bits = divmod(number, parts), bits // parts
+    count, flags = locations * bits, 0
+    if maps and iteration > 0:
+        count = bits
+        flags = 0 if part else locations if iteration == 1 else 1
+    if coding == 0:
+        return math.ceil((count + flags) / 8)
+    if coding == 1:
+        return math.ceil((count + 46 * flags) / 16516)
+    if coding == 2:
+        g = 4 if bits % 4 == 0 else 2 if bits % 2 == 0 else 1
+        return {4: 8, 2: 2, 1: 1}[g] + math.ceil(count / (8 * g))
+    return bits + math.ceil(count / 1417) if coding == 3 else math.ceil(count / 363406)
+
+
 class PartsReference:
     """Decodes the payloads of version 3.
 
@@ -382,6 +399,7 @@ class RangeReader:
         self.point, self.lower, self.size, self.place = (self._word(0) << 32) + self._word(1), 0, 2**64 - 1, 2
 
     def _word(self, place):
+        assert place <= len(self.words) or not self.words  # a code needs at most one word that is not there
         return self.words[place] if place < len(self.words) else 0
 
     def read(self, k):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reference import least_bytes
 
 from rnncodec.files.fields import pack_bits, unpack_bits
 from rnncodec.files.format import (
@@ -249,7 +250,7 @@ class TestCodedPayloads:
 
     def test_wide_lengths(self):
         head = fixed(255, 255, 1, 255, version=2)
-        head += b"\x01" + b"\2\x00\x00\x03" + crc(b"abc")  # raw: 2072672 bytes, 3 to write
+        head += b"\x01" + b"\7\x00\x00\x03" + crc(b"abc")  # raw: 2072672 bytes, 3 to write
         header = read_header(forge(head))
         assert (header.raw_length, header.entries[0].length) == (2072672, 3)
         assert write(Container(header, (b"abc",))) == forge(head, b"abc")
@@ -339,19 +340,19 @@ class TestParts:
             truncate(PARTS_EXAMPLE[:54])
 
     def test_coding_and_context_model_are_named_where_they_are_needed(self):
-        """Lengths of one, two and three bytes; without the coded payload, no context model."""
-        width = b"\x40\x00"  # 1024 locations of 255 / 3 bits and a flag: 11,008 bytes
-        payloads = bytes(63), bytes(8191), bytes(8192)
+        """Lengths of three, one and two bytes; without the coded payloads, no context model."""
+        width = b"\x40\x00"  # 1024 locations of 255 / 3 bits: 10,880 bytes, and with a flag at most 11,008
+        payloads = bytes(10880), bytes(63), bytes(8191)
         head = bytearray(forge3(3, 1, 1, 3, b"", b"contexts", 255)[:-4])
         head[5:7] = width
-        entries = b"\x7e" + crc16(payloads[0]) + b"\xfe\x7f" + crc16(payloads[1]) + b"\x81\x80\x01" + crc16(payloads[2])
+        entries = b"\x80\xaa\x01" + crc16(payloads[0]) + b"\x7f" + crc16(payloads[1]) + b"\xff\x7f" + crc16(payloads[2])
         data = forge(bytes(head) + entries, b"".join(payloads))
         header = read_header(data)
-        assert [(entry.coding, entry.length) for entry in header.entries] == [(0, 63), (0, 8191), (1, 8192)]
+        assert [(entry.coding, entry.length) for entry in header.entries] == [(0, 10880), (1, 63), (1, 8191)]
         assert (header.context, header.raw_length) == (b"contexts", 11008)
         assert write(Container(header, payloads)) == data
-        short = truncate(data, max_bytes=len(data) - 1)
-        assert (len(short), read_header(short).context) == (header.sizes[1], bytes(8))
+        short = truncate(data, max_bytes=header.sizes[1] - 1)
+        assert (len(short), read_header(short).context) == (header.sizes[0], bytes(8))
         assert short[33] == 0
 
     @pytest.mark.parametrize(
@@ -436,10 +437,12 @@ class TestParts:
     @settings(max_examples=60, deadline=None)
     def test_any_geometry(self, width, height, parts, maps, count):
         rng = np.random.default_rng(count)
-        most = -(-(-(-width // 16) * -(-height // 16)) * (32 // parts + maps) // 8)
-        payloads = tuple(rng.bytes(rng.integers(1, most + 1)) for _ in range(count))
+        locations = -(-width // 16) * -(-height // 16)
+        most = -(-locations * (32 // parts + maps) // 8)
         version = 3 if parts > 1 or maps else 2
         codings = rng.integers(0, 2, count) if version == 3 else np.ones(count, int)
+        least = [least_bytes(int(coding), locations, 32, n, parts, maps) for n, coding in enumerate(codings)]
+        payloads = tuple(rng.bytes(int(rng.integers(length, most + 1))) for length in least)
         context = b"contexts" if codings.any() else bytes(8)
         entries = tuple(Entry.of(*pair, version) for pair in zip(payloads, codings.tolist(), strict=True))
         header = Header(width, height, FINGERPRINT, "small", 16, 32, entries, context, parts, maps)

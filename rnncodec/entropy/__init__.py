@@ -11,7 +11,7 @@ from rnncodec.entropy.exact import SCALE, probability
 from rnncodec.entropy.grouped import Questions
 from rnncodec.entropy.ranges import RangeDecoder, RangeEncoder, Session, signs
 from rnncodec.entropy.sessions import new_session
-from rnncodec.files.format import EntropyName
+from rnncodec.files.codings import EntropyName
 
 __all__ = [
     "CLASSICAL",

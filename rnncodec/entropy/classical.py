@@ -7,16 +7,9 @@ import numpy as np
 
 from rnncodec.entropy.exact import SCALE
 from rnncodec.entropy.ranges import RangeDecoder, RangeEncoder, Session
+from rnncodec.files.codings import ADAPTIVE, CODINGS, HUFFMAN, RAW, STATIC, EntropyName, huffman_group
+from rnncodec.files.errors import FormatError
 from rnncodec.files.fields import pack_bits, unpack_bits
-from rnncodec.files.format import (
-    ADAPTIVE,
-    CODINGS,
-    HUFFMAN,
-    RAW,
-    STATIC,
-    EntropyName,
-    FormatError,
-)
 
 Code = Callable[[np.ndarray, tuple[int, int]], np.ndarray]
 """Codes the bits at a location (y, x), given P(1) * SCALE of each: int [bits] to bool [bits]."""
@@ -42,7 +35,7 @@ class HuffmanSession(Session):
 
     def __init__(self, bits: int, rows: int, cols: int) -> None:
         super().__init__(bits, rows, cols)
-        self.group = next(size for size in (4, 2, 1) if bits % size == 0)
+        self.group = huffman_group(bits)
 
     def _encode(self, plane: np.ndarray) -> bytes:
         symbols = plane.transpose(1, 2, 0).reshape(-1, self.group) @ (1 << np.arange(self.group)[::-1])
@@ -114,13 +107,15 @@ class StaticSession(Session):
 
     coding = STATIC
 
-    def _probabilities(self, shares: np.ndarray) -> np.ndarray:
-        return np.tile(shares.astype(np.int64) * (SCALE // 256), self.shape[1] * self.shape[2])
+    PIECE = 2**12  # locations that are decoded at once, so that a code that is too short is soon noticed
+
+    def _probabilities(self, shares: np.ndarray, locations: int) -> np.ndarray:
+        return np.tile(shares.astype(np.int64) * (SCALE // 256), locations)
 
     def _encode(self, plane: np.ndarray) -> bytes:
         shares = np.clip(np.round(plane.mean((1, 2)) * 256), 1, 255).astype(np.uint8)
         coder = RangeEncoder()
-        coder.write(self._probabilities(shares), plane.transpose(1, 2, 0).ravel())
+        coder.write(self._probabilities(shares, plane[0].size), plane.transpose(1, 2, 0).ravel())
         return shares.tobytes() + coder.finish()
 
     def _decode_whole(self, payload: bytes) -> np.ndarray:
@@ -129,9 +124,12 @@ class StaticSession(Session):
         if len(shares) < bits or not shares.all():
             raise FormatError("an entropy-coded payload is corrupt")
         coder = RangeDecoder(payload[bits:])
-        plane = coder.read(self._probabilities(shares)).reshape(rows, cols, bits).transpose(2, 0, 1)
+        found = [
+            coder.read(self._probabilities(shares, min(self.PIECE, rows * cols - first)))
+            for first in range(0, rows * cols, self.PIECE)
+        ]
         coder.finish()
-        return plane
+        return np.concatenate(found).reshape(rows, cols, bits).transpose(2, 0, 1)
 
 
 class AdaptiveSession(Session):

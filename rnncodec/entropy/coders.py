@@ -14,7 +14,8 @@ from rnncodec.entropy.exact import SCALE, STEP, probability
 from rnncodec.entropy.grouped import Pass, Questions, grid
 from rnncodec.entropy.ranges import Piece, RangeDecoder, RangeEncoder, RawDecoder, Session, signs
 from rnncodec.entropy.stops import StopMap
-from rnncodec.files.format import CONTEXT, RAW, FormatError
+from rnncodec.files.codings import CONTEXT, RAW
+from rnncodec.files.errors import FormatError
 
 Answer = Callable[[int, Tensor, Tensor], Tensor]
 """Gives the bits [n, S] of a group at squares [n], given their logits [n, S]."""
@@ -111,7 +112,7 @@ class GroupedBand(Band):
         super().__init__(model, bits, rows, cols)
         self.questions = questions
         self.device = model.grouped.odds.device
-        self.known = questions.start(torch.empty(1, 0, rows, cols, device=self.device))
+        self.known: Any = None  # what the questions say is known so far, made by the first iteration
         self.memory: Tensor | None = None
         self.after: tuple[np.ndarray, Any, Tensor] | None = None  # a plane, and `known` and `memory` after it
 
@@ -186,7 +187,8 @@ class GroupedBand(Band):
         with _threads_for(rows * cols), torch.autocast(self.device.type, enabled=False):
             current = Pass(self.model.grouped, self.iteration, self.memory, (1, rows, cols), alive)
             number = torch.tensor(self.model.grouped.index(self.iteration), device=self.device)
-            planes, _, known = self.questions.walk(number, self.known, of_group)
+            before = self.known or self.questions.start(torch.empty(1, 0, rows, cols, device=self.device))
+            planes, _, known = self.questions.walk(number, before, of_group)
             memory = current.remember()
         self.after = planes[0].to(torch.int8).cpu().numpy(), known, memory
         return current

@@ -12,8 +12,9 @@ import numpy as np
 from constriction import stream  # pyright: ignore[reportAttributeAccessIssue]
 
 from rnncodec.entropy.exact import SCALE
+from rnncodec.files.codings import RAW, length_size
+from rnncodec.files.errors import FormatError
 from rnncodec.files.fields import pack_bits, unpack_bits
-from rnncodec.files.format import RAW, FormatError, length_size
 
 BERNOULLI = stream.model.Bernoulli(perfect=False)
 
@@ -48,16 +49,27 @@ class RangeEncoder:
     def ideal_bits(self) -> float:
         """The code length of all bits under their probabilities."""
         pairs = zip(self.probabilities, self.bits, strict=True)
-        return float(sum(-np.log2(np.where(bits, p, SCALE - p) / SCALE).sum() for p, bits in pairs))
+        return sum(information(p / SCALE, bits) for p, bits in pairs)
 
 
 class RangeDecoder:
-    """Decodes the bits, in groups of any size, given the same probabilities."""
+    """Decodes the bits, in groups of any size, given the same probabilities.
+
+    A payload that is shorter than its bits goes on with zeros, see FORMAT.md. So that nobody decodes an image of these,
+    the information of the bits is counted, and may not be more than the words of the payload have.
+    """
+
+    PIECE = 2**12  # bits whose information is counted at once
+    WORD = 32.1  # bits of information in a word, with some more for what the coder and the sum round
 
     def __init__(self, payload: bytes) -> None:
         if len(payload) % 4:
             raise FormatError("an entropy-coded payload is cut short")
-        self._coder = stream.queue.RangeDecoder(np.frombuffer(payload, "<u4").astype(np.uint32))
+        words = np.frombuffer(payload, "<u4").astype(np.uint32)
+        self._coder = stream.queue.RangeDecoder(words)
+        self._left = self.WORD * len(words)
+        self._uncounted: list[tuple[np.ndarray, np.ndarray]] = []  # P(1) and bits
+        self._count = 0  # of these bits
 
     def read(self, probabilities: np.ndarray) -> np.ndarray:
         """The next bits, bool [n], given P(1) * SCALE of each.
@@ -65,19 +77,42 @@ class RangeDecoder:
         Raises:
             FormatError: the payload is corrupt.
         """
+        chances = probabilities / SCALE
         try:
-            return self._coder.decode(BERNOULLI, probabilities / SCALE).astype(bool)
+            bits = self._coder.decode(BERNOULLI, chances).astype(bool)
         except AssertionError as error:
             raise FormatError("an entropy-coded payload is corrupt") from error
+        self._uncounted.append((chances, bits))
+        self._count += len(bits)
+        if self._count >= self.PIECE:
+            self._spend()
+        return bits
 
     def finish(self) -> None:
         """Checks that the whole payload has been read.
 
         Raises:
-            FormatError: something is left.
+            FormatError: something is left, or missing.
         """
+        self._spend()
         if not self._coder.maybe_exhausted():
             raise FormatError("an entropy-coded payload is corrupt")
+
+    def _spend(self) -> None:
+        """Counts the information of the bits that have been read."""
+        if self._uncounted:
+            self._left -= information(*map(np.concatenate, zip(*self._uncounted, strict=True)))
+            self._uncounted, self._count = [], 0
+        if self._left < 0:
+            raise FormatError("an entropy-coded payload is too short for what it says")
+
+
+def information(chances: np.ndarray, bits: np.ndarray) -> float:
+    """The information of bits, bool [n], given P(1) of each, in bits."""
+    found = np.abs(chances - ~bits)
+    whole = len(found) // 32 * 32
+    products = found[:whole].reshape(32, -1).prod(0)  # as a logarithm takes longer; at least 2^-512
+    return float(-np.log2(products).sum() - np.log2(found[whole:]).sum())
 
 
 class RawDecoder:

@@ -5,7 +5,7 @@ from rnncodec.entropy.coders import ContextSession, PartsSession
 from rnncodec.entropy.context import ContextModel
 from rnncodec.entropy.grouped import Questions
 from rnncodec.entropy.ranges import Session
-from rnncodec.files.format import EntropyName
+from rnncodec.files.codings import EntropyName
 
 
 def new_session(

@@ -8,8 +8,8 @@ import re
 import struct
 import zlib
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
 
+from rnncodec.files.codings import CODINGS, CONTEXT, RAW, least_length, length_size, raw_length
 from rnncodec.files.errors import FormatError
 from rnncodec.files.fields import take_varint, taker, varint
 from rnncodec.files.records import MAX_BLOCK, unpack
@@ -17,9 +17,6 @@ from rnncodec.files.records import MAX_BLOCK, unpack
 MAGIC = b"\x8fRNC"  # a first byte above 0x7f is neither ASCII nor the start of UTF-8: no text editor claims the file
 # Of files whose payloads are all raw, of others with one payload for each iteration, and of all that can hold more.
 RAW_VERSION, CODED_VERSION, PARTS_VERSION = 1, 2, 3
-EntropyName = Literal["none", "context", "huffman", "static", "adaptive"]
-CODINGS: dict[int, EntropyName] = dict(enumerate(get_args(EntropyName)))  # of payloads, raw or by an entropy coder
-RAW, CONTEXT, HUFFMAN, STATIC, ADAPTIVE = CODINGS
 MAX_ITERATIONS = 255  # a byte in the header
 MAX_PARTS = 16  # payloads of one iteration
 MAPS, RECORDS = 1, 2  # flags of files with stop maps, and with a block of records
@@ -103,13 +100,12 @@ class Header:
             raise FormatError("a context model must be named if, and only if, a payload is coded with one")
         if self.records is not None and not 1 <= self.records.length <= MAX_BLOCK:
             raise FormatError(f"records take 1 to {MAX_BLOCK} bytes, not {self.records.length}")
-        later, raw_length = self.version >= PARTS_VERSION, self.raw_length
-        shorter = self.parts > 1 or self.maps  # raw payloads, too, have any length
-        most = min(raw_length, MAX_LENGTH) if later else raw_length
+        later = self.version >= PARTS_VERSION
+        most = min(self.raw_length, MAX_LENGTH) if later else self.raw_length
         for number, entry in enumerate(self.entries):
             if not (0 <= entry.coding <= 255 and 0 <= entry.checksum < (2**16 if later else 2**32)):
                 raise FormatError(f"{self.place(number)}: coding {entry.coding} or its checksum is out of range")
-            least = raw_length if entry.coding == RAW and not shorter else 1
+            least = self.least_length(number)
             if not least <= entry.length <= most:
                 raise FormatError(f"{self.place(number)} takes {entry.length} bytes, not {least} to {most}")
 
@@ -145,7 +141,15 @@ class Header:
     @property
     def raw_length(self) -> int:
         """Bytes of a raw payload, the most bytes of one if there are parts or maps; no payload exceeds it."""
-        return _raw_length(self.width, self.height, self.stride, self.bits // self.parts + self.maps)
+        return raw_length(self.width, self.height, self.stride, self.bits // self.parts + self.maps)
+
+    def least_length(self, number: int) -> int:
+        """The fewest bytes that the payload of a number from 0 can have, by its coding and the geometry."""
+        (iteration, part), locations = divmod(number, self.parts), self.rows * self.cols
+        asked = locations if iteration == 1 else 1  # who has stopped before the third iteration is not known
+        flags = asked if self.maps and iteration and not part else 0
+        sent = 1 if self.maps and iteration else locations
+        return least_length(self.entries[number].coding, sent, self.bits // self.parts, flags)
 
     @property
     def size(self) -> int:
@@ -285,10 +289,10 @@ def read_header(data: bytes) -> Header:
         if flags & RECORDS:
             records = Entry(RAW, take_varint(take), int.from_bytes(take(4)))
     else:
-        raw_length = _raw_length(width, height, stride, bits)
+        raw = raw_length(width, height, stride, bits)
         for _ in range(take(1)[0]):
             own = take(1)[0]
-            length = raw_length if own == RAW else int.from_bytes(take(length_size(raw_length)))
+            length = raw if own == RAW else int.from_bytes(take(length_size(raw)))
             entries.append(Entry(own, length, int.from_bytes(take(4))))
     checksum = zlib.crc32(data[: file.tell()])
     if int.from_bytes(take(4)) != checksum:
@@ -430,16 +434,6 @@ def _payloads(data: bytes, header: Header, count: int | None) -> tuple[bytes, ..
     if len(payloads) == len(header.entries) and end < len(data):
         raise FormatError(f"{len(data) - end} bytes follow the last iteration")
     return tuple(payloads)
-
-
-def _raw_length(width: int, height: int, stride: int, bits: int) -> int:
-    """Bytes of a payload of raw bits."""
-    return _ceil(_ceil(height, stride) * _ceil(width, stride) * bits, 8)
-
-
-def length_size(raw_length: int) -> int:
-    """Bytes of a length field, which holds any length up to that of the raw bits."""
-    return _ceil(raw_length.bit_length(), 8)
 
 
 def _ceil(a: int, b: int) -> int:

@@ -1,0 +1,51 @@
+"""The codings of payloads, and how long a payload must be for what it has to say, see FORMAT.md."""
+
+from typing import Literal, get_args
+
+EntropyName = Literal["none", "context", "huffman", "static", "adaptive"]
+CODINGS: dict[int, EntropyName] = dict(enumerate(get_args(EntropyName)))  # of payloads, raw or by an entropy coder
+RAW, CONTEXT, HUFFMAN, STATIC, ADAPTIVE = CODINGS
+# Bits that a byte of a code holds at most: 8 / log2(1 / P), rounded up, for the largest P that the coder gives a bit.
+MOST = {CONTEXT: 16516, STATIC: 1417, ADAPTIVE: 363406}
+FLAG = 46  # bits that a flag of a stop map counts for in a code of the context model, because its P is at most 63 / 64
+
+
+def raw_length(width: int, height: int, stride: int, bits: int) -> int:
+    """Bytes of raw bits, so many at each location."""
+    return _ceil(_ceil(height, stride) * _ceil(width, stride) * bits, 8)
+
+
+def length_size(most: int) -> int:
+    """Bytes of a length field, which holds any length up to that of the raw bits."""
+    return _ceil(most.bit_length(), 8)
+
+
+def least_length(coding: int, locations: int, bits: int, flags: int = 0) -> int:
+    """The fewest bytes of a payload, however easy it is to predict; 1 for unknown codings.
+
+    Args:
+        coding: of the payload.
+        locations: that get bits, at least.
+        bits: of each location.
+        flags: of a stop map, at least.
+    """
+    count = locations * bits
+    if coding == RAW:
+        return _ceil(count + flags, 8)
+    if coding == HUFFMAN:
+        group = huffman_group(bits)
+        return _ceil(4 << group, 8) + _ceil(count // group, 8)
+    if coding not in MOST:
+        return 1
+    before = bits if coding == STATIC else 0
+    return before + _ceil(count + FLAG * flags, MOST[coding])
+
+
+def huffman_group(bits: int) -> int:
+    """How many bits of a location are a symbol of Huffman's coder."""
+    return next(size for size in (4, 2, 1) if bits % size == 0)
+
+
+def _ceil(a: int, b: int) -> int:
+    """The quotient, rounded up."""
+    return -(-a // b)
