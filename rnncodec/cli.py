@@ -104,7 +104,7 @@ def encode(args: argparse.Namespace) -> int:
         else:
             image, records = images.load_photograph(file, args.max_pixels)
         if _is_turned(source):
-            warnings.warn("turned upright, as its EXIF data says", ImageWarning, stacklevel=2)
+            warnings.warn("turned upright, as EXIF says", ImageWarning, stacklevel=2)
         target_of = {"quality": args.quality, "bpp": args.bpp, "max_bytes": args.bytes, "psnr": args.psnr}
         how = {"tune": args.tune, "roi": roi, "entropy": args.entropy, "records": records}
         data = codec.encode(image, args.iterations, **target_of, **how, progress=report)

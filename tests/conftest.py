@@ -9,6 +9,9 @@ import skimage
 import torch
 from selenium import webdriver
 
+from rnncodec.network import NetworkConfig, RecurrentCodec
+from rnncodec.weights import save_weights
+
 PHOTOS = ("astronaut.png", "coffee.png", "chelsea.png", "rocket.jpg")
 
 
@@ -31,6 +34,17 @@ def one_thread():
     """Small tensors gain nothing from a second thread, and one thread keeps sums in one order."""
     os.environ["OMP_NUM_THREADS"] = "1"  # for programs that tests start, and the command line, which would choose
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> Path:
+    """Weights of a network that is as small as can be, and not trained."""
+    torch.manual_seed(0)
+    network = RecurrentCodec(NetworkConfig(bits=4, encoder_channels=(4, 4, 4, 4), decoder_channels=(4, 4, 4, 4, 4)))
+    torch.nn.init.normal_(network.decoder.output.weight)
+    path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
+    save_weights(path, network, "tiny", {})
+    return path
 
 
 @pytest.fixture(scope="session")

@@ -12,20 +12,6 @@ import torch
 import rnncodec
 from rnncodec import threads
 from rnncodec.cli import main
-from rnncodec.network import NetworkConfig, RecurrentCodec
-from rnncodec.weights import save_weights
-
-CONFIG = NetworkConfig(bits=4, encoder_channels=(4, 4, 4, 4), decoder_channels=(4, 4, 4, 4, 4))
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
-    torch.manual_seed(0)
-    network = RecurrentCodec(CONFIG)
-    torch.nn.init.normal_(network.decoder.output.weight)
-    save_weights(path, network, "tiny", {})
-    return path
 
 
 def picture(seed):
@@ -110,10 +96,10 @@ def test_what_the_user_says_wins(monkeypatch):
     assert set_to == [12, 8]
 
 
-def run(code, *args, timeout=120, **variables):
+def run(code, *args, **variables: str):
     env = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"} | variables
     command = [sys.executable, "-c", code, *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=env)
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=env)
 
 
 def test_option_and_waiting(tiny, tmp_path):

@@ -1,0 +1,237 @@
+"""Tests of the command line with folders: which files are done, what they are named, and what is said of the others."""
+
+import shutil
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from rnncodec.cli import main
+from rnncodec.codec import Codec
+from rnncodec.files import finding
+from rnncodec.weights import load_weights
+
+FAST = ["--iterations", "1", "--weights", "tiny.safetensors"]
+
+
+@pytest.fixture(autouse=True)
+def place(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(tiny, ".")
+    return tmp_path
+
+
+def picture(seed=0, mode="RGB"):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (30, 40, 3), dtype=np.uint8)).convert(mode)
+
+
+def save(name, image=None, **options):
+    Path(name).parent.mkdir(parents=True, exist_ok=True)
+    (image or picture()).save(name, **options)
+
+
+def files(folder):
+    return sorted(str(path.relative_to(folder)) for path in Path(folder).rglob("*") if path.is_file())
+
+
+def run(capsys, *arguments, status=0):
+    assert main([*arguments]) == status
+    captured = capsys.readouterr()
+    assert all(line.startswith("rnncodec: ") for line in captured.err.splitlines()), captured.err
+    return captured.out.splitlines(), [line.removeprefix("rnncodec: ") for line in captured.err.splitlines()]
+
+
+def test_an_album(monkeypatch, capsys):
+    """One command says, in a few lines, what became of all that a telephone and a camera leave in a folder."""
+    monkeypatch.setattr(finding, "find_spec", lambda name: None)  # no package that reads HEIF or JPEG XL
+    portrait = Image.Exif()
+    portrait[274] = 6
+    for name in ("album/a.jpg", "album/b.jpg", "album/trip/c.jpg"):
+        save(name, exif=portrait)
+    clear = picture(1, "RGBA")
+    clear.putalpha(99)
+    save("album/logo.png", clear)
+    save("album/moving.gif", save_all=True, append_images=[picture(2)])
+    save("album/twice.gif", picture(3), save_all=True, append_images=[picture(4)])
+    for name in ("live.heic", "live.mov", "trip/other.HEIC", "x.jxl", "raw.CR2", "notes.txt", "trip/.hidden.heic"):
+        Path("album", name).write_bytes(b"of no format")
+    Path("album/broken.jpg").write_bytes(b"\xff\xd8\xff of no format")
+    out, said = run(capsys, "encode", "album", "--output-dir", "out", *FAST, status=1)
+    done = ["a.rnc", "b.rnc", "logo.rnc", "moving.rnc", "trip/c.rnc", "twice.rnc"]
+    assert files("out") == done
+    assert [line.split(":")[0] for line in out[:-1]] == [f"out/{name}" for name in done]
+    sources = ("a.jpg", "b.jpg", "trip/c.jpg", "logo.png", "moving.gif", "twice.gif")
+    before = sum(Path("album", name).stat().st_size for name in sources)
+    after = sum(Path("out", name).stat().st_size for name in done)
+    assert out[-1] == f"6 of 11 files: {before} bytes became {after}; 1 failed; 4 skipped"
+    assert len(said) == 7
+    assert said[0].startswith("error: album/broken.jpg: ")
+    assert sorted(said[1:4]) == [
+        "warning: 2 files, such as album/moving.gif: only the first of several images is kept",
+        "warning: 3 files, such as album/a.jpg: turned upright, as EXIF says",
+        "warning: album/logo.png: transparency is replaced by white",
+    ]
+    assert sum("pip install 'rnncodec[" in line for line in said[4:]) == 2
+    for start in ("album/live.heic, album/trip/other.HEIC: ", "album/raw.CR2: ", "album/x.jxl: "):
+        assert any(line.startswith(f"skipped: {start}") for line in said[4:])
+
+    out, said = run(capsys, "encode", "album", "--output-dir", "out", "--force", "--quiet", *FAST, status=1)
+    assert out == []
+    assert len(said) == 4
+    assert said[0].startswith("error: ")
+    assert all(line.startswith("skipped: ") for line in said[1:])
+
+
+def test_many_skipped_files_are_counted(monkeypatch, capsys):
+    save("raws/a.png")
+    for number in range(12):
+        Path(f"raws/{number:02}.nef").write_bytes(b"")
+    _, (line,) = run(capsys, "encode", "raws", *FAST, status=1)
+    listed = ", ".join(f"raws/{number:02}.nef" for number in range(10))
+    assert line.startswith(f"skipped: 12 files, such as {listed}: ")
+
+
+def test_a_folder_of_skipped_files_alone(capsys):
+    Path("raws").mkdir()
+    Path("raws/a.nef").write_bytes(b"")
+    out, (line,) = run(capsys, "encode", "raws", *FAST, status=1)
+    assert out == []
+    assert line.startswith("skipped: raws/a.nef: ")
+    save("more/a.png")
+    out, (line,) = run(capsys, "encode", "raws", "more", *FAST, status=1)
+    assert out[-1].startswith("1 of 2 files: ")
+    assert out[-1].endswith("; 1 skipped")
+
+
+def test_a_single_file_has_no_summary(capsys):
+    save("a.png")
+    out, said = run(capsys, "encode", "a.png", *FAST)
+    assert len(out) == 1
+    assert out[0].startswith("a.rnc: 1 iterations, ")
+    assert said == []
+    assert run(capsys, "encode", "a.png", "b.rnc", "--quiet", *FAST) == ([], [])
+    assert run(capsys, "decode", "b.rnc", "b.png", "--quiet", *FAST[2:]) == ([], [])
+
+
+def test_what_is_lost_of_one_file(capsys):
+    save("a.png", picture(mode="LA").convert("RGBA"))
+    clear = picture(mode="RGBA")
+    clear.putalpha(0)
+    save("b.png", clear)
+    assert run(capsys, "encode", "a.png", "a.rnc", *FAST)[1] == []
+    assert run(capsys, "encode", "b.png", "b.rnc", *FAST)[1] == ["warning: b.png: transparency is replaced by white"]
+    assert run(capsys, "encode", "b.png", "b.rnc", "--quiet", *FAST)[1] == []
+
+
+@pytest.mark.parametrize(
+    ("inputs", "outputs"),
+    [
+        (["x.jpg", "x.png", "y.png"], ["x.jpg.rnc", "x.png.rnc", "y.rnc"]),
+        (["x.jpg", "x.png", "x.jpg.png"], ["x.jpg.png.rnc", "x.jpg.rnc", "x.png.rnc"]),
+        (["x.jpg", "sub/x.png"], ["sub/x.rnc", "x.rnc"]),
+        (["x.1.png", "x.2.png"], ["x.1.rnc", "x.2.rnc"]),
+        (["X.JPG", "X.jpg", "X.png"], ["X.JPG.rnc", "X.jpg.rnc", "X.png.rnc"]),
+    ],
+)
+def test_names_that_would_collide(tiny, capsys, inputs, outputs):
+    """Each picture has a file of its own, which decodes to the picture, with a name that tells which one it was."""
+    codec = Codec(load_weights(tiny))
+    for seed, name in enumerate(inputs):
+        save(f"in/{name}", picture(seed), format="png")
+    run(capsys, "encode", "in", "--output-dir", "out", *FAST)
+    assert files("out") == sorted(outputs)
+    run(capsys, "decode", "out", "--output-dir", "back", *FAST[2:])
+    assert files("back") == sorted(name.removesuffix("rnc") + "png" for name in outputs)
+    for seed, name in enumerate(inputs):
+        data = codec.encode(picture(seed), 1)
+        stem = name if f"{name}.rnc" in outputs else name.rpartition(".")[0]
+        assert Path("out", f"{stem}.rnc").read_bytes() == data
+        assert np.array_equal(np.asarray(Image.open(f"back/{stem}.png")), np.asarray(codec.decode(data)))
+
+
+def test_names_that_collide_beside_their_inputs(capsys):
+    save("x.jpg")
+    save("x.png", picture(1))
+    run(capsys, "encode", "x.jpg", "x.png", *FAST)
+    assert {"x.jpg.rnc", "x.png.rnc"} <= set(files("."))
+    run(capsys, "decode", "x.jpg.rnc", "x.png.rnc", *FAST[2:])
+    assert {"x.jpg.png", "x.png.png"} <= set(files("."))
+    run(capsys, "encode", "x.jpg", *FAST)  # alone, it needs no more than its own name
+    assert "x.rnc" in files(".")
+
+
+def test_terminals_are_refused(monkeypatch, capsys):
+    """Bytes of a file may be commands to a terminal; text is no reason to refuse one."""
+    save("a.png")
+    run(capsys, "encode", "a.png", "a.rnc", *FAST)
+    terminal = types.SimpleNamespace(isatty=lambda: True, write=lambda text: None, flush=lambda: None)
+    for command in (["decode", "a.rnc", "-"], ["encode", "a.png", "-"], ["encode", "-"], ["truncate", "a.rnc", "-"]):
+        with monkeypatch.context() as context:
+            context.setattr(sys, "stdout", terminal)
+            with pytest.raises(SystemExit) as error:
+                main(command)
+        assert error.value.code == 2
+        assert "standard output is a terminal" in capsys.readouterr().err
+    with monkeypatch.context() as context:
+        context.setattr(sys, "stdout", terminal)
+        assert main(["truncate", "a.rnc", "b.rnc"]) == 0
+
+
+def test_truncating_a_file_to_itself(capsys):
+    """In place, or through links, the result is the shorter file; other names of the old file keep it."""
+    save("a.png")
+    run(capsys, "encode", "a.png", "a.rnc", "--iterations", "3", *FAST[2:])
+    whole = Path("a.rnc").read_bytes()
+    run(capsys, "truncate", "a.rnc", "short.rnc", "--iterations", "1")
+    short = Path("short.rnc").read_bytes()
+    assert len(short) < len(whole)
+    Path("link.rnc").symlink_to("a.rnc")
+    Path("hard.rnc").hardlink_to("a.rnc")
+    for source, target in (("a.rnc", "a.rnc"), ("link.rnc", "a.rnc"), ("a.rnc", "link.rnc"), ("link.rnc", "link.rnc")):
+        run(capsys, "truncate", source, target, "--iterations", "1")
+        assert Path("a.rnc").read_bytes() == short
+        assert Path("link.rnc").is_symlink()
+        assert Path("hard.rnc").read_bytes() == whole
+        Path("a.rnc").write_bytes(whole)
+    run(capsys, "truncate", "hard.rnc", "a.rnc", "--iterations", "1")
+    assert Path("a.rnc").read_bytes() == short
+    assert Path("hard.rnc").read_bytes() == whole
+    run(capsys, "truncate", "a.rnc", "a.rnc", "--iterations", "3", status=1)
+    assert Path("a.rnc").read_bytes() == short
+
+
+@pytest.mark.parametrize("name", ["out", "out.ckpt", "out.safetensors.bak", "folder/", "safetensors", ".safetensors"])
+@pytest.mark.parametrize("kind", [["--name", "x"], ["--context", "x"], ["--allocation", "x"]])
+def test_export_to_other_names(capsys, name, kind):
+    """Such weights would not be found again; it is said before the work, of which the checkpoint is absent."""
+    with pytest.raises(SystemExit) as error:
+        main(["export", "absent.ckpt", name, *kind])
+    assert error.value.code == 2
+    assert f"must end in .safetensors, not {name}\n" in capsys.readouterr().err
+
+
+def test_encode_takes_a_path(tiny):
+    """The file is that of the command line, with the camera's EXIF data; Pillow reads them from the decoded image."""
+    exif = Image.Exif()
+    exif[271], exif[274] = "Maker", 6
+    save("photo.jpg", exif=exif, quality=95)
+    with Image.open("photo.jpg") as stored:
+        upright = np.rot90(np.asarray(stored), -1)
+    assert main(["encode", "photo.jpg", "photo.rnc", *FAST]) == 0
+    codec = Codec(load_weights(tiny))
+    for path in ("photo.jpg", Path("photo.jpg"), Path("photo.jpg").absolute()):
+        assert codec.encode(path, 1) == Path("photo.rnc").read_bytes()
+    assert codec.encode("photo.jpg", 1, records={}) == codec.encode(np.ascontiguousarray(upright), 1)
+    assert main(["decode", "photo.rnc", "photo.png", *FAST[2:]]) == 0
+    with Image.open("photo.png") as decoded:
+        assert dict(decoded.getexif()) == {271: "Maker"}
+    for wrong, message in (
+        ("absent.jpg", "absent.jpg: No such file"),
+        (b"photo.jpg", "not bytes"),
+        ([[1]], "not list"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            codec.encode(wrong)  # pyright: ignore[reportArgumentType]
