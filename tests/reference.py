@@ -226,11 +226,20 @@ class StopReference:
         self.living = set(np.ndindex(rows, cols))
         self.counts = {context: [1, 8] for context in range(15)}
 
-    def read(self, flag):
-        """The locations that go on in the next iteration; `flag` gives a location's flag from row, column and k."""
+    def read(self, digit, flag):
+        """The locations that go on in the next iteration.
+
+        Args:
+            digit: gives a digit of the level from its number and k.
+            flag: gives a location's flag from row, column and k.
+        """
         self.iteration += 1
         if self.iteration == 1:
             return self.living
+        level, counts, most = sum(digit(i, 32768) << 3 - i for i in range(4)), self.counts, 64
+        if level:
+            start = [1, 2 ** (9 - level)] if level < 9 else [2 ** (level - 9), 1]
+            counts, most = {context: start.copy() for context in range(15)}, max(64, sum(start))
         stopped, going = set(np.ndindex(self.rows, self.cols)) - self.living, set()
         for turn in ((0, 0), (1, 1), (0, 1), (1, 0)):
             told = []
@@ -240,14 +249,14 @@ class StopReference:
                 around = [(y + i, x + j) for i in (-1, 0, 1) for j in (-1, 0, 1) if i or j]
                 s, g = (sum(place in places for place in around) for places in (stopped, going))
                 context = 3 * sum(n <= s for n in (1, 2, 3, 5)) + sum(n <= g for n in (1, 3))
-                no, yes = self.counts[context]
+                no, yes = counts[context]
                 told.append(((y, x), context, flag(y, x, 65536 * yes // (no + yes))))
             for place, context, yes in told:
-                self.counts[context][yes] += 1
+                counts[context][yes] += 1
                 (going if yes else stopped).add(place)
-            for counts in self.counts.values():
-                while sum(counts) > 64:
-                    counts[:] = [(n + 1) // 2 for n in counts]
+            for pair in counts.values():
+                while sum(pair) > most:
+                    pair[:] = [(n + 1) // 2 for n in pair]
         assert going
         self.living = going
         return going
@@ -320,10 +329,10 @@ def least_bytes(coding, locations, bits, number=0, parts=1, maps=False):
     if maps and iteration > 0:
         count = bits
         flags = 0 if part else locations if iteration == 1 else 1
-    if coding == 0:
-        return math.ceil((count + flags) / 8)
-    if coding == 1:
-        return math.ceil((count + 46 * flags) / 16516)
+    if flags:
+        count += flags + 4
+    if coding < 2:
+        return math.ceil(count / (16516 if coding else 8))
     if coding == 2:
         g = 4 if bits % 4 == 0 else 2 if bits % 2 == 0 else 1
         return {4: 8, 2: 2, 1: 1}[g] + math.ceil(count / (8 * g))
@@ -352,7 +361,7 @@ class PartsReference:
         _, groups, size = self.model.channel.shape
         plane = np.zeros((groups * size, self.rows, self.cols), np.int64)
         if self.maps:
-            self.stops.read(lambda y, x, k: readers[0].read(k))
+            self.stops.read(lambda i, k: readers[0].read(k), lambda y, x, k: readers[0].read(k))
         for top, band in self.bands:
 
             def tell(group, r, c, logits, top=top):

@@ -71,9 +71,9 @@ def crc16(data: bytes) -> bytes:
 
 
 # 40x10 pixels, stride 16, 4 bits in two parts, stop maps: four raw payloads.
-PARTS_PAYLOADS = tuple(bytes.fromhex(payload) for payload in ("B4", "D8", "C8", "E0"))
+PARTS_PAYLOADS = tuple(bytes.fromhex(payload) for payload in ("B4", "D8", "0C80", "E0"))
 PARTS_FIXED = bytes.fromhex("8F524E43 03 0028 000A 0123456789ABCDEF 0000000000000000 10 04 05 736D616C6C 00 02 01")
-PARTS_HEAD = PARTS_FIXED + b"\0\4" + b"".join(b"\2" + crc16(payload) for payload in PARTS_PAYLOADS)
+PARTS_HEAD = PARTS_FIXED + b"\0\4" + b"".join(bytes([2 * len(payload)]) + crc16(payload) for payload in PARTS_PAYLOADS)
 PARTS_EXAMPLE = PARTS_HEAD + crc(PARTS_HEAD) + b"".join(PARTS_PAYLOADS)
 
 # The file EXAMPLE with one record, an EXIF directory that is empty, in a zlib stream that is not compressed.
@@ -308,24 +308,24 @@ class TestParts:
         header = Header(40, 10, FINGERPRINT, "small", 16, 4, entries, parts=2, maps=True)
         assert write(Container(header, PARTS_PAYLOADS)) == PARTS_EXAMPLE
         assert (header.version, header.rows, header.cols, header.raw_length, header.size) == (3, 1, 3, 2, 54)
-        assert header.sizes == (46, 50, 54, 58)
+        assert header.sizes == (46, 50, 55, 59)
         assert (header.iterations, header.ends) == (2, (2, 4))
 
     def test_read(self):
         header, payloads = (file := read(PARTS_EXAMPLE, max_pixels=400)).header, file.payloads
         assert (header.width, header.height, header.stride, header.bits) == (40, 10, 16, 4)
         assert (header.parts, header.maps, header.context) == (2, True, bytes(8))
-        assert [(entry.coding, entry.length) for entry in header.entries] == [(0, 1)] * 4
-        assert [entry.checksum for entry in header.entries] == [0x06AF, 0xAB85, 0xB9B4, 0x1CDE]
+        assert [(entry.coding, entry.length) for entry in header.entries] == [(0, 1), (0, 1), (0, 2), (0, 1)]
+        assert [entry.checksum for entry in header.entries] == [0x06AF, 0xAB85, 0xC9EA, 0x1CDE]
         assert payloads == PARTS_PAYLOADS
         assert read(PARTS_EXAMPLE + b"end", max_pixels=400, iterations=1).payloads == PARTS_PAYLOADS[:2]
 
-    @pytest.mark.parametrize(("kept", "size", "iterations"), [(1, 46, 1), (2, 50, 1), (3, 54, 2), (4, 58, 2)])
+    @pytest.mark.parametrize(("kept", "size", "iterations"), [(1, 46, 1), (2, 50, 1), (3, 55, 2), (4, 59, 2)])
     def test_truncate(self, kept, size, iterations):
         short = forge3(count=kept, entries=PARTS_HEAD[38 : 38 + 3 * kept], payloads=b"".join(PARTS_PAYLOADS[:kept]))
         assert len(short) == size
         assert truncate(PARTS_EXAMPLE, max_bytes=size) == truncate(PARTS_EXAMPLE, max_bytes=size + 3) == short
-        assert truncate(PARTS_EXAMPLE[: 54 + kept]) == short
+        assert truncate(PARTS_EXAMPLE[: 54 + size - 42 - 3 * kept]) == short
         assert read_header(short).iterations == iterations
         assert read_header(short).ends == ((kept,) if iterations == 1 else (2, kept))
         if kept % 2 == 0:
@@ -341,7 +341,7 @@ class TestParts:
 
     def test_coding_and_context_model_are_named_where_they_are_needed(self):
         """Lengths of three, one and two bytes; without the coded payloads, no context model."""
-        width = b"\x40\x00"  # 1024 locations of 255 / 3 bits: 10,880 bytes, and with a flag at most 11,008
+        width = b"\x40\x00"  # 1024 locations of 255 / 3 bits: 10,880 bytes, and with flags at most 11,009
         payloads = bytes(10880), bytes(63), bytes(8191)
         head = bytearray(forge3(3, 1, 1, 3, b"", b"contexts", 255)[:-4])
         head[5:7] = width
@@ -349,7 +349,7 @@ class TestParts:
         data = forge(bytes(head) + entries, b"".join(payloads))
         header = read_header(data)
         assert [(entry.coding, entry.length) for entry in header.entries] == [(0, 10880), (1, 63), (1, 8191)]
-        assert (header.context, header.raw_length) == (b"contexts", 11008)
+        assert (header.context, header.raw_length) == (b"contexts", 11009)
         assert write(Container(header, payloads)) == data
         short = truncate(data, max_bytes=header.sizes[1] - 1)
         assert (len(short), read_header(short).context) == (header.sizes[0], bytes(8))
@@ -438,7 +438,7 @@ class TestParts:
     def test_any_geometry(self, width, height, parts, maps, count):
         rng = np.random.default_rng(count)
         locations = -(-width // 16) * -(-height // 16)
-        most = -(-locations * (32 // parts + maps) // 8)
+        most = -(-(locations * (32 // parts + maps) + 4 * maps) // 8)
         version = 3 if parts > 1 or maps else 2
         codings = rng.integers(0, 2, count) if version == 3 else np.ones(count, int)
         least = [least_bytes(int(coding), locations, 32, n, parts, maps) for n, coding in enumerate(codings)]

@@ -207,7 +207,7 @@ def test_a_map_by_which_nobody_goes_on_is_an_error(exact, questions):
     encoder, decoder = (PartsSession(exact, BITS, *SHAPE, questions, 2, True) for _ in range(2))
     decoder.decode(encoder.encode(bits()[0]))
     with pytest.raises(FormatError, match="no location goes on"):
-        decoder.decode([(RAW, bytes(8)), (RAW, b"")])
+        decoder.decode([(RAW, bytes(9)), (RAW, b"")])  # four digits and 63 flags
 
 
 @pytest.mark.parametrize("parts", [1, 4])

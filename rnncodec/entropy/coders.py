@@ -316,11 +316,12 @@ class PartsSession(ContextSession):
 
         if self.maps:
 
-            def code_flags(turn: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
-                coders[0].write(probabilities, going[turn])
-                return going[turn]
+            def write(probabilities: np.ndarray, flags: np.ndarray | None) -> np.ndarray:
+                assert flags is not None
+                coders[0].write(probabilities, flags)
+                return flags
 
-            self.stops.advance(code_flags)
+            self.stops.advance(write, going)
         for rows, band in self.bands:
             band.code(code, plane[:, rows], going[rows])
             band.advance(plane[:, rows])
@@ -331,7 +332,7 @@ class PartsSession(ContextSession):
     @torch.inference_mode()
     def _decode(self, pieces: Sequence[Piece]) -> np.ndarray:
         coders = [RawDecoder(payload) if coding == RAW else RangeDecoder(payload) for coding, payload in pieces]
-        if self.maps and not self.stops.advance(lambda _, probabilities: coders[0].read(probabilities)).any():
+        if self.maps and not self.stops.advance(lambda probabilities, _: coders[0].read(probabilities)).any():
             raise FormatError("an iteration in which no location goes on")
 
         def code(group: int, probabilities: np.ndarray, _: np.ndarray | None) -> np.ndarray | None:

@@ -7,12 +7,12 @@ CODINGS: dict[int, EntropyName] = dict(enumerate(get_args(EntropyName)))  # of p
 RAW, CONTEXT, HUFFMAN, STATIC, ADAPTIVE = CODINGS
 # Bits that a byte of a code holds at most: 8 / log2(1 / P), rounded up, for the largest P that the coder gives a bit.
 MOST = {CONTEXT: 16516, STATIC: 1417, ADAPTIVE: 363406}
-FLAG = 46  # bits that a flag of a stop map counts for in a code of the context model, because its P is at most 63 / 64
+LEVEL_BITS = 4  # before the flags of a stop map
 
 
-def raw_length(width: int, height: int, stride: int, bits: int) -> int:
-    """Bytes of raw bits, so many at each location."""
-    return _ceil(_ceil(height, stride) * _ceil(width, stride) * bits, 8)
+def raw_length(width: int, height: int, stride: int, bits: int, maps: bool = False) -> int:
+    """The most bytes of a raw payload of so many bits at each location, and of a flag if there are stop maps."""
+    return _ceil(_ceil(height, stride) * _ceil(width, stride) * (bits + maps) + LEVEL_BITS * maps, 8)
 
 
 def length_size(most: int) -> int:
@@ -27,18 +27,18 @@ def least_length(coding: int, locations: int, bits: int, flags: int = 0) -> int:
         coding: of the payload.
         locations: that get bits, at least.
         bits: of each location.
-        flags: of a stop map, at least.
+        flags: of a stop map, at least; 0 if there is none.
     """
-    count = locations * bits
+    count = locations * bits + (flags and flags + LEVEL_BITS)
     if coding == RAW:
-        return _ceil(count + flags, 8)
+        return _ceil(count, 8)
     if coding == HUFFMAN:
         group = huffman_group(bits)
         return _ceil(4 << group, 8) + _ceil(count // group, 8)
     if coding not in MOST:
         return 1
     before = bits if coding == STATIC else 0
-    return before + _ceil(count + FLAG * flags, MOST[coding])
+    return before + _ceil(count, MOST[coding])
 
 
 def huffman_group(bits: int) -> int:

@@ -141,7 +141,7 @@ class Header:
     @property
     def raw_length(self) -> int:
         """Bytes of a raw payload, the most bytes of one if there are parts or maps; no payload exceeds it."""
-        return raw_length(self.width, self.height, self.stride, self.bits // self.parts + self.maps)
+        return raw_length(self.width, self.height, self.stride, self.bits // self.parts, self.maps)
 
     def least_length(self, number: int) -> int:
         """The fewest bytes that the payload of a number from 0 can have, by its coding and the geometry."""
