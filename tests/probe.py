@@ -1,6 +1,7 @@
-"""A callback for the tests of training, which writes each rank's patches and final weights to files."""
+"""Callbacks for the tests of training: what each rank saw and learned, and signals at known times."""
 
 import hashlib
+import signal
 from pathlib import Path
 
 import lightning as L
@@ -21,3 +22,15 @@ class Probe(L.Callback):
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / f"patches-{trainer.global_rank}.txt").write_text("\n".join(self.patches))
         torch.save(pl_module.state_dict(), self.folder / f"weights-{trainer.global_rank}.pt")
+
+
+class Sender(L.Callback):
+    """Sends signals to this process, once, when a hook is called at a step."""
+
+    def __init__(self, hook: str, step: int, signals: list[int]) -> None:
+        self.step, self.signals = step, signals
+        setattr(self, hook, self.send)
+
+    def send(self, trainer, *args, **kwargs):
+        while trainer.global_step == self.step and self.signals:
+            signal.raise_signal(self.signals.pop(0))

@@ -1,31 +1,42 @@
 """The command line of training: LightningCLI with the callbacks and loggers that every run has."""
 
-import os
+import signal
 import sys
-import uuid
 from collections.abc import Sequence
+from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import lightning as L
 import torch
 import wandb
 from jsonargparse import Namespace
-from lightning.pytorch.callbacks import EMAWeightAveraging, LearningRateMonitor, ModelCheckpoint, RichProgressBar
+from jsonargparse.typing import NonNegativeFloat
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import (
+    EMAWeightAveraging,
+    LearningRateMonitor,
+    ModelCheckpoint,
+    ProgressBar,
+    RichProgressBar,
+)
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import CSVLogger, WandbLogger
-from lightning.pytorch.plugins.io import TorchCheckpointIO
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 
 import rnncodec
 from rnncodec.data import PatchDataModule
+from rnncodec.files.errors import one_line
 from rnncodec.training import (
     context,  # noqa: F401 - its classes may be named in a config
     tracking,
 )
 from rnncodec.training.base import Training
+from rnncodec.training.checkpoints import AtomicCheckpointIO, LastCheckpoint, check_checkpoint
+from rnncodec.training.flags import check_trainer
+from rnncodec.training.folder import RunFolder
 from rnncodec.training.optim import bfloat16_pays
+from rnncodec.training.stopping import StopOnSignal
 
 
 def default_precision() -> str:
@@ -50,40 +61,51 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
+# What is told in one line: bad values, files and hardware. PyTorch reports much of this as RuntimeError.
+FAILURES = (
+    ValueError,
+    OSError,
+    ArithmeticError,
+    ImportError,
+    MemoryError,
+    RuntimeError,
+    MisconfigurationException,
+    wandb.Error,
+)
+
+
 class RunConfig(SaveConfigCallback):
     """Writes the complete config beside the checkpoints of its run; a resumed run replaces it."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         folder = Path(trainer.default_root_dir)
-        if trainer.is_global_zero:
-            folder.mkdir(parents=True, exist_ok=True)
+        if stage == "fit" and trainer.is_global_zero:
             self.parser.save(self.config, folder / "config.yaml", overwrite=True, multifile=self.multifile)
 
 
-class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint to a temporary file and renames it, so that a killed run leaves a complete one."""
+class Parser(LightningArgumentParser):
+    """Lightning's parser, with errors of one line."""
 
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any | None = None
-    ) -> None:
-        super().save_checkpoint(checkpoint, f"{path}.part", storage_options)
-        os.replace(f"{path}.part", path)
-
-
-class LastCheckpoint(ModelCheckpoint):
-    """Saves a checkpoint at intervals and at the end of training, before averaged weights replace the current ones."""
-
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        assert self.dirpath is not None
-        trainer.save_checkpoint(Path(self.dirpath) / f"{self.filename}.ckpt")
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        print(f"{self.prog.partition(' ')[0]}: error: {' '.join(message.split())}", file=sys.stderr)
+        sys.exit(2)
 
 
 class CodecCLI(LightningCLI):
-    """Lightning's command line with a name for the run, and the callbacks and loggers that every run has."""
+    """Lightning's command line with a name for the run, and the callbacks and loggers that every run has.
+
+    Args:
+        claims: what a training claims, for as long as it needs it.
+        options: of `LightningCLI`.
+    """
+
+    def __init__(self, claims: ExitStack, **options: Any) -> None:
+        self.claims = claims
+        super().__init__(**options)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--name", type=str, default="codec", help="name of the run and of its folder in runs/")
-        parser.add_argument("--checkpoint_minutes", type=float, default=5.0, help="time between checkpoints")
+        parser.add_argument("--checkpoint_minutes", type=NonNegativeFloat, default=5.0, help="time between checkpoints")
         parser.add_lightning_class_args(EMAWeightAveraging, "ema")
         # All buffers are constants, so averages need not include them.
         parser.set_defaults({"ema.decay": 0.999, "ema.use_buffers": False, "seed_everything": 0})
@@ -97,55 +119,86 @@ class CodecCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Keeps the settings of a resumed run's config and command line; Lightning would take the checkpoint's."""
 
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """The subcommands, of which Lightning has more, and the arguments of the Trainer's methods to leave out."""
+        return {
+            "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule"},
+            "validate": {"model", "dataloaders", "datamodule"},
+        }
+
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        config: Namespace = self.config[str(self.subcommand)] if self.subcommand else self.config
-        folder = Path(config.trainer.default_root_dir or "runs") / config.name
-        last = folder / "last.ckpt"
-        resumed = config.get("ckpt_path") or list(folder.glob("hpc_ckpt_*.ckpt"))  # these are left by a SLURM requeue
-        if self.subcommand == "fit" and last.exists() and not resumed:
-            raise FileExistsError(f"{last} is of an earlier run: resume it with --ckpt_path or choose another --name")
-        run_id = folder / "wandb-id.txt"
-        if getattr(rank_zero_only, "rank", 0) == 0 and not (resumed and run_id.exists()):
-            folder.mkdir(parents=True, exist_ok=True)
-            run_id.write_text(uuid.uuid4().hex[:8])
-        if not config.trainer.logger and config.trainer.logger is not False:
-            kwargs["logger"] = [
-                CSVLogger(folder, name="metrics"),  # makes a new version for each start, so nothing is overwritten
-                WandbLogger(
-                    name=config.name,
-                    save_dir=folder,
-                    id=run_id.read_text() if run_id.exists() else None,
-                    resume="allow",
-                    job_type="training",
-                    **tracking.settings(folder),
+        config: Namespace = self.config[str(self.subcommand)]
+        trainer: Namespace = self._get(self.config_init, "trainer")
+        check_trainer(config.trainer)
+        path = config.get("ckpt_path")
+        if path and Path(path).exists():
+            check_checkpoint(Path(path), self.model)
+        self.folder = RunFolder(Path(config.trainer.default_root_dir or "runs"), config.name)
+        callbacks = _listed(trainer.callbacks)
+        if trainer.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
+            callbacks.append(RichProgressBar())
+        if self.subcommand == "fit":
+            if not trainer.fast_dev_run:
+                self.claims.enter_context(self.folder.claim(resumed=bool(path)))
+            callbacks = [*self.run_callbacks(config), *callbacks]
+            if trainer.logger is None or trainer.logger is True:
+                kwargs["logger"] = self.run_loggers(config.name)
+        elif trainer.logger is None or trainer.logger is True:
+            kwargs["logger"] = False  # the results are printed, and the run stays as it is
+        kwargs |= {
+            "callbacks": callbacks,
+            "plugins": [AtomicCheckpointIO(), *_listed(trainer.plugins)],
+            "default_root_dir": self.folder.path,
+        }
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except TypeError as error:  # of a value that is not for this accelerator
+            raise ValueError(one_line(error)) from error
+
+    def run_loggers(self, name: str) -> list[Logger]:
+        """The loggers of every training."""
+        folder = self.folder.path
+        wandb_logger = WandbLogger(
+            name=name,
+            save_dir=folder,
+            id=self.folder.run_id,
+            resume="allow",
+            job_type="training",
+            **tracking.settings(folder),
+        )
+        # The other makes a new version for each start, so nothing is overwritten.
+        return [CSVLogger(folder, name="metrics"), wandb_logger]
+
+    def run_callbacks(self, config: Namespace) -> list[L.Callback]:
+        """The callbacks of every training, but for those that its arguments turn off."""
+        callbacks: list[L.Callback] = []
+        if config.trainer.enable_checkpointing is not False:
+            monitor, mode = self.model.monitor
+            callbacks += [
+                LastCheckpoint(
+                    self.folder.path,
+                    filename="last",
+                    train_time_interval=timedelta(minutes=config.checkpoint_minutes),
+                    enable_version_counter=False,
+                ),
+                ModelCheckpoint(
+                    self.folder.path,
+                    filename="best",
+                    monitor=monitor,
+                    mode=mode,
+                    enable_version_counter=False,
+                    save_on_train_epoch_end=False,
                 ),
             ]
-        monitor, mode = self.model.monitor
-        callbacks: list[L.Callback] = [
-            LastCheckpoint(
-                folder,
-                filename="last",
-                train_time_interval=timedelta(minutes=config.checkpoint_minutes),
-                enable_version_counter=False,
-            ),
-            ModelCheckpoint(
-                folder,
-                filename="best",
-                monitor=monitor,
-                mode=mode,
-                enable_version_counter=False,
-                save_on_train_epoch_end=False,
-            ),
-        ]
         if config.trainer.logger is not False:
             callbacks.append(LearningRateMonitor("step"))
-        if config.trainer.enable_progress_bar is not False:
-            callbacks.append(RichProgressBar())
-        kwargs["callbacks"] = [*callbacks, *(self._get(self.config_init, "trainer").get("callbacks") or [])]
-        plugins = self._get(self.config_init, "trainer").get("plugins") or []
-        kwargs["plugins"] = [AtomicCheckpointIO(), *(plugins if isinstance(plugins, list) else [plugins])]
-        kwargs["default_root_dir"] = folder
-        return super().instantiate_trainer(**kwargs)
+        return callbacks
+
+
+def _listed(value: Any) -> list[Any]:
+    """A list of what may be one thing, a list of them, or None."""
+    return [] if value is None else list(value) if isinstance(value, list) else [value]
 
 
 def with_configs(args: Sequence[str]) -> list[str]:
@@ -175,19 +228,32 @@ def config_path(name: str) -> str:
 
 
 def main(args: Sequence[str] | None = None, program: str = "train.py") -> int:
-    """Runs the command line with given arguments, or those of the process; returns the exit status."""
+    """Runs the command line with given arguments, or those of the process.
+
+    Returns:
+        The exit status: 1 after a failure, 128 and the number of the signal that ended the training.
+    """
+    stop = StopOnSignal()
     try:
-        CodecCLI(
-            Training,
-            PatchDataModule,
-            subclass_mode_model=True,
-            trainer_defaults=DEFAULTS,
-            save_config_callback=RunConfig,
-            save_config_kwargs={"overwrite": True},
-            args=args,
-            parser_kwargs={"prog": program},
-        )
-    except (ValueError, OSError, FloatingPointError, wandb.Error) as error:
-        print(f"{program}: error: {error}", file=sys.stderr)
+        with stop, ExitStack() as claims:
+            CodecCLI(
+                claims,
+                model_class=Training,
+                datamodule_class=PatchDataModule,
+                subclass_mode_model=True,
+                trainer_defaults={**DEFAULTS, "callbacks": stop},
+                save_config_callback=RunConfig,
+                save_config_kwargs={"overwrite": True},
+                parser_class=Parser,
+                args=args,
+                parser_kwargs={"prog": program},
+            )
+    except FAILURES as error:
+        print(f"{program}: error: {one_line(error)}", file=sys.stderr)
         return 1
-    return 0
+    except (KeyboardInterrupt, SystemExit):
+        if stop.signal is None:  # the parser, which has printed something, or one of several processes
+            raise
+        resume = f"--ckpt_path {stop.saved} resumes it" if stop.saved else "nothing is saved"
+        print(f"{program}: stopped by {signal.Signals(stop.signal).name}; {resume}", file=sys.stderr)
+    return stop.status
