@@ -30,7 +30,6 @@ WINDOW, SPREAD = 11, 1.5  # side and standard deviation of its Gaussian window, 
 CONTRAST = (2 * 0.03) ** 2  # its constant C2, for values in [-1, 1]
 HALO = 5  # blocks around a block on which its lost contrast depends
 QUALITIES = 1, 10, 20, 30, 40, 50, 60, 70, 80, 90, 100  # whose efforts weights have; those between follow
-CHECKED = 2  # iterations from one look of a survey at what it needs to the next
 PATIENCE = 2  # iterations without use after which a location is no longer surveyed
 FEW = 0.005  # share of locations that are not worth another iteration of the survey
 FLAGS = 3.0  # bits that say when a location stops before the others; but a map takes at most a bit for each location
@@ -71,6 +70,7 @@ class Survey(ABC):
 
     measure: ClassVar[TuneName]
     reconstructions: ClassVar[int]  # of the last iterations, from which `errors` are measured
+    checked: ClassVar[int]  # iterations from one look at what is needed to the next
     crowd: ClassVar[float]  # share of locations that make a survey short if they want all that was surveyed of them
 
     def __init__(self, rows: int, cols: int, most: int, overhead: float, weight: np.ndarray | None = None) -> None:
@@ -142,7 +142,7 @@ class Survey(ABC):
 class ErrorSurvey(Survey):
     """A survey for `psnr`; `errors` holds the squared error after the last iteration."""
 
-    measure, reconstructions, crowd = "psnr", 1, 0.05
+    measure, reconstructions, checked, crowd = "psnr", 1, 2, 0.05
 
     def choose(self, effort: float) -> np.ndarray:
         multiplier = math.exp(np.interp(effort, (0, 1), np.log(MULTIPLIERS)))
@@ -160,7 +160,7 @@ class ErrorSurvey(Survey):
 class EvenSurvey(Survey):
     """A survey for `ms-ssim`; `errors` holds what the metric sees after the last two iterations."""
 
-    measure, reconstructions, crowd = "ms-ssim", 2, 1.0
+    measure, reconstructions, checked, crowd = "ms-ssim", 2, 1, 1.0
 
     def choose(self, effort: float) -> np.ndarray:
         level = 1 + effort * (self.most - 1)

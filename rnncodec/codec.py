@@ -256,7 +256,8 @@ class Codec:
             FormatError: the data is not an .rnc file, corrupt, too large, or without a complete iteration.
             ValueError: the file has fewer complete iterations than asked for.
         """
-        header, count, planes = self._read(data, iterations, max_pixels)
+        header, found, planes = self._read(data, iterations, max_pixels)
+        count = -(-found // header.parts)
         array = np.empty((header.height, header.width, 3), np.uint8)
         for _, (y, x), x_hat in self.loop.decode(list(planes), count, header.height, header.width, progress):
             array[y, x] = to_uint8(x_hat)[0].permute(1, 2, 0).cpu().numpy()
@@ -268,21 +269,30 @@ class Codec:
         return torch.tensor(array, device=self.device).permute(2, 0, 1) / 255
 
     def decode_progressive(
-        self, data: bytes, iterations: int | None = None, *, max_pixels: int = MAX_PIXELS
+        self, data: bytes, iterations: int | None = None, *, parts: bool = False, max_pixels: int = MAX_PIXELS
     ) -> Iterator[np.ndarray]:
-        """Decompresses a file once and yields the image of every iteration, uint8 [H, W, 3]; arguments as in `decode`.
+        """Decompresses a file once and yields the image of every iteration, uint8 [H, W, 3].
+
+        Args:
+            data: as in `decode`.
+            iterations: as in `decode`.
+            parts: whether to yield the image after every part of an iteration, as if the file ended there.
+            max_pixels: as in `decode`.
 
         Raises:
             ValueError: as in `decode`, before the first image; a FormatError may also come at a corrupt iteration.
         """
-        header, count, planes = self._read(data, iterations, max_pixels)
-        arrays: dict[int, np.ndarray] = {}  # of one iteration at a time, unless the loop runs in tiles
-        for t, (y, x), x_hat in self.loop.decode(planes, count, header.height, header.width, None, every=True):
-            if t not in arrays:
-                arrays[t] = np.empty((header.height, header.width, 3), np.uint8)
-            arrays[t][y, x] = to_uint8(x_hat)[0].permute(1, 2, 0).cpu().numpy()
+        header, found, planes = self._read(data, iterations, max_pixels)
+        arrays: dict[int, np.ndarray] = {}  # of one picture at a time, unless the loop runs in tiles
+        per, count = header.parts if parts else 1, -(-found // header.parts)
+        for i, (y, x), x_hat in self.loop.decode(planes, count, header.height, header.width, None, per):
+            if i not in arrays:
+                arrays[i] = np.empty((header.height, header.width, 3), np.uint8)
+            arrays[i][y, x] = to_uint8(x_hat)[0].permute(1, 2, 0).cpu().numpy()
             if (y.stop, x.stop) == (header.height, header.width):  # the last tile
-                yield arrays.pop(t)
+                yield arrays.pop(i)
+                if parts and i + 1 == found:  # the last iteration may lack parts
+                    return
 
     def compress(self, x: Tensor, iterations: int = MAX_ITERATIONS) -> Compressed:
         """Codes a batch to raw payloads, without header and checksums.
@@ -347,7 +357,7 @@ class Codec:
         return np.concatenate(list(self._read(data, iterations, max_pixels)[2]))
 
     def _read(self, data: bytes, iterations: int | None, max_pixels: int) -> tuple[Header, int, Iterator[np.ndarray]]:
-        """The header of a file, how many iterations to decode, and the bits of each [1, bits, rows, columns]."""
+        """The header of a file, how many payloads to decode, and the bits of iterations [1, bits, rows, columns]."""
         if iterations is not None:
             self._check_iterations(iterations)
         header = format.read_header(data)
@@ -373,7 +383,7 @@ class Codec:
         session = self._session(entropy, header.rows, header.cols, parts, header.maps)
         pieces = list(zip(codings, payloads, strict=True))
         planes = (session.decode(pieces[t : t + parts])[None] for t in range(0, len(pieces), parts))
-        return header, -(-len(pieces) // parts), planes
+        return header, len(pieces), planes
 
     def session(self, entropy: EntropyName | Session | None, rows: int, columns: int, maps: bool = False) -> Session:
         """A new session of an entropy coder, chosen as in `encode`; a given session is returned as it is.

@@ -4,19 +4,32 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from rnncodec import tiling
-from rnncodec.allocation import CHECKED, HALO, PATIENCE, Survey, TuneName, Wish, block_errors
+from rnncodec.allocation import HALO, PATIENCE, Survey, TuneName, Wish, block_errors
 from rnncodec.network import LatentConfig, RecurrentCodec, State, Step, pad_to_blocks, to_uint8
 from rnncodec.tiling import MAX_ITERATIONS, MAX_SIDE, Box, Tile, inside, windows
 
 WINDOW = 1024  # pixels, side of the windows of the transforms of a latent network, without halo
 
 Progress = Callable[[int, int], None]
+
+
+class Start(NamedTuple):
+    """An encoding whose first iterations are those of any other in which locations stop only later.
+
+    Attributes:
+        planes: bits of its iterations, int8 [bits, rows, cols].
+        states: what follows from some of the iterations, by their number.
+    """
+
+    planes: list[np.ndarray]
+    states: dict[int, State]
 
 
 class Loop:
@@ -72,7 +85,7 @@ class Loop:
         price: Callable[[int, int], Callable[[np.ndarray], np.ndarray]],
         progress: Progress | None,
         least: int,
-    ) -> Survey:
+    ) -> tuple[Survey, Start]:
         """Encodes an image [1, 3, H, W] without stops, as far as the wish may need; see `rnncodec.allocation`.
 
         Args:
@@ -87,32 +100,38 @@ class Loop:
                 each location.
             progress: is called with the number of steps done and the number of all steps.
             least: iterations before the wish matters.
+
+        Returns:
+            The survey, and for `encode_stopped` its last iterations, unless the image is coded in tiles.
         """
         areas, most = self.tiles(*image.shape[-2:]), self.max_iterations
         groups = self.network.binarizer.questions.groups
         surveys: list[Survey] = []
+        start = Start([], {})
         for i, (tile, y) in enumerate(zip(areas, inputs, strict=True)):
             rows, cols = (cut.stop - cut.start for cut in tile.area)
             survey = kind(rows, cols, most, overhead, None if weight is None else weight[tile.area])
-            cost, states, last = price(rows, cols), list[State](), np.full((rows, cols), most)
+            cost, start, last = price(rows, cols), Start([], {}), np.full((rows, cols), most)
             for t in range(1, most + 1):
                 with exact():
                     limit = torch.from_numpy(last).to(self.device)[None] * groups
-                    step = self.network(states[-1] if states else None, y=y, limit=limit)
+                    step = self.network(start.states.get(t - 1), y=y, limit=limit)
                     latent = torch.einsum("c,chw->hw", worth, (y - step.state.y_hat)[0].square())
-                states = [*states, step.state][-kind.reconstructions :]
-                survey.add(cost(_plane(step)[0]), latent.double().cpu().numpy())
+                start.planes.append(_plane(step)[0])
+                start.states[t] = step.state
+                start.states.pop(t - kind.reconstructions, None)
+                survey.add(cost(start.planes[-1]), latent.double().cpu().numpy())
                 if progress:
                     progress(i * most + t, len(areas) * most)
                 # With several tiles, the wish depends on the others, too.
-                if len(areas) == 1 and t >= least and t % CHECKED == 0:
+                if len(areas) == 1 and t >= least and t % kind.checked == 0:
                     best = survey.choose(wish(survey))
                     if survey.done(best):
                         break
                     last = np.where(best > t - PATIENCE, last, np.minimum(last, t))
-            survey.errors = [self._errors(state, image, tile, kind.measure) for state in states]
+            survey.errors = [self._errors(state, image, tile, kind.measure) for state in start.states.values()]
             surveys.append(survey)
-        return kind.joined(surveys)
+        return kind.joined(surveys), start if len(areas) == 1 else Start([], {})
 
     def _errors(self, state: State, image: Tensor, tile: Tile, measure: TuneName) -> np.ndarray:
         """The errors of the locations of a tile, float64 [rows, cols]; see `block_errors`."""
@@ -133,7 +152,13 @@ class Loop:
         return errors.double().cpu().numpy()
 
     def encode_stopped(
-        self, image: Tensor, inputs: list[Tensor], last: np.ndarray, progress: Progress | None, judge: bool
+        self,
+        image: Tensor,
+        inputs: list[Tensor],
+        last: np.ndarray,
+        start: Start,
+        progress: Progress | None,
+        judge: bool,
     ) -> tuple[np.ndarray, float]:
         """Encodes an image of which each location stops after an iteration of its own.
 
@@ -141,6 +166,7 @@ class Loop:
             image: [1, 3, H, W], of a latent network.
             inputs: of the image.
             last: the last iteration of each location, from 1, [rows, cols].
+            start: from the survey of the image; what it has of the iterations before the first stop is not done again.
             progress: is called with the number of steps done and the number of all steps.
             judge: whether to reconstruct the image.
 
@@ -150,12 +176,16 @@ class Loop:
         height, width = image.shape[-2:]
         areas, groups = self.tiles(height, width), self.network.binarizer.questions.groups
         planes = np.zeros((int(last.max()), self.config.bits, *last.shape), np.int8)
+        done = max((t for t in start.states if t <= last.min()), default=0)
+        if done:
+            planes[:done] = start.planes[:done]
         total = 0
         with exact():
             for i, (tile, y) in enumerate(zip(areas, inputs, strict=True)):
                 limit = torch.from_numpy(last[tile.area]).to(self.device)[None] * groups
-                count, state = int(last[tile.area].max()), None
-                for t, step in enumerate(self.network.unroll(y, count, limit)):
+                state = start.states.get(done)
+                for t in range(done, int(last[tile.area].max())):
+                    step = self.network(state, y=y, limit=limit)
                     planes[t][:, *tile.area], state = _plane(step)[0], step.state
                     if progress:
                         progress(i * len(planes) + t + 1, len(areas) * len(planes))
@@ -190,7 +220,7 @@ class Loop:
             planes = np.stack(list(self.encode(image, most, first)))
             errors = [0] * most
             later = progress and (lambda done, _: progress(steps + done, 2 * steps))
-            for t, box, x_hat in self.decode(planes, most, height, width, later, every=True):
+            for t, box, x_hat in self.decode(planes, most, height, width, later, pictures=1):
                 errors[t] += _squared_error(image, x_hat, box)
             for t, error in enumerate(errors):
                 if _decibel(error, image) >= target:
@@ -206,11 +236,18 @@ class Loop:
         height: int,
         width: int,
         progress: Progress | None,
-        every: bool = False,
+        pictures: int = 0,
     ) -> Iterator[tuple[int, Box, Tensor]]:
-        """Decodes `count` iterations, int8 [B, bits, rows, columns]; yields iterations, boxes in pixels and x_hat.
+        """Decodes iterations, int8 [B, bits, rows, columns]; yields numbers of pictures, boxes in pixels, and x_hat.
 
-        These are of the last iteration only, or of all if `every` is set.
+        Args:
+            planes: the bits of each iteration.
+            count: of iterations.
+            height: of the image in pixels.
+            width: of the image in pixels.
+            progress: is called with the number of steps done and the number of all steps.
+            pictures: how many to reconstruct of each iteration, after as many parts of its bits; 0 for only the last of
+                the last iteration.
         """
         areas = self.tiles(height, width)
         if len(areas) > 1:
@@ -218,15 +255,24 @@ class Loop:
         for i, tile in enumerate(areas):
             state = None
             for t, plane in enumerate(planes):
-                with exact():
-                    bits = torch.from_numpy(plane[..., *tile.area]).to(self.device).float()
-                    step = self.network(state, bits=bits.contiguous(memory_format=torch.channels_last))
-                state = step.state
+                bits = torch.from_numpy(plane[..., *tile.area]).to(self.device).float()
+                for part in range(1, pictures):
+                    some = bits.clone()
+                    some[:, len(some[0]) * part // pictures :] = 0
+                    partly = self._decoded(state, some)
+                    for box, x_hat in self._pictures(partly, tile, height, width):
+                        yield t * pictures + part - 1, box, x_hat
+                state = self._decoded(state, bits)
                 if progress:
                     progress(i * count + t + 1, len(areas) * count)
-                if every or t == count - 1:
+                if pictures or t == count - 1:
                     for box, x_hat in self._pictures(state, tile, height, width):
-                        yield t, box, x_hat
+                        yield (t + 1) * pictures - 1, box, x_hat
+
+    def _decoded(self, state: State | None, bits: Tensor) -> State:
+        """The state after one more iteration."""
+        with exact():
+            return self.network(state, bits=bits.contiguous(memory_format=torch.channels_last)).state
 
     def _pictures(self, state: State, tile: Tile, height: int, width: int) -> Iterator[tuple[Box, Tensor]]:
         """Reconstructs a tile from its state: yields boxes of the image in pixels, and their x_hat."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from rnncodec.allocation import QUALITIES, SURVEYS, Allocation, Survey, TuneName
 from rnncodec.entropy import ContextModel, ContextSession
 from rnncodec.files.format import truncate
-from rnncodec.loop import Loop, Progress
+from rnncodec.loop import Loop, Progress, Start
 
 MARGIN = 0.003  # of the bytes of a target that are left over, so that it is rarely missed
 HEADER = 64  # bytes of a header, as far as they are known beforehand
@@ -201,19 +201,20 @@ class Allocator:
             share = shown - first
             return show and (lambda done, total: show(first + share * done // total, STEPS))
 
-        def look(least: int) -> Survey:
+        def look(least: int) -> tuple[Survey, Start]:
             kind, overhead = SURVEYS[tune], OVERHEAD * parts
             wish, price = target.effort, self._price
             return self.loop.survey(pixels, inputs, kind, overhead, worth, weight, wish, price, half(), least)
 
-        survey, made = look(0), dict[bytes, tuple[bytes, float]]()
+        survey, start = look(0)
+        made = dict[bytes, tuple[bytes, float]]()
         for _ in range(ATTEMPTS):
             last = survey.choose(target.effort(survey))
             while survey.short(last):  # it ended too early, by estimates that were wrong
-                survey = look(2 * len(survey.rate))
+                survey, start = look(2 * len(survey.rate))
                 last = survey.choose(target.effort(survey))
             if last.tobytes() not in made:
-                planes, reached = self.loop.encode_stopped(pixels, inputs, last, half(), target.judges)
+                planes, reached = self.loop.encode_stopped(pixels, inputs, last, start, half(), target.judges)
                 made[last.tobytes()] = write(planes), reached
             if target.met(*made[last.tobytes()]):
                 break
@@ -225,7 +226,7 @@ class Allocator:
         """Surveys an image, uint8 [1, 3, H, W], with all iterations, to calibrate weights; see `Loop.survey`."""
         inputs, kind = self.loop.inputs(pixels), SURVEYS["psnr"]
         most = self.loop.max_iterations + 1
-        return self.loop.survey(pixels, inputs, kind, 0, worth, None, lambda _: 1.0, self._price, None, most)
+        return self.loop.survey(pixels, inputs, kind, 0, worth, None, lambda _: 1.0, self._price, None, most)[0]
 
     def _price(self, rows: int, cols: int) -> Callable[[np.ndarray], np.ndarray]:
         """A function that gives the cost of the next iteration of rows x cols locations, see `ContextSession.price`."""

@@ -119,6 +119,15 @@ def test_every_iteration_gives_the_picture_of_the_encoder(codec, steps, data):
         np.testing.assert_array_equal(np.asarray(codec.decode(format.truncate(data, iterations=t))), picture)
 
 
+def test_every_part_gives_the_picture_of_a_file_that_ends_with_it(codec, data):
+    sizes = format.read_header(data).sizes
+    for count in (1, len(sizes) // 2 + 1, len(sizes)):
+        shown = list(codec.decode_progressive(format.truncate(data, max_bytes=sizes[count - 1]), parts=True))
+        assert len(shown) == count
+        for size, picture in zip(sizes, shown, strict=False):
+            np.testing.assert_array_equal(np.asarray(codec.decode(format.truncate(data, max_bytes=size))), picture)
+
+
 def test_a_shorter_file_is_that_of_fewer_payloads(codec, steps, data):
     planes = [step.bits[0].to(torch.int8).numpy() for step in steps]
     parts = format.read_header(data).parts
@@ -184,7 +193,7 @@ def random_payloads(data, rng):
     header, start = format.read_header(data), int(rng.integers(1, ITERATIONS))
     pieces = []
     for _ in range((ITERATIONS - start) * header.parts):
-        words = rng.bytes(4 * int(rng.integers(1, header.raw_length // 4 + 1)))
+        words = rng.bytes(4 * int(rng.integers(3, header.raw_length // 4 + 1)))  # room for 63 raw flags and 16 bits
         pieces.append([(CONTEXT, words), (CONTEXT, bytes(len(words))), (RAW, words)][rng.choice(3, p=[0.7, 0.1, 0.2])])
     return forged(data, start, pieces)
 

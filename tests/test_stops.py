@@ -120,10 +120,11 @@ def test_counts_stay_small_and_chances_possible(share, level):
     made = StopMap(150, 150)
     made.advance(at_level(0, made.living))
     while made.living.sum() > 1:
+        digits = [np.array([digit == "1" for digit in f"{level:04b}"])]
 
-        def code(probabilities, _, digits=iter([True])):
-            if next(digits, False):
-                return np.array([digit == "1" for digit in f"{level:04b}"])
+        def code(probabilities, _, digits=digits):
+            if digits:
+                return digits.pop()
             assert ((probabilities >= SCALE // 66) & (probabilities <= SCALE * 256 // 257)).all()
             return rng.random(len(probabilities)) < share
 
