@@ -8,6 +8,7 @@ from typing import BinaryIO, NamedTuple
 from rnncodec.files.errors import ImageError
 from rnncodec.files.profiles import SRGB, Chromaticities, Curve, Space, space_of_code_points
 
+J2K, MAX_SIZ = b"\xff\x4f\xff\x51", 1024  # the start of a codestream of JPEG 2000, and of its header
 MAX_BOX = 2**24  # of a box of metadata; a longer one is not read
 ROMM = Space(Chromaticities((0.7347, 0.2653), (0.1596, 0.8404), (0.0366, 0.0001), (0.3457, 0.3585)), Curve(1.8))
 # The enumerated color spaces of JPEG 2000 that its decoder hands on as sRGB, gray or CMYK, and those that it does not.
@@ -133,6 +134,23 @@ def jp2_space(file: BinaryIO) -> bytes | Space:
                     raise ImageError(f"the color space {number} of JPEG 2000 is not supported")
                 return SRGB
     return SRGB
+
+
+def jp2_bits(file: BinaryIO) -> int:
+    """Bits of the samples of a seekable JPEG 2000 file, by the header of its codestream.
+
+    Raises:
+        ImageError: the header is missing, or its samples are signed or of several sizes.
+    """
+    file.seek(0)
+    start = file.read(MAX_SIZ)
+    if not start.startswith(J2K):
+        start = top_box(file, b"jp2c", MAX_SIZ) or b""
+    count = int.from_bytes(start[40:42])
+    kinds = set(start[42 : 42 + 3 * count : 3])
+    if not start.startswith(J2K) or len(kinds) != 1 or max(kinds) > 0x7F:
+        raise ImageError("the samples of the JPEG 2000 file are signed or of several sizes, which is not supported")
+    return kinds.pop() + 1
 
 
 def jxl_size(file: BinaryIO) -> tuple[int, int]:

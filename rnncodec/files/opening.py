@@ -2,7 +2,7 @@
 
 import io
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import BinaryIO
@@ -11,7 +11,7 @@ from PIL import Image, PngImagePlugin, TiffImagePlugin
 
 from rnncodec.files import tiff
 from rnncodec.files.bmp import bmp_space
-from rnncodec.files.boxes import heif_space, jp2_space, jxl_size
+from rnncodec.files.boxes import heif_space, jp2_bits, jp2_space, jxl_size
 from rnncodec.files.errors import ImageError, one_line
 from rnncodec.files.metadata import quiet
 from rnncodec.files.png import read_png
@@ -25,6 +25,7 @@ PACKAGES = {
     "JXL": ("pillow_jxl.JpegXLImagePlugin", "JXLImageFile", "jxl"),
 }
 HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
+EXIF_ITEM, NO_ITEM = b"\0\0Exif", b"\0\0none"  # the end of an entry in an AVIF file's list of items
 JXL_STARTS = (b"\xff\x0a", b"\0\0\0\x0cJXL \r\n\x87\n")
 
 Factory = Callable[[BinaryIO, str], Image.Image]
@@ -38,18 +39,22 @@ class Picture:
         image: opened; its pixels may be loaded or not.
         space: the ICC profile or the color space of the pixels; None for sRGB.
         low: an image of the lower bytes of 16-bit samples, of which `image` has the upper ones.
+        planes: of 16-bit samples, where each is an image of its own, and `image` has only the upper bytes.
         key: the samples of the color that is transparent.
         premultiplied: whether the colors are multiplied by alpha.
         interleaved: whether the image is gray with alpha, of 16 bits each, as four bytes per pixel.
+        bits: of each sample; Pillow shifts fewer than 8 to the left.
         lost: what was not kept or is corrupt, each in one line.
     """
 
     image: Image.Image
     space: bytes | Space | None = None
     low: Image.Image | None = None
+    planes: Sequence[Image.Image] = ()
     key: tuple[int, ...] | None = None
     premultiplied: bool = False
     interleaved: bool = False
+    bits: int = 8
     lost: list[str] = field(default_factory=list)
 
 
@@ -79,7 +84,9 @@ def open_picture(file: BinaryIO, max_pixels: int) -> Picture:
         try:
             picture = _OPEN.get(name, _open_plain)(file, name, max_pixels)
         except SyntaxError as error:  # Pillow's sign that the file is of another format after all
-            reason = f"a {name} file that cannot be read: {one_line(error)}"
+            detail = one_line(error)
+            detail = f"compression {detail}" if detail.isdigit() else detail  # of TIFF; Pillow gives the bare number
+            reason = f"a {name} file that cannot be read: {detail}"
             continue
         return picture
     raise ImageError(reason)
@@ -103,12 +110,29 @@ def _open_plain(file: BinaryIO, name: str, max_pixels: int) -> Picture:
         picture.lost.append("color profile ignored: it is corrupt")
     if name != "JPEG2000" and getattr(image, "is_animated", False):
         picture.lost.append("only the first of several images is kept")
-    if name == "AVIF":
-        picture.space = picture.space or heif_space(file)
-    elif name == "JPEG2000":
-        picture.space = jp2_space(file)
+    if name == "JPEG2000":
+        picture.space, picture.bits = jp2_space(file), jp2_bits(file)
+        if picture.bits > 8 and (image.mode != "I;16" or picture.bits == 9):  # Pillow turns white to black
+            raise ImageError(f"JPEG 2000 colors of {picture.bits} bits are not supported; convert the image to 8 bits")
     elif name == "BMP":
         picture.space = bmp_space(file)
+    return picture
+
+
+def _open_avif(file: BinaryIO, name: str, max_pixels: int) -> Picture:
+    try:
+        picture = _open_plain(file, name, max_pixels)
+    except ImageError:
+        raise
+    except (SyntaxError, ValueError):
+        file.seek(0)
+        data = file.read()
+        if EXIF_ITEM not in data:
+            raise
+        # EXIF that is corrupt is not a reason to refuse the picture: it becomes an item of no known kind.
+        picture = _open_plain(io.BytesIO(data.replace(EXIF_ITEM, NO_ITEM, 1)), name, max_pixels)
+        picture.lost.append("EXIF left out: it is corrupt")
+    picture.space = picture.space or heif_space(file)
     return picture
 
 
@@ -151,8 +175,11 @@ def _open_tiff(file: BinaryIO, name: str, max_pixels: int) -> Picture:
         image = opened(low=False)
         picture = Picture(image, image.info.get("icc_profile"), lost=lost)
         picture.premultiplied = tiff.is_premultiplied(image)
-        if tiff.has_wide_samples(image) and not tiff.has_planes(image) and image.mode in ("RGB", "RGBA", "CMYK"):
-            picture.low = opened(low=True)
+        if tiff.has_wide_samples(image) and image.mode in ("RGB", "RGBA", "CMYK"):
+            if tiff.has_planes(image):
+                picture.planes = tiff.planes(image, file)
+            else:
+                picture.low = opened(low=True)
     return picture
 
 
@@ -174,7 +201,7 @@ def _open_package(file: BinaryIO, name: str, max_pixels: int) -> Picture:
     return picture
 
 
-_OPEN = {"PNG": _open_png, "TIFF": _open_tiff, "HEIF": _open_package, "JXL": _open_package}
+_OPEN = {"AVIF": _open_avif, "PNG": _open_png, "TIFF": _open_tiff, "HEIF": _open_package, "JXL": _open_package}
 
 
 def _checked(factory: Factory, file: BinaryIO, max_pixels: int) -> Image.Image:

@@ -61,7 +61,12 @@ def _samples(picture: Picture) -> tuple[np.ndarray, np.ndarray | None, str]:
         image, premultiplied = _plain(image, premultiplied)
         mode = image.mode.removesuffix("A") if image.mode != "La" else "L"
         color = np.atleast_3d(np.asarray(image))
-        if picture.low is not None:
+        if picture.bits < 8:  # from shifted to the left to the whole range
+            top = 2**picture.bits - 1
+            color = ((color >> 8 - picture.bits).astype(np.uint32) * 255 // top).astype(np.uint8)
+        if picture.planes:
+            color = np.stack([np.asarray(plane).astype(np.uint16) for plane in picture.planes], axis=2)
+        elif picture.low is not None:
             picture.low.load()
             color = color.astype(np.uint16) << 8 | np.atleast_3d(np.asarray(picture.low))
         if image.mode in ("LA", "RGBA"):

@@ -1,6 +1,9 @@
 """Prepares TIFF images of Pillow for reading: which of several pictures, and how samples are unpacked."""
 
+import io
+import struct
 import sys
+from typing import BinaryIO
 
 from PIL.TiffImagePlugin import TiffImageFile
 
@@ -12,6 +15,10 @@ REDUCED_OLD = 2
 RGB, CMYK, YCBCR = 2, 5, 6  # kinds of PHOTOMETRIC
 ASSOCIATED, SEPARATE = 1, 2  # a kind of EXTRA, and of PLANAR
 MAX_PAGES = 100  # that are looked through for a picture that is no thumbnail
+TILE_OFFSETS, TILE_COUNTS, STRIP_OFFSETS, STRIP_COUNTS = 324, 325, 273, 279
+SAMPLES, BLACK_IS_ZERO, CLASSIC, LONG = 277, 1, 42, 4
+# Tags that say where samples lie: sides, compression, orientation, rows of strips, predictor, sides of tiles.
+GEOMETRY = {256, 257, 259, 274, 278, 317, 322, 323}
 RAW = "a raw file of a camera, of which only a thumbnail can be read; develop it with a raw converter"
 
 
@@ -67,12 +74,49 @@ def unpack(image: TiffImageFile, low: bool = False) -> None:
             raw += "X" * len(extra)
         if has_wide_samples(image):
             raw += ";16" + ("B" if (sys.byteorder == "little") == low else "L")
-        if has_wide_samples(image) and has_planes(image) and image.mode == "RGBA":
-            raise ImageError("16-bit planes with transparency are not supported; save it without planes")
     image.use_load_libtiff = True
     width, height = image._tile_size
     whole = image.tile[0]._replace(codec_name="libtiff", extents=(0, 0, width, height), offset=0)
     image.tile = [whole._replace(args=(raw, False, image.tag_v2.offset))]
+
+
+def planes(image: TiffImageFile, file: BinaryIO) -> list[TiffImageFile]:
+    """The planes of 16-bit samples, each as a gray image of its own: Pillow and libtiff give only the upper bytes.
+
+    Args:
+        image: opened from the file.
+        file: seekable.
+    """
+    file.seek(0)
+    data = file.read()
+    tags, order = image.tag_v2, "little" if image.tag_v2.prefix == b"II" else "big"
+    if int.from_bytes(data[2:4], order) != CLASSIC:
+        raise ImageError("16-bit planes in BigTIFF files are not supported; save it without planes")
+    offsets, counts = (TILE_OFFSETS, TILE_COUNTS) if TILE_OFFSETS in tags else (STRIP_OFFSETS, STRIP_COUNTS)
+    samples = len(image.getbands())
+    each = len(tags[offsets]) // tags.get(SAMPLES, samples)
+    found, place = list[TiffImageFile](), len(data) + len(data) % 2
+    for sample in range(samples):
+        own = {tag: (tags[tag],) for tag in GEOMETRY & set(tags)}
+        own |= {BITS: (16,), PHOTOMETRIC: (BLACK_IS_ZERO,), SAMPLES: (1,)}
+        own |= {tag: tags[tag][sample * each : (sample + 1) * each] for tag in (offsets, counts)}
+        head = data[:4] + place.to_bytes(4, order) + data[8:].ljust(place - 8, b"\0")
+        plane = TiffImageFile(io.BytesIO(head + _directory(own, place, "<" if order == "little" else ">")), "")
+        plane.load()
+        found.append(plane)
+    return found
+
+
+def _directory(tags: dict[int, tuple[int, ...]], start: int, order: str) -> bytes:
+    """A directory of tags, as long integers, that starts at a place in its file and ends the list of directories."""
+    values, entries = b"", struct.pack(f"{order}H", len(tags))
+    for tag, numbers in sorted(tags.items()):
+        packed = struct.pack(f"{order}{len(numbers)}I", *numbers)
+        if len(numbers) > 1:
+            place = start + 2 + 12 * len(tags) + 4 + len(values)
+            values, packed = values + packed, struct.pack(f"{order}I", place)
+        entries += struct.pack(f"{order}HHI", tag, LONG, len(numbers)) + packed
+    return entries + bytes(4) + values
 
 
 def has_wide_samples(image: TiffImageFile) -> bool:
@@ -86,8 +130,9 @@ def has_planes(image: TiffImageFile) -> bool:
 
 
 def is_premultiplied(image: TiffImageFile) -> bool:
-    """Whether the colors are multiplied by alpha, and stay so: libtiff divides them where they have planes."""
-    return image.mode == "RGBA" and not has_planes(image) and image.tag_v2.get(EXTRA, ())[:1] == (ASSOCIATED,)
+    """Whether the colors are multiplied by alpha, and stay so: Pillow divides planes of 8 bits."""
+    stay = has_wide_samples(image) or not has_planes(image)
+    return image.mode == "RGBA" and stay and image.tag_v2.get(EXTRA, ())[:1] == (ASSOCIATED,)
 
 
 def _is_small(image: TiffImageFile) -> bool:
