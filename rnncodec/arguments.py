@@ -6,7 +6,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import get_args
 
-from rnncodec import __version__
 from rnncodec.files import images
 from rnncodec.files.codings import EntropyName
 
@@ -67,10 +66,10 @@ def weights_file(text: str) -> str:
     return text
 
 
-def command_line() -> argparse.ArgumentParser:
+def command_line(version: str) -> argparse.ArgumentParser:
     """The parser of the command line, which gives the name of a command as `command`, and its arguments."""
     parser = argparse.ArgumentParser("rnncodec", description="A recurrent progressive image codec.")
-    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {version}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", title="commands")
 
     def add(command: str, help: str, epilog: str = "") -> argparse.ArgumentParser:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
+from rnncodec import __version__
 from rnncodec.arguments import command_line
 from rnncodec.batch import FAILURES, do_each
 from rnncodec.console import Report, complain, prepare, printable, silence, stdin, stdout
@@ -47,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments and arguments[0] in ROOMS:
         return _enter(arguments[0], arguments[1:])
-    parser = command_line()
+    parser = command_line(__version__)
     args = parser.parse_args(arguments)
     try:
         status = COMMANDS[args.command](args)

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from filelock import FileLock, Timeout
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from platformdirs import user_cache_path
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -33,6 +32,7 @@ from rnncodec.data.patches import (
     normalize,
 )
 from rnncodec.files.images import MAX_PIXELS
+from rnncodec.home import cache_folder
 
 
 class PatchDataModule(L.LightningDataModule):
@@ -99,7 +99,7 @@ class PatchDataModule(L.LightningDataModule):
         self.tile_size = patch_size if selection == "high_entropy" else tile_size
         self.selection, self.patches_per_image, self.flips = selection, patches_per_image, flips
         self.num_workers, self.seed, self.max_pixels = num_workers, seed, max_pixels
-        self.cache_dir = Path(cache_dir) if cache_dir else user_cache_path("rnncodec")
+        self.cache_dir = Path(cache_dir) if cache_dir else cache_folder("cache_dir")
         self.download, self.clic_url = download, clic_url
         self.position = 0
         self._ready = False

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import get_args
 
 import torch
-from platformdirs import user_cache_path
 from rich.console import Console
 from rich.progress import Progress
 
 import rnncodec
 from rnncodec.allocation import TuneName
+from rnncodec.arguments import positive_int
 from rnncodec.codec import MAX_ITERATIONS, Codec
 from rnncodec.console import columns
 from rnncodec.evaluation.baselines import BASELINES
@@ -31,9 +31,12 @@ from rnncodec.evaluation.measure import (
 from rnncodec.evaluation.pictures import compared, save_picture
 from rnncodec.evaluation.report import write_report
 from rnncodec.evaluation.results import Results
+from rnncodec.evaluation.steps import write_steps
 from rnncodec.files.format import NAME_PATTERN
 from rnncodec.files.images import find_images, load_image, one_line, save_image
+from rnncodec.home import cache_folder
 from rnncodec.metrics.curves import Point, from_json
+from rnncodec.threads import use_threads
 
 PUBLISHED = Path(__file__).with_name("published")
 
@@ -125,6 +128,7 @@ def evaluate(
         if place is not None:
             place.mkdir(parents=True, exist_ok=True)
     points: list[Point] = []
+    files_of: dict[str, Path] = {}
     sheets: dict[str, Path] = {}
     with Progress(*columns(), console=progress or Console(quiet=True)) as bar:
         task = bar.add_task("", total=len(paths))
@@ -159,8 +163,15 @@ def evaluate(
             finally:
                 bar.update(task, completed=i + 1)
             points += measured
+            files_of[name] = path
             for coder, each in image_sizes.items():
                 sizes[coder].append(each)
+        if folder is not None and save_images:
+
+            def tell(image: str) -> None:
+                bar.update(task, description=f"{image}: steps within iterations")
+
+            write_steps(folder, points, sources[0].name, codec, count, files_of, where, tell)
     if not points:
         raise ValueError("no image could be measured")
     results = Results(points, sources, len(named), curves, sizes)
@@ -245,10 +256,13 @@ def main(argv: Sequence[str] | None = None, program: str = "evaluate.py") -> int
     parser.add_argument("images", nargs="+", type=Path, help="image files and folders")
     parser.add_argument("--weights", default="small", help="name of shipped weights, or a file (default: small)")
     parser.add_argument(
-        "--iterations", type=int, help=f"iterations to measure (default: all, but at most {MAX_ITERATIONS})"
+        "--iterations", type=positive_int, help=f"iterations to measure (default: all, but at most {MAX_ITERATIONS})"
     )
     parser.add_argument("--output", type=Path, default=Path("results"), help="folder to write to (default: results)")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument(
+        "--threads", type=positive_int, help="processors to compute on (default: as for `rnncodec encode`)"
+    )
     parser.add_argument(
         "--baselines",
         nargs="*",
@@ -282,12 +296,9 @@ def main(argv: Sequence[str] | None = None, program: str = "evaluate.py") -> int
     parser.add_argument(
         "--cache-dir",
         type=Path,
-        default=user_cache_path("rnncodec") / "results",
         help="folder that keeps measurements for later runs (default: rnncodec/results in the user's cache folder)",
     )
     args = parser.parse_args(argv)
-    if args.iterations is not None and args.iterations < 1:
-        parser.error(f"--iterations must be at least 1, not {args.iterations}")
     console, title = Console(stderr=True), program.removesuffix(".py")
     failures = 0
 
@@ -296,6 +307,7 @@ def main(argv: Sequence[str] | None = None, program: str = "evaluate.py") -> int
         failures += 1
         console.print(f"{title}: skipped: {message}", markup=False, highlight=False, soft_wrap=True)
 
+    use_threads(args.threads)
     try:
         codec = rnncodec.load(args.weights, device=args.device)
         coders = None
@@ -312,7 +324,7 @@ def main(argv: Sequence[str] | None = None, program: str = "evaluate.py") -> int
             output=args.output,
             save_images=args.save_images,
             wandb=args.wandb,
-            cache=args.cache_dir,
+            cache=args.cache_dir or cache_folder("--cache-dir") / "results",
             tables=Console(),
             progress=console,
             skip=skip,
