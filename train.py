@@ -1,6 +1,6 @@
 r"""Trains a codec or a context model, as `rnncodec train` does. This docstring is the manual for launching it.
 
-On a laptop or one GPU; --ckpt_path resumes a run that was stopped:
+On a laptop or one GPU; Ctrl-C ends a run after its step, and --ckpt_path resumes it:
 
     rnncodec train fit --config small --data.root PHOTOS
     rnncodec train fit --config small --data.root PHOTOS --ckpt_path runs/small/last.ckpt
