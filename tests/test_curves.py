@@ -207,8 +207,11 @@ def test_what_is_no_point_is_told_with_its_line(text, message):
         from_csv(text)
 
 
-def test_settings_of_others_may_be_fractions():
+def test_settings_of_others_and_of_steps_may_be_fractions():
     assert from_csv(changed(codec="jpeg2000", setting="0.1875"))[1].setting == 0.1875
+    assert from_csv(changed(setting="0.25"), steps=True)[1].setting == 0.25
+    with pytest.raises(ValueError, match="line 4: iterations are a positive number, not '0'"):
+        from_csv(changed(setting="0"), steps=True)
 
 
 def test_points_of_a_folder(tmp_path):

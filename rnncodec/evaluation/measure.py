@@ -5,6 +5,7 @@ import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,6 +37,7 @@ class Coded(NamedTuple):
         ideal_bytes: bytes of an ideal coder with the context model's probabilities.
         encode_seconds: time of encoding the whole file; nan if it is a part of a larger one.
         decode_seconds: likewise for decoding.
+        spent: gives the bits per pixel of the block of each pixel, float [H, W]; None where they are not known.
     """
 
     setting: float
@@ -45,6 +47,7 @@ class Coded(NamedTuple):
     ideal_bytes: float = NAN
     encode_seconds: float = NAN
     decode_seconds: float = NAN
+    spent: Callable[[], np.ndarray] | None = None
 
 
 @dataclass(frozen=True)
@@ -88,10 +91,11 @@ def ours(codec: Codec, iterations: int, name: str = "") -> Source:
         bits = session.ideal_bits if isinstance(session, ContextSession) else [NAN] * iterations
         ideal = np.cumsum(bits) / 8
         sizes = _sizes(data)
+        rates = cache(lambda: spent(codec, data))
         for k, (x_hat, size, least) in enumerate(zip(pictures, sizes, ideal, strict=True), 1):
             times = (middle - start, end - middle) if k == iterations else (NAN, NAN)
             if k in settings:
-                yield Coded(k, size, x_hat, None, float(least), *times)
+                yield Coded(k, size, x_hat, None, float(least), *times, spent=lambda k=k: rates()[k - 1])
 
     name = f"rnncodec-{name or codec.name}"
     settings = tuple(range(1, iterations + 1))
@@ -115,12 +119,26 @@ def allocated(codec: Codec, iterations: int, tune: TuneName, name: str = "") -> 
             data = codec.encode(x, max_bytes=sizes[int(k) - 1], tune=tune)
             middle = time.perf_counter()
             x_hat = np.asarray(codec.decode(data))
-            yield Coded(k, len(data), x_hat, None, NAN, middle - start, time.perf_counter() - middle)
+            times = middle - start, time.perf_counter() - middle
+            yield Coded(k, len(data), x_hat, None, NAN, *times, spent=lambda data=data: spent(codec, data)[-1])
 
     name = f"rnncodec-{name or codec.name}-{tune}"
     settings = tuple(range(2, iterations + 1))
     description = f"{_described(codec)}, at the bytes of 2 to {iterations} iterations, allocated for {tune}"
     return Source(name, name, description, ".png", settings, run)
+
+
+def spent(codec: Codec, data: bytes) -> np.ndarray:
+    """The bits per pixel of the block of each pixel of a file after each iteration, float [iterations, H, W].
+
+    They are what the context model takes for the bits of the block; without one, their number.
+    """
+    planes, header, stride = codec.read_bits(data), read_header(data), codec.config.stride
+    session = codec.session(None, header.rows, header.cols)
+    price = session.price if isinstance(session, ContextSession) else lambda plane: (plane != 0).sum(0)
+    bits = [price(plane) for plane in planes]
+    rates = np.cumsum(bits, axis=0) / stride**2
+    return rates.repeat(stride, 1).repeat(stride, 2)[:, : header.height, : header.width]
 
 
 def _described(codec: Codec) -> str:
@@ -186,8 +204,10 @@ class Memory:
             atomic_write(self.folder / self.name(x, source), to_csv(points).encode())
 
 
-def measure(image: str, codec: str, x: np.ndarray, coded: Coded, device: torch.device | str = "cpu") -> Point:
-    """Computes all metrics of one reconstruction of an image x, uint8 [H, W, 3]."""
+def measure(
+    image: str, codec: str, x: np.ndarray, coded: Coded, device: torch.device | str = "cpu", picture: str = ""
+) -> Point:
+    """Computes all metrics of one reconstruction, saved as `picture`, of an image x, uint8 [H, W, 3]."""
     original, x_hat = (torch.tensor(a, device=device).permute(2, 0, 1)[None] for a in (x, coded.x_hat))
     scale = 8 / (x.shape[0] * x.shape[1])
     metrics: dict[str, Any] = {name: distortion(original, x_hat).item() for name, distortion in DISTORTIONS.items()}
@@ -200,6 +220,7 @@ def measure(image: str, codec: str, x: np.ndarray, coded: Coded, device: torch.d
         ideal_bpp=scale * coded.ideal_bytes,
         encode_seconds=coded.encode_seconds,
         decode_seconds=coded.decode_seconds,
+        picture=picture,
         **metrics,
     )
 

@@ -5,13 +5,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
 from rnncodec.evaluation.measure import Coded, Source
+from rnncodec.evaluation.report import RATES
 from rnncodec.files.images import atomic_write, load_image, save_image
-from rnncodec.metrics.curves import CURVES, Point, largest_within, samples
+from rnncodec.metrics.curves import CURVES, Point, largest_within, samples, spent_path
 from rnncodec.metrics.distortion import REPORTED_ITERATIONS
 
 PANEL = (224, 224)  # width and height in pixels of a picture in a comparison
@@ -19,7 +21,8 @@ PANEL = (224, 224)  # width and height in pixels of a picture in a comparison
 
 def figure(curves: dict[str, list[Point]], overlays: Sequence[str] = ()) -> Figure:
     """Draws mean curves over bpp, each with a label on the right; the first sets the range, overlays are dashed."""
-    end = max(point.bpp for point in next(iter(curves.values())))
+    mine = next(iter(curves.values()))
+    end = max(point.bpp for point in mine)
     drawing = Figure(figsize=(5 * len(CURVES), 4.8), dpi=110, layout="constrained")
     panels = drawing.subplots(1, len(CURVES), squeeze=False)[0]
     for axes, (attribute, metric) in zip(panels, CURVES.items(), strict=True):
@@ -38,7 +41,8 @@ def figure(curves: dict[str, list[Point]], overlays: Sequence[str] = ()) -> Figu
             labels.append([y_visible[-1], name, f"C{i}"])
         axes.set_xlim(0, end * 1.02)
         axes.set_xlabel("bits per pixel, whole files")
-        axes.set_title(metric.titled(metric.curve_unit), loc="left", fontsize=11)
+        fewer = {f", {p.image}" for p in mine if p.image != "mean" and not np.isnan(getattr(p, attribute))}
+        axes.set_title(metric.titled(metric.curve_unit) + "".join(fewer), loc="left", fontsize=11)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
         low, high = axes.get_ylim()
@@ -113,11 +117,20 @@ def compared(name: str, baseline: str, x: np.ndarray, points: Sequence[Point], f
     return comparison(x, columns) if columns else None
 
 
+def drawn_rates(rates: np.ndarray) -> np.ndarray:
+    """Draws where bits are spent, uint8 [H, W, 3], from the bits per pixel [H, W]."""
+    low, high = np.log2(RATES)
+    shares = (np.log2(np.maximum(rates, RATES[0])) - low) / (high - low)
+    return matplotlib.colormaps["inferno"](shares, bytes=True)[..., :3]
+
+
 def save_picture(source: Source, coded: Coded, folder: Path) -> str:
-    """Saves a reconstruction in a format that browsers show; gives the name of the file."""
+    """Saves a reconstruction in a format that browsers show, and where its bits are; gives the name of the former."""
     path = folder / f"{source.name}-{coded.setting:g}{source.suffix}"
     if coded.file is None:
         save_image(coded.x_hat, path)
     else:
         atomic_write(path, coded.file)
+    if coded.spent is not None:
+        save_image(drawn_rates(coded.spent()), folder / spent_path(path.name))
     return path.name

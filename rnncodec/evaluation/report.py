@@ -18,18 +18,26 @@ TYPES = {".png": "image/png", ".jpg": "image/jpeg", ".webp": "image/webp", ".avi
 # Baselines are embedded if browsers show their own files. As PNG, others would be a hundred times as large.
 SHOWN_AS_CODED = tuple(suffix for suffix in TYPES if suffix != ".png")
 
+RATES = (
+    1 / 32,
+    8,
+)  # bits per pixel that are black and yellow where bits are drawn; between them the scale is logarithmic
+IMAGES = 4  # that a page embeds
+STEPS = "steps.csv"  # the points within iterations, of the images that the page embeds
+
 # Attributes of a point that the page has.
 COLUMNS = ("image", "codec", "setting", "bytes", "bpp", *DRAWN)
 
 
-def write_report(results: Path, path: Path | None = None, images: int = 4) -> Path:
+def write_report(results: Path, path: Path | None = None, images: int = IMAGES) -> Path:
     """Writes an evaluation to one HTML file, with its pictures and a script that shows them.
 
-    The page loads no other files. It contains all iterations of the embedded images, the files that `match` chooses for
-    them of codecs whose files browsers show, and the numbers of all codecs.
+    The page loads no other files. It contains all iterations of the embedded images, and the steps within them that
+    were measured; the files that `match` chooses for them of codecs that were evaluated or whose files browsers show;
+    pictures of where the bits are; and the numbers of all codecs.
 
     Args:
-        results: folder with points.csv, mean.csv and the pictures that points.csv names.
+        results: folder with points.csv, mean.csv, perhaps steps.csv, and the pictures that they name.
         path: file to write; None writes `report.html` in the folder.
         images: the most images to embed, chosen evenly from their sorted names.
 
@@ -40,40 +48,46 @@ def write_report(results: Path, path: Path | None = None, images: int = 4) -> Pa
         ValueError: `images` is below 1, or the folder lacks something; the message is one line.
         OSError: a picture cannot be read, or the file cannot be written; an existing file stays as it was.
     """
-    if images < 1:
-        raise ValueError(f"a report shows at least 1 image, not {images}")
     points = read_points(results)
     codec = next((point.codec for point in points if point.evaluated), None)
     if codec is None:
         raise ValueError(f"{results / 'points.csv'}: no codec's name begins with rnncodec")
-    names = sorted({point.image for point in points if point.codec == codec and point.picture})
+    names = embedded(points, codec, images)
     if not names:
         raise ValueError(f"{results / 'points.csv'}: no picture of {codec!r} was saved")
-    count = min(images, len(names))
+    if (results / STEPS).exists():
+        points += read_points(results, STEPS, steps=True)
     place = {point: i for i, point in enumerate(points)}
     pictures: dict[str, str] = {}
-    embedded = []
-    for i in range(count):
-        name = names[i * len(names) // count]
+    shown = []
+    for i, name in enumerate(names):
         saved: dict[str, list[Point]] = {}
         for point in points:
             if point.image == name and point.picture:
                 saved.setdefault(point.codec, []).append(point)
         iterations = sorted(saved.pop(codec), key=lambda point: point.setting)
+        whole = {point.setting: point for point in iterations if point.setting % 1 == 0}
         others = {
             other: [match(candidates, point.bytes) for point in iterations]
             for other, candidates in saved.items()
-            if all(_suffix(candidate.picture) in SHOWN_AS_CODED for candidate in candidates)
+            if all(candidate.evaluated or _suffix(candidate.picture) in SHOWN_AS_CODED for candidate in candidates)
         }
+        # Where bits are spent within an iteration is shown as at its end.
+        spent = {codec: [whole[math.ceil(point.setting)] for point in iterations], **others}
+        spent = {other: matches for other, matches in spent.items() if (results / matches[0].spent).exists()}
         pictures[f"original-{i}"] = iterations[0].original
         for point in (*iterations, *(point for matches in others.values() for point in matches)):
             pictures[f"picture-{place[point]}"] = point.picture
-        embedded.append(
+        for point in (point for matches in spent.values() for point in matches):
+            pictures[f"bits-{place[point]}"] = point.spent
+        shown.append(
             {
                 "name": name,
                 "iterations": [place[point] for point in iterations],
                 "others": [
-                    {"codec": other, "points": [place[point] for point in matches]} for other, matches in others.items()
+                    {"codec": other, "kind": kind, "points": [place[point] for point in matches]}
+                    for kind, all_ in (("picture", others), ("bits", spent))
+                    for other, matches in all_.items()
                 ],
             }
         )
@@ -89,7 +103,8 @@ def write_report(results: Path, path: Path | None = None, images: int = 4) -> Pa
         },
         "points": [_values(point) for point in points],
         "mean": [_values(point) for point in read_points(results, "mean.csv")],
-        "images": embedded,
+        "images": shown,
+        "rates": RATES,
         "size": sum(len(url) for url in urls.values()),
     }
     blocks = (f'<script type="text/plain" id="{id}">{url}</script>\n' for id, url in urls.items())
@@ -100,6 +115,19 @@ def write_report(results: Path, path: Path | None = None, images: int = 4) -> Pa
     path = results / "report.html" if path is None else path
     atomic_write(path, "".join((before, text, between, *blocks, after)).encode())
     return path
+
+
+def embedded(points: Sequence[Point], codec: str, images: int = IMAGES) -> list[str]:
+    """The names of the images that a report embeds, spread evenly over those with pictures of a codec.
+
+    Raises:
+        ValueError: `images` is below 1.
+    """
+    if images < 1:
+        raise ValueError(f"a report shows at least 1 image, not {images}")
+    names = sorted({point.image for point in points if point.codec == codec and point.picture})
+    count = min(images, len(names))
+    return [names[i * len(names) // count] for i in range(count)]
 
 
 def match(points: Sequence[Point], size: float) -> Point:

@@ -65,6 +65,11 @@ class Point:
         return str(PurePosixPath(self.picture).with_name("original.png"))
 
     @property
+    def spent(self) -> str:
+        """Path of the picture of where the bits are, beside the decoded one."""
+        return spent_path(self.picture)
+
+    @property
     def ms_ssim_db(self) -> float:
         """MS-SSIM as -10 log10(1 - MS-SSIM)."""
         return math.inf if self.ms_ssim >= 1 else -10 * math.log10(1 - self.ms_ssim)  # rounding may exceed 1
@@ -240,8 +245,12 @@ def to_csv(points: Iterable[Point]) -> str:
     return text.getvalue()
 
 
-def from_csv(text: str) -> list[Point]:
+def from_csv(text: str, steps: bool = False) -> list[Point]:
     """Reads what `to_csv` writes; columns may be in any order, and others are ignored.
+
+    Args:
+        text: of the file.
+        steps: whether files of the evaluated codec may end within an iteration.
 
     Raises:
         ValueError: a column is missing or a value is invalid; the message names the line.
@@ -254,7 +263,7 @@ def from_csv(text: str) -> list[Point]:
             raise ValueError(f"there is no column {', '.join(missing)}")
         for row in rows:
             try:
-                points.append(_from_row(row))
+                points.append(_from_row(row, steps))
             except ValueError as error:
                 raise ValueError(f"line {rows.line_num}: {error}") from error
     except csv.Error as error:
@@ -262,7 +271,7 @@ def from_csv(text: str) -> list[Point]:
     return points
 
 
-def _from_row(row: dict[str, str]) -> Point:
+def _from_row(row: dict[str, str], steps: bool) -> Point:
     if None in row or None in row.values():
         raise ValueError("not as many fields as columns")
 
@@ -278,20 +287,20 @@ def _from_row(row: dict[str, str]) -> Point:
 
     numbers: dict[str, Any] = {name: number(name) for name in ("setting", *MEASURES)}
     point = Point(row["image"], row["codec"], picture=row["picture"], **numbers)
-    if point.evaluated and not (point.setting >= 1 and point.setting.is_integer()):
-        raise ValueError(f"iterations are a whole number, not {row['setting']!r}")
+    if point.evaluated and not (point.setting > 0 and (steps or point.setting.is_integer())):
+        raise ValueError(f"iterations are a {'positive' if steps else 'whole'} number, not {row['setting']!r}")
     return point
 
 
-def read_points(results: Path, name: str = "points.csv") -> list[Point]:
-    """Reads the points from the folder of an evaluation, or their means if `name` is mean.csv.
+def read_points(results: Path, name: str = "points.csv", steps: bool = False) -> list[Point]:
+    """Reads the points from the folder of an evaluation, or their means from mean.csv; `steps` as in `from_csv`.
 
     Raises:
         ValueError: the file is missing, faulty or without points; the message is one line and names it.
     """
     path = results / name
     try:
-        points = from_csv(path.read_bytes().decode())
+        points = from_csv(path.read_bytes().decode(), steps)
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from error
     except ValueError as error:
@@ -299,6 +308,12 @@ def read_points(results: Path, name: str = "points.csv") -> list[Point]:
     if not points:
         raise ValueError(f"{path}: there are no points")
     return points
+
+
+def spent_path(picture: str) -> str:
+    """The path of the picture of where the bits are, from that of the decoded one."""
+    path = PurePosixPath(picture)
+    return str(path.with_name(f"{path.stem}-bits.png"))
 
 
 def picture_path(results: Path, picture: str) -> Path:
