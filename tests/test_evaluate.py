@@ -179,6 +179,7 @@ def test_a_folder_with_an_unreadable_image(command, tmp_path, capsys):
         "coffee_comparison.png",
     }
     ET.parse(output / "rate_distortion.svg")
+    assert "<!-- MS-SSIM (dB), mean of 1 -->" in (output / "rate_distortion.svg").read_text()
     with Image.open(output / "rate_distortion.png") as plot:
         plot.verify()
 
