@@ -119,4 +119,4 @@ def test_the_readme_says_how_to_call_the_command_line():
     calls = [call for call in calls if call[0] not in cli.ROOMS]
     assert len(calls) > 5
     for call in calls:
-        cli._parser().parse_args(call)  # or it exits
+        command_line("").parse_args(call)  # or it exits
