@@ -251,8 +251,8 @@ def main(args: Sequence[str] | None = None, program: str = "train.py") -> int:
     except FAILURES as error:
         print(f"{program}: error: {one_line(error)}", file=sys.stderr)
         return 1
-    except (KeyboardInterrupt, SystemExit):
-        if stop.signal is None:  # the parser, which has printed something, or one of several processes
+    except (KeyboardInterrupt, SystemExit) as end:
+        if stop.signal is None or (isinstance(end, SystemExit) and end.code == 0):  # of the parser, or another process
             raise
         resume = f"--ckpt_path {stop.saved} resumes it" if stop.saved else "nothing is saved"
         print(f"{program}: stopped by {signal.Signals(stop.signal).name}; {resume}", file=sys.stderr)
