@@ -53,6 +53,31 @@ class Allocation(NamedTuple):
     quality: Mapping[str, Sequence[float]]
 
 
+class Plan(NamedTuple):
+    """What a survey is to find out.
+
+    Attributes:
+        kind: of the survey.
+        wish: gives the effort that the encoder will use.
+        price: takes rows and columns, and gives a function from the bits of the next iteration to their cost at each
+            location.
+        worth: of `Allocation`, [C].
+        reconstructions: how many of the last iterations are reconstructed, to measure what errors they leave.
+        overhead: bits of an iteration beside those of locations.
+        weight: how much the error of each location counts, [rows, cols]; None counts all alike.
+        least: iterations before the wish matters.
+    """
+
+    kind: "type[Survey]"
+    wish: Wish
+    price: Callable[[int, int], Callable[[np.ndarray], np.ndarray]]
+    worth: Tensor
+    reconstructions: int
+    overhead: float = 0.0
+    weight: np.ndarray | None = None
+    least: int = 0
+
+
 class Survey(ABC):
     """The bits spent on each location and the errors left after each iteration.
 
@@ -69,7 +94,6 @@ class Survey(ABC):
     """
 
     measure: ClassVar[TuneName]
-    reconstructions: ClassVar[int]  # of the last iterations, from which `errors` are measured
     checked: ClassVar[int]  # iterations from one look at what is needed to the next
     crowd: ClassVar[float]  # share of locations that make a survey short if they want all that was surveyed of them
 
@@ -140,9 +164,9 @@ class Survey(ABC):
 
 
 class ErrorSurvey(Survey):
-    """A survey for `psnr`; `errors` holds the squared error after the last iteration."""
+    """A survey for `psnr`; `errors` holds the squared error after the last iteration, or nothing."""
 
-    measure, reconstructions, checked, crowd = "psnr", 1, 2, 0.05
+    measure, checked, crowd = "psnr", 2, 0.05
 
     def choose(self, effort: float) -> np.ndarray:
         multiplier = math.exp(np.interp(effort, (0, 1), np.log(MULTIPLIERS)))
@@ -160,7 +184,7 @@ class ErrorSurvey(Survey):
 class EvenSurvey(Survey):
     """A survey for `ms-ssim`; `errors` holds what the metric sees after the last two iterations."""
 
-    measure, reconstructions, checked, crowd = "ms-ssim", 2, 1, 1.0
+    measure, checked, crowd = "ms-ssim", 1, 1.0
 
     def choose(self, effort: float) -> np.ndarray:
         level = 1 + effort * (self.most - 1)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rnncodec import tiling
-from rnncodec.allocation import HALO, PATIENCE, Survey, TuneName, Wish, block_errors
+from rnncodec.allocation import HALO, PATIENCE, Plan, Survey, TuneName, block_errors
 from rnncodec.network import LatentConfig, RecurrentCodec, State, Step, pad_to_blocks, to_uint8
 from rnncodec.tiling import MAX_ITERATIONS, MAX_SIDE, Box, Tile, inside, windows
 
@@ -74,32 +74,15 @@ class Loop:
             return [self._input(image, tile.area) for tile in self.tiles(*image.shape[-2:])]
 
     def survey(
-        self,
-        image: Tensor,
-        inputs: list[Tensor],
-        kind: type[Survey],
-        overhead: float,
-        worth: Tensor,
-        weight: np.ndarray | None,
-        wish: Wish,
-        price: Callable[[int, int], Callable[[np.ndarray], np.ndarray]],
-        progress: Progress | None,
-        least: int,
+        self, image: Tensor, inputs: list[Tensor], plan: Plan, progress: Progress | None
     ) -> tuple[Survey, Start]:
-        """Encodes an image [1, 3, H, W] without stops, as far as the wish may need; see `rnncodec.allocation`.
+        """Encodes an image without stops, as far as the wish may need; see `rnncodec.allocation`.
 
         Args:
-            image: of a latent network.
+            image: [1, 3, H, W], of a latent network.
             inputs: of the image.
-            kind: of the survey.
-            overhead: bits of an iteration beside those of locations.
-            worth: of `Allocation`, [C].
-            weight: how much the error of each location counts, [rows, cols]; None counts all alike.
-            wish: gives the effort that the encoder will use.
-            price: takes rows and columns, and gives a function from the bits of the next iteration to their cost at
-                each location.
+            plan: of the survey.
             progress: is called with the number of steps done and the number of all steps.
-            least: iterations before the wish matters.
 
         Returns:
             The survey, and for `encode_stopped` its last iterations, unless the image is coded in tiles.
@@ -110,28 +93,29 @@ class Loop:
         start = Start([], {})
         for i, (tile, y) in enumerate(zip(areas, inputs, strict=True)):
             rows, cols = (cut.stop - cut.start for cut in tile.area)
-            survey = kind(rows, cols, most, overhead, None if weight is None else weight[tile.area])
-            cost, start, last = price(rows, cols), Start([], {}), np.full((rows, cols), most)
+            survey = plan.kind(rows, cols, most, plan.overhead, None if plan.weight is None else plan.weight[tile.area])
+            cost, start, last = plan.price(rows, cols), Start([], {}), np.full((rows, cols), most)
             for t in range(1, most + 1):
                 with exact():
                     limit = torch.from_numpy(last).to(self.device)[None] * groups
                     step = self.network(start.states.get(t - 1), y=y, limit=limit)
-                    latent = torch.einsum("c,chw->hw", worth, (y - step.state.y_hat)[0].square())
+                    latent = torch.einsum("c,chw->hw", plan.worth, (y - step.state.y_hat)[0].square())
                 start.planes.append(_plane(step)[0])
                 start.states[t] = step.state
-                start.states.pop(t - kind.reconstructions, None)
+                start.states.pop(t - max(1, plan.reconstructions), None)
                 survey.add(cost(start.planes[-1]), latent.double().cpu().numpy())
                 if progress:
                     progress(i * most + t, len(areas) * most)
                 # With several tiles, the wish depends on the others, too.
-                if len(areas) == 1 and t >= least and t % kind.checked == 0:
-                    best = survey.choose(wish(survey))
+                if len(areas) == 1 and t >= plan.least and t % survey.checked == 0:
+                    best = survey.choose(plan.wish(survey))
                     if survey.done(best):
                         break
                     last = np.where(best > t - PATIENCE, last, np.minimum(last, t))
-            survey.errors = [self._errors(state, image, tile, kind.measure) for state in start.states.values()]
+            measured = list(start.states.values())[-plan.reconstructions :] if plan.reconstructions else []
+            survey.errors = [self._errors(state, image, tile, survey.measure) for state in measured]
             surveys.append(survey)
-        return kind.joined(surveys), start if len(areas) == 1 else Start([], {})
+        return plan.kind.joined(surveys), start if len(areas) == 1 else Start([], {})
 
     def _errors(self, state: State, image: Tensor, tile: Tile, measure: TuneName) -> np.ndarray:
         """The errors of the locations of a tile, float64 [rows, cols]; see `block_errors`."""

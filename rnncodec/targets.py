@@ -9,14 +9,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rnncodec.allocation import QUALITIES, SURVEYS, Allocation, Survey, TuneName
+from rnncodec.allocation import QUALITIES, SURVEYS, Allocation, Plan, Survey, TuneName
 from rnncodec.entropy import ContextModel, ContextSession
 from rnncodec.files.format import truncate
-from rnncodec.loop import Loop, Progress, Start
+from rnncodec.loop import Loop, Progress
 
 MARGIN = 0.003  # of the bytes of a target that are left over, so that it is rarely missed
+CUT = 0.03  # of the bytes of a target that a file may have too many: without its end, it is nearly as good
 HEADER = 64  # bytes of a header, as far as they are known beforehand
-TOLERANCE = 0.03  # dB
+TOLERANCE = 0.045  # dB
 OVERHEAD = 56  # bits of a payload beside its locations: entry in the header, checksum, end of the code
 STEPS = 200  # of progress
 ATTEMPTS = 6  # to meet a target, each with what the one before has shown
@@ -90,10 +91,10 @@ class BytesTarget(Target):
         self.bits = bits + 8 * (self.goal - size)
         if below and above and not below[1] < self.bits < above[1]:
             self.bits = float(np.interp(self.goal, (below[0], above[0]), (below[1], above[1])))
-        return (1 - 3 * MARGIN) * self.limit <= len(data) <= self.limit
+        return len(data) <= (1 + CUT) * self.limit and len(self.best()) >= (1 - 3 * MARGIN) * self.limit
 
     def best(self) -> bytes:
-        """The largest file that is small enough; a larger one is cut.
+        """The largest file that is small enough; larger ones are cut.
 
         Raises:
             FormatError: not even the first payload fits.
@@ -201,17 +202,15 @@ class Allocator:
             share = shown - first
             return show and (lambda done, total: show(first + share * done // total, STEPS))
 
-        def look(least: int) -> tuple[Survey, Start]:
-            kind, overhead = SURVEYS[tune], OVERHEAD * parts
-            wish, price = target.effort, self._price
-            return self.loop.survey(pixels, inputs, kind, overhead, worth, weight, wish, price, half(), least)
-
-        survey, start = look(0)
+        reconstructions = 2 if tune == "ms-ssim" else int(target.judges)
+        plan = Plan(SURVEYS[tune], target.effort, self._price, worth, reconstructions, OVERHEAD * parts, weight)
+        survey, start = self.loop.survey(pixels, inputs, plan, half())
         made = dict[bytes, tuple[bytes, float]]()
         for _ in range(ATTEMPTS):
             last = survey.choose(target.effort(survey))
             while survey.short(last):  # it ended too early, by estimates that were wrong
-                survey, start = look(2 * len(survey.rate))
+                plan = plan._replace(least=2 * len(survey.rate))
+                survey, start = self.loop.survey(pixels, inputs, plan, half())
                 last = survey.choose(target.effort(survey))
             if last.tobytes() not in made:
                 planes, reached = self.loop.encode_stopped(pixels, inputs, last, start, half(), target.judges)
@@ -224,9 +223,8 @@ class Allocator:
 
     def survey(self, pixels: Tensor, worth: Tensor) -> Survey:
         """Surveys an image, uint8 [1, 3, H, W], with all iterations, to calibrate weights; see `Loop.survey`."""
-        inputs, kind = self.loop.inputs(pixels), SURVEYS["psnr"]
-        most = self.loop.max_iterations + 1
-        return self.loop.survey(pixels, inputs, kind, 0, worth, None, lambda _: 1.0, self._price, None, most)[0]
+        plan = Plan(SURVEYS["psnr"], lambda _: 1.0, self._price, worth, 1, least=self.loop.max_iterations + 1)
+        return self.loop.survey(pixels, self.loop.inputs(pixels), plan, None)[0]
 
     def _price(self, rows: int, cols: int) -> Callable[[np.ndarray], np.ndarray]:
         """A function that gives the cost of the next iteration of rows x cols locations, see `ContextSession.price`."""

@@ -60,7 +60,9 @@ def surveyed(kind, seed=0, count=MOST, weight=None, rows=ROWS):
     survey = kind(rows, COLS, MOST, 40.0, weight)
     for t in range(count):
         survey.add(rng.uniform(5, 60, (rows, COLS)), rng.uniform(0.2, 1, (rows, COLS)) * 30 / 2**t)
-    survey.errors = [rng.uniform(2, 4, (rows, COLS)), rng.uniform(0, 2, (rows, COLS))][-kind.reconstructions :]
+    survey.errors = [rng.uniform(2, 4, (rows, COLS)), rng.uniform(0, 2, (rows, COLS))][
+        -1 if kind is ErrorSurvey else -2 :
+    ]
     return survey
 
 
