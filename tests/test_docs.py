@@ -10,6 +10,7 @@ from urllib.parse import unquote
 import pytest
 
 from rnncodec import __version__, cli
+from rnncodec.arguments import command_line
 
 ROOT = Path(__file__).parent.parent
 LISTED = subprocess.run(["git", "ls-files", "*.md"], cwd=ROOT, capture_output=True, text=True, check=False)
