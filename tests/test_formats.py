@@ -13,9 +13,17 @@ import numpy as np
 import pytest
 import tifffile
 from pictures import chunk, png, smooth
-from PIL import Image, features
+from PIL import Image, ImageCms, features
 
-from rnncodec.files.images import ImageError, ImageWarning, find_images, find_unreadable, load_image, load_photograph
+from rnncodec.files.images import (
+    ImageError,
+    ImageWarning,
+    find_images,
+    find_unreadable,
+    load_image,
+    load_photograph,
+    to_rgb,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:transparency is replaced")
 AVIF = pytest.mark.skipif(not features.check("avif"), reason="Pillow lacks AVIF")
@@ -74,7 +82,7 @@ class TestTiff:
             if (bits == 12 and (order, photometric) != ("<", "minisblack")) or (
                 bits == 16 and (order, photometric) == (">", "miniswhite")
             ):
-                with pytest.raises(ImageError, match="TIFF file that cannot be read: unknown pixel mode"):
+                with pytest.raises(ImageError, match="TIFF file cannot be read: unknown pixel mode"):
                     load_image(file)
             else:
                 check(file, expected)
@@ -98,10 +106,32 @@ class TestTiff:
         inks = samples / (2**bits - 1)
         stored = samples if layout == "contig" else np.moveaxis(samples, 2, 0)
         for order in "<>":
-            tifffile.imwrite(
-                file := io.BytesIO(), stored, photometric="separated", planarconfig=layout, byteorder=order
-            )
+            how: dict[str, Any] = {"photometric": "separated", "planarconfig": layout, "byteorder": order}
+            tifffile.imwrite(file := io.BytesIO(), stored, **how)
             check(file, (1 - inks[..., :3]) * (1 - inks[..., 3:]), 1.5)  # Pillow rounds twice
+
+    def test_profile_of_another_kind_of_color(self):
+        """Inks with a profile of RGB are read as without it, in 8 and in 16 bits."""
+        icc = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+        for bits in (8, 16):
+            samples = quantized(np.concatenate([COLOR, ALPHA / 3], 2), bits)
+            inks = samples / (2**bits - 1)
+            tifffile.imwrite(file := io.BytesIO(), samples, photometric="separated", iccprofile=icc)
+            with pytest.warns(ImageWarning, match="it is for RGB, but the pixels are CMYK"):
+                check(file, (1 - inks[..., :3]) * (1 - inks[..., 3:]), 1.5)
+
+    def test_images_of_pillow(self):
+        """Planes of 16 bits and associated alpha are right too where the caller has opened the file, and stay so."""
+        samples = quantized(COLOR, 16)
+        how: dict[str, Any] = {"photometric": "rgb", "planarconfig": "separate"}
+        tifffile.imwrite(file := io.BytesIO(), np.moveaxis(samples, 2, 0), **how)
+        assert np.abs(to_rgb(Image.open(file)) - 255 * COLOR).max() <= 1.5  # Pillow gives upper bytes
+        samples = quantized(np.concatenate([COLOR * ALPHA, ALPHA], 2), 8)
+        tifffile.imwrite(file := io.BytesIO(), samples, photometric="rgb", extrasamples=["assocalpha"])
+        image = Image.open(file)
+        expected = samples[..., :3] + 255.0 - samples[..., 3:]
+        for _ in range(2):
+            assert np.abs(to_rgb(image) - expected).max() <= 2  # Pillow divides by alpha
 
     def test_palette_of_16_bits(self):
         colors = np.random.default_rng(0).integers(0, 2**16, (3, 256)).astype(np.uint16)
@@ -136,12 +166,12 @@ class TestTiff:
     @pytest.mark.parametrize("kind", ["f4", "f2", "i1", "i2", "u4"])
     def test_other_samples_are_refused(self, kind):
         tifffile.imwrite(file := io.BytesIO(), (100 * COLOR).astype(kind), photometric="rgb")
-        with pytest.raises(ImageError, match=r"image: a TIFF file that cannot be read: "):
+        with pytest.raises(ImageError, match=r"image: the TIFF file cannot be read: "):
             load_image(file)
 
     def test_other_compressions_are_refused(self):
         tifffile.imwrite(file := io.BytesIO(), quantized(COLOR, 8), photometric="rgb", compression="jpeg2000")
-        with pytest.raises(ImageError, match="TIFF file that cannot be read: compression 34712"):
+        with pytest.raises(ImageError, match="TIFF file cannot be read: compression 34712"):
             load_image(file)
 
     def test_thumbnails_are_not_the_picture(self):
@@ -271,6 +301,11 @@ class TestBesidesPixels:
             (b"iTXt", b"Comment\0\1\0\0\0" + zlib.compress(bytes(3_000_000), 1)),
             (b"tEXt", b""),
             (b"iTXt", b"XML:com.adobe.xmp\0\1"),
+            (b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + zlib.compress(bytes(40_000_000), 1)),
+            (b"iTXt", b"XML:com.adobe.xmp"),
+            (b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(bytes(40_000_000), 1)),
+            (b"zTXt", b"Raw profile type exif"),
+            (b"tEXt", b"Raw profile type exif\0not hexadecimal"),
             (b"zTXt", b"x\0\7abc"),
             (b"iCCP", b"x\0\7abc"),
             (b"eXIf", b""),

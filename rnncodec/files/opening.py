@@ -86,7 +86,7 @@ def open_picture(file: BinaryIO, max_pixels: int) -> Picture:
         except SyntaxError as error:  # Pillow's sign that the file is of another format after all
             detail = one_line(error)
             detail = f"compression {detail}" if detail.isdigit() else detail  # of TIFF; Pillow gives the bare number
-            reason = f"a {name} file that cannot be read: {detail}"
+            reason = f"the {name} file cannot be read: {detail}"
             continue
         return picture
     raise ImageError(reason)
@@ -114,6 +114,8 @@ def _open_plain(file: BinaryIO, name: str, max_pixels: int) -> Picture:
         picture.space, picture.bits = jp2_space(file), jp2_bits(file)
         if picture.bits > 8 and (image.mode != "I;16" or picture.bits == 9):  # Pillow turns white to black
             raise ImageError(f"JPEG 2000 colors of {picture.bits} bits are not supported; convert the image to 8 bits")
+        if picture.bits < 8 and image.mode in ("P", "PA"):  # and shifts numbers of colors
+            raise ImageError(f"JPEG 2000 palettes of {picture.bits} bits are not supported")
     elif name == "BMP":
         picture.space = bmp_space(file)
     return picture

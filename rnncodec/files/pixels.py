@@ -59,7 +59,7 @@ def _samples(picture: Picture) -> tuple[np.ndarray, np.ndarray | None, str]:
             key = (image.info["transparency"],)
     else:
         image, premultiplied = _plain(image, premultiplied)
-        mode = image.mode.removesuffix("A") if image.mode != "La" else "L"
+        mode = image.mode.removesuffix("A")
         color = np.atleast_3d(np.asarray(image))
         if picture.bits < 8:  # from shifted to the left to the whole range
             top = 2**picture.bits - 1
@@ -82,10 +82,8 @@ def _samples(picture: Picture) -> tuple[np.ndarray, np.ndarray | None, str]:
 
 def _plain(image: Image.Image, premultiplied: bool) -> tuple[Image.Image, bool]:
     """An image in one of the modes L, LA, RGB, RGBA, CMYK and LAB, and whether it is multiplied by alpha."""
-    if image.mode in ("La", "RGBa"):  # Pillow shows such bytes in no other way
-        straight = image.mode[:-1] + "A"
-        bands = image.mode[:-1]
-        return Image.frombytes(straight, image.size, image.tobytes()), bool(bands)
+    if image.mode in ("La", "RGBa"):
+        return Image.frombytes(image.mode.upper(), image.size, image.tobytes()), True
     if image.mode in ("LA", "RGBA", "CMYK", "LAB") or (image.mode in ("L", "RGB") and not image.has_transparency_data):
         return image, premultiplied
     if image.has_transparency_data:

@@ -50,7 +50,7 @@ def read_png(file: BinaryIO, limit: int, lost: list[str]) -> Png:
         ImageError: the file has more bytes than that, is no PNG file, or has colors that are not supported.
     """
     kept, chunks = io.BytesIO(), dict[bytes, bytes]()
-    info = dict[str, bytes | str]()
+    texts = dict[bytes, tuple[bytes, bytes]]()
     kept.write(file.read(len(SIGNATURE)))
     header = b""
     while len(head := file.read(8)) == 8:
@@ -60,14 +60,16 @@ def read_png(file: BinaryIO, limit: int, lost: list[str]) -> Png:
                 raise ImageError(f"more than {limit} bytes")
             body = file.read(length + 4)
             kept.write(head + body)
-            header = header or body
+            if kind == b"IHDR":
+                header = header or body
             if kind == b"IEND":
                 break
         elif kind not in READ:
             file.seek(length + 4, io.SEEK_CUR)
         elif (body := _checked(file, kind, length, lost)) is not None:
             if kind in (b"tEXt", b"zTXt", b"iTXt"):
-                _read_text(kind, body, info, lost)
+                keyword, _, rest = body.partition(b"\0")
+                texts.setdefault(keyword, (kind, rest))
             elif kind == b"tRNS" and len(header) >= 13 and header[9] == 3:
                 kept.write(head + body + struct.pack(">I", zlib.crc32(kind + body)))
             else:
@@ -82,6 +84,7 @@ def read_png(file: BinaryIO, limit: int, lost: list[str]) -> Png:
             key = struct.unpack(f">{KEY_SIZES[color] // 2}H", chunks[b"tRNS"])
         else:
             lost.append("transparency ignored: it is corrupt")
+    info = _metadata(texts, lost)
     if b"eXIf" in chunks:
         info["exif"] = b"Exif\0\0" + chunks[b"eXIf"].removeprefix(b"Exif\0\0")
     if len(frames := chunks.get(b"acTL", b"")) == 8 and struct.unpack(">I4x", frames)[0] > 1:
@@ -103,23 +106,27 @@ def _checked(file: BinaryIO, kind: bytes, length: int, lost: list[str]) -> bytes
     return body
 
 
-def _read_text(kind: bytes, body: bytes, info: dict[str, bytes | str], lost: list[str]) -> None:
-    """Takes EXIF and XMP from a chunk of text; other texts are not for us."""
-    keyword, _, rest = body.partition(b"\0")
-    if kind == b"iTXt" and keyword == XMP_KEYWORD:
-        _, _, text = rest[2:].split(b"\0", 2) if rest.count(b"\0", 2) >= 2 else (b"", b"", b"")
-        if rest[:1] == b"\1":
+def _metadata(texts: dict[bytes, tuple[bytes, bytes]], lost: list[str]) -> dict[str, bytes | str]:
+    """EXIF and XMP among chunks of text, by keyword; other texts are not for us."""
+    info = dict[str, bytes | str]()
+    if XMP_KEYWORD in texts:
+        kind, rest = texts[XMP_KEYWORD]
+        parts = rest[2:].split(b"\0", 2)  # language, keyword in that language, text
+        text = parts[2] if kind == b"iTXt" and len(parts) == 3 else None
+        if text is not None and rest[0]:
             text = inflate(text)
         if text:
             info["xmp"] = text
         else:
             lost.append("XMP left out: it is corrupt")
-    elif keyword == RAW_EXIF.encode():
+    if RAW_EXIF.encode() in texts:
+        kind, rest = texts[RAW_EXIF.encode()]
         text = inflate(rest[1:]) if kind == b"zTXt" else rest if kind == b"tEXt" else None
         if text is None:
             lost.append("EXIF left out: it is corrupt")
         else:
             info[RAW_EXIF] = text.decode("latin-1")
+    return info
 
 
 def inflate(data: bytes) -> bytes | None:

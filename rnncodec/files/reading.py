@@ -74,9 +74,8 @@ def to_rgb(image: Image.Image) -> np.ndarray:
         ImageError: the pixels cannot be decoded, are floats, or are integers beyond 16 bits.
     """
     picture = Picture(image, image.info.get("icc_profile"))
-    if isinstance(image, TiffImageFile):
-        picture.premultiplied = bool(image.tile) and tiff.is_premultiplied(image)
-        tiff.unpack(image)
+    if isinstance(image, TiffImageFile) and (tiff.has_planes(image) or not tiff.is_premultiplied(image)):
+        tiff.unpack(image)  # which leaves premultiplied colors as they are, and the image is the caller's
     pixels = _convert(picture)
     _tell(picture.lost)
     return pixels

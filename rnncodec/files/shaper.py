@@ -1,6 +1,7 @@
 """Converts samples to sRGB by ICC profiles of curves and a matrix, where Pillow is not exact: 16 bits, and gray."""
 
 import struct
+from collections.abc import Callable
 
 import numpy as np
 
@@ -19,20 +20,26 @@ def tags_of(profile: bytes) -> dict[bytes, bytes]:
     return {name: profile[start : start + length] for name, start, length in entries}
 
 
-def shape(samples: np.ndarray, profile: bytes) -> np.ndarray | None:
-    """Converts uint16 [H, W, 1] or [H, W, 3] to 8-bit sRGB, None if the profile is not one of curves and a matrix."""
+def shaper(profile: bytes, channels: int) -> Callable[[np.ndarray], np.ndarray] | None:
+    """What converts uint16 samples [H, W, 1 or 3] to 8-bit sRGB; None if the profile is not of curves and a matrix."""
     tags = tags_of(profile)
-    if any(name.startswith(b"A2B") or name.startswith(b"D2B") for name in tags):
+    names = {1: (b"kTRC",), 3: (b"rTRC", b"gTRC", b"bTRC")}.get(channels)
+    if names is None or any(name.startswith((b"A2B", b"D2B")) for name in tags):
         return None
-    names = (b"kTRC",) if samples.shape[2] == 1 else (b"rTRC", b"gTRC", b"bTRC")
     try:
-        light = np.stack([_curve(tags[name])[samples[..., i]] for i, name in enumerate(names)], axis=2)
-        if len(names) == 3:
-            light = light @ np.linalg.solve(_matrix(tags_of(profile_of(SRGB))), _matrix(tags)).T.astype(np.float32)
-    except (KeyError, struct.error, np.linalg.LinAlgError):
+        curves = [_curve(tags[name]) for name in names]
+        to_srgb = np.eye(1)
+        if channels == 3:
+            to_srgb = np.linalg.solve(_matrix(tags_of(profile_of(SRGB))), _matrix(tags))
+    except (KeyError, ValueError, IndexError, struct.error, np.linalg.LinAlgError):
         return None
-    encoded = _encoded()[np.rint(light.clip(0, 1) * (LEVELS - 1)).astype(np.uint16)]
-    return np.broadcast_to(encoded, (*encoded.shape[:2], 3))
+    columns, encoded = to_srgb.T.astype(np.float32), _encoded()
+
+    def shape(samples: np.ndarray) -> np.ndarray:
+        light = np.stack([curve[samples[..., i]] for i, curve in enumerate(curves)], axis=2) @ columns
+        return encoded[np.rint(light.clip(0, 1) * (LEVELS - 1)).astype(np.uint16)]
+
+    return shape
 
 
 def _matrix(tags: dict[bytes, bytes]) -> np.ndarray:
