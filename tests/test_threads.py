@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import rnncodec
 from rnncodec import threads
@@ -102,6 +103,17 @@ def run(code, *args, **variables: str):
     return subprocess.run(command, capture_output=True, text=True, timeout=120, env=env)
 
 
+def test_option(tiny, tmp_path, monkeypatch):
+    set_to = []
+    monkeypatch.setattr(torch, "set_num_threads", set_to.append)
+    Image.fromarray(picture(0)).save(tmp_path / "a.png")
+    common = ["--threads", "3", "--weights", str(tiny)]
+    assert main(["encode", str(tmp_path / "a.png"), str(tmp_path / "a.rnc"), "--iterations", "1", *common]) == 0
+    assert main(["decode", str(tmp_path / "a.rnc"), str(tmp_path / "b.png"), *common]) == 0
+    assert set_to == [3, 3]
+
+
+@pytest.mark.slow
 def test_option_and_waiting(tiny, tmp_path):
     """OpenMP itself says how many threads there are, and how they wait."""
     np.save(tmp_path / "x.npy", picture(0))
