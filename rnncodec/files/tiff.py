@@ -5,10 +5,12 @@ import struct
 import sys
 from typing import BinaryIO
 
+import PIL
 from PIL.TiffImagePlugin import TiffImageFile
 
 from rnncodec.files.errors import ImageError
 
+WIDTH, HEIGHT = 256, 257
 BITS, PHOTOMETRIC, PLANAR, EXTRA, NEW_SUBFILE, OLD_SUBFILE, DNG_VERSION = 258, 262, 284, 338, 254, 255, 50706
 REDUCED, MASK = 1, 4  # bits of NEW_SUBFILE
 REDUCED_OLD = 2
@@ -19,6 +21,7 @@ TILE_OFFSETS, TILE_COUNTS, STRIP_OFFSETS, STRIP_COUNTS = 324, 325, 273, 279
 SAMPLES, BLACK_IS_ZERO, CLASSIC, LONG = 277, 1, 42, 4
 # Tags that say where samples lie: sides, compression, orientation, rows of strips, predictor, sides of tiles.
 GEOMETRY = {256, 257, 259, 274, 278, 317, 322, 323}
+OWN_COMPRESSION = int(PIL.__version__.partition(".")[0]) >= 13  # libtiff's decoder in Pillow reads it from the file
 RAW = "a raw file of a camera, of which only a thumbnail can be read; develop it with a raw converter"
 
 
@@ -75,9 +78,10 @@ def unpack(image: TiffImageFile, low: bool = False) -> None:
         if has_wide_samples(image):
             raw += ";16" + ("B" if (sys.byteorder == "little") == low else "L")
     image.use_load_libtiff = True
-    width, height = image._tile_size
-    whole = image.tile[0]._replace(codec_name="libtiff", extents=(0, 0, width, height), offset=0)
-    image.tile = [whole._replace(args=(raw, False, image.tag_v2.offset))]
+    extents = (0, 0, image.tag_v2[WIDTH], image.tag_v2[HEIGHT])  # as stored, not upright
+    whole = image.tile[0]._replace(codec_name="libtiff", extents=extents, offset=0)
+    compression = () if OWN_COMPRESSION else (image._compression,)
+    image.tile = [whole._replace(args=(raw, *compression, False, image.tag_v2.offset))]
 
 
 def planes(image: TiffImageFile, file: BinaryIO) -> list[TiffImageFile]:
