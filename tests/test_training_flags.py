@@ -8,6 +8,8 @@ import pytest
 from rnncodec.training import cli
 from rnncodec.training.flags import check_trainer
 
+pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning warns of versions and of small runs
+
 LIGHTNING = {name: parameter.default for name, parameter in inspect.signature(L.Trainer.__init__).parameters.items()}
 
 
@@ -70,10 +72,7 @@ def test_what_it_can_do_passes(name, value):
         (["--trainer.devices", "[0]"], 1, "devices"),  # a TypeError
         (["--trainer.accelerator", "tpu"], 1, "torch_xla"),  # a ModuleNotFoundError
         (["--trainer.default_root_dir", "/proc/none"], 1, "/proc/none"),  # an OSError
-        (["--ema.decay", "2"], 1, "decay"),  # a ValueError
-        (["--seed_everything", "-1"], 1, "-1"),
-        (["--checkpoint_minutes", "-1"], 2, "checkpoint_minutes"),
-        (["--name", "../a"], 1, "--name"),
+        (["--name", "../a"], 1, "--name"),  # a ValueError
     ],
 )
 def test_errors_are_one_line_wherever_they_arise(tmp_path, capsys, monkeypatch, arguments, status, said):

@@ -87,6 +87,8 @@ class Parser(LightningArgumentParser):
     """Lightning's parser, with errors of one line."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        if not self.exit_on_error:  # it tries one of several types
+            super().error(message, ex)
         print(f"{self.prog.partition(' ')[0]}: error: {' '.join(message.split())}", file=sys.stderr)
         sys.exit(2)
 
