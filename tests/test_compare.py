@@ -392,7 +392,7 @@ def test_errors_are_one_line_before_anything_is_trained(crops, tmp_path, simulat
 def test_options_that_train_py_refuses_are_refused_at_once(crops, tmp_path, quiet, capsys):
     assert compare.main([*command(crops, tmp_path), "--trainer.max_stepss", "3"]) == 1
     assert capsys.readouterr().err.splitlines() == [
-        "compare: error: error: unrecognized arguments: --trainer.max_stepss 3"
+        "compare: error: train.py: error: unrecognized arguments: --trainer.max_stepss 3"
     ]
     assert not (tmp_path / "out").exists()
 
