@@ -232,17 +232,13 @@ def _codec(weights: str, args: argparse.Namespace) -> "Codec":
 
 def _codec_for(header: Header, args: argparse.Namespace) -> "Codec":
     """Loads the shipped weights that a file names."""
-    from rnncodec.weights import WeightsError, known_weights
+    from rnncodec.weights import WeightsError, shipped_name
 
-    known = known_weights()
-    for name, fingerprint in known.items():
-        if fingerprint == header.fingerprint.hex():
-            return _codec(name, args)
-    names = ", ".join(f"{name} ({fingerprint})" for name, fingerprint in known.items()) or "none"
-    raise WeightsError(
-        f"the file needs the weights {header.weights} ({header.fingerprint.hex()}); known are: {names}"
-        + (f"; {args.weights} are others" if args.weights else "; --weights gives others")
-    )
+    try:
+        return _codec(shipped_name(header), args)
+    except WeightsError as error:
+        others = f"{args.weights} are others" if args.weights else "--weights gives others"
+        raise WeightsError(f"{error}; {others}") from error
 
 
 def _check_iterations(args: argparse.Namespace, most: int) -> None:

@@ -5,7 +5,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import IO, NamedTuple
 
 from rnncodec.console import is_terminal, stdin, stdout
 from rnncodec.files import format, images
@@ -118,23 +118,28 @@ def _outputs(places: Sequence[Path], suffix: str) -> list[Path]:
 
 
 def read(source: str) -> tuple[Header, bytes]:
-    """Reads the header and the bytes of an .rnc file, at most one byte more than the header announces."""
-
-    def take(file: BinaryIO) -> tuple[Header, bytes]:
-        data = bytearray(file.read(HEADER_BYTES))
-        header = format.read_header(bytes(data))
-        size = header.sizes[-1]
-        if size > MAX_FILE_BYTES:
-            raise FormatError(f"the header announces {size} bytes, more than the limit of {MAX_FILE_BYTES}")
-        # In pieces, because read(size) would allocate all bytes announced, even if the file is shorter.
-        while len(data) <= size and (piece := file.read(min(size + 1 - len(data), 2**20))):
-            data += piece
-        return header, bytes(data)
-
+    """Reads the header and the bytes of an .rnc file, or of standard input for '-'; see `read_open`."""
     if source == "-":
-        return take(stdin())
+        return read_open(stdin())
     with open(source, "rb") as file:
-        return take(file)
+        return read_open(file)
+
+
+def read_open(file: IO[bytes]) -> tuple[Header, bytes]:
+    """Reads the header and the bytes of an open .rnc file, at most one byte more than the header announces.
+
+    Raises:
+        FormatError: it is no such file, or announces too many bytes.
+    """
+    data = bytearray(file.read(HEADER_BYTES))
+    header = format.read_header(bytes(data))
+    size = header.sizes[-1]
+    if size > MAX_FILE_BYTES:
+        raise FormatError(f"the header announces {size} bytes, more than the limit of {MAX_FILE_BYTES}")
+    # In pieces, because read(size) would allocate all bytes announced, even if the file is shorter.
+    while len(data) <= size and (piece := file.read(min(size + 1 - len(data), 2**20))):
+        data += piece
+    return header, bytes(data)
 
 
 def write(target: str, data: bytes) -> None:

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from rnncodec.allocation import QUALITIES, Allocation, TuneName
 from rnncodec.entropy import ContextConfig, ContextModel
-from rnncodec.files.format import NAME_PATTERN
+from rnncodec.files.format import NAME_PATTERN, Header
 from rnncodec.files.images import atomic_write, one_line
 from rnncodec.network import AnyConfig, LatentConfig, Questions, RecurrentCodec, config_class
 
@@ -223,6 +223,24 @@ def known_weights() -> dict[str, str]:
     return known
 
 
+def shipped_name(header: Header) -> str:
+    """The name of the shipped weights that a file needs.
+
+    Raises:
+        WeightsError: there are no such weights.
+    """
+    known = known_weights()
+    for name, digest in known.items():
+        if digest == header.fingerprint.hex():
+            return name
+    needed = f"{header.weights} ({header.fingerprint.hex()})"
+    raise WeightsError(f"the file needs the weights {needed}; known are: {_listed(known)}")
+
+
+def _listed(known: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} ({digest})" for name, digest in known.items()) or "none"
+
+
 def fingerprint(config: str, tensors: Mapping[str, torch.Tensor]) -> bytes:
     """The first 8 bytes of the SHA-256 of the config and every tensor's name, type, shape and little-endian bytes.
 
@@ -247,7 +265,7 @@ def _locate(path_or_name: str | os.PathLike[str]) -> Path:
         return path
     shipped = PRETRAINED / f"{path.name}.safetensors"
     if not shipped.is_file():
-        known = ", ".join(f"{name} ({digest})" for name, digest in known_weights().items()) or "none"
+        known = _listed(known_weights())
         raise WeightsError(f"no weights are named {path.name!r}; known are: {known}; a path ends in .safetensors")
     return shipped
 
