@@ -256,10 +256,10 @@ class Codec:
             FormatError: the data is not an .rnc file, corrupt, too large, or without a complete iteration.
             ValueError: the file has fewer complete iterations than asked for.
         """
-        header, found, planes = self._read(data, iterations, max_pixels)
-        count = -(-found // header.parts)
+        header, _, planes = self._read(data, iterations, max_pixels)
+        bits = list(planes)  # if they are corrupt, nothing is allocated for the image
         array = np.empty((header.height, header.width, 3), np.uint8)
-        for _, (y, x), x_hat in self.loop.decode(list(planes), count, header.height, header.width, progress):
+        for _, (y, x), x_hat in self.loop.decode(bits, len(bits), header.height, header.width, progress):
             array[y, x] = to_uint8(x_hat)[0].permute(1, 2, 0).cpu().numpy()
         return Image.fromarray(array)
 

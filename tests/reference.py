@@ -336,7 +336,9 @@ def least_bytes(coding, locations, bits, number=0, parts=1, maps=False):
     if coding == 2:
         g = 4 if bits % 4 == 0 else 2 if bits % 2 == 0 else 1
         return {4: 8, 2: 2, 1: 1}[g] + math.ceil(count / (8 * g))
-    return bits + math.ceil(count / 1417) if coding == 3 else math.ceil(count / 363406)
+    if coding == 3:
+        return bits + math.ceil(count / 1417)
+    return math.ceil(count / 363406) if coding == 4 else 1
 
 
 class PartsReference:

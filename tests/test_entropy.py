@@ -24,6 +24,7 @@ from rnncodec.entropy import (
     signs,
 )
 from rnncodec.entropy.classical import AdaptiveSession, HuffmanSession, StaticSession, huffman_lengths
+from rnncodec.entropy.context import Parallel
 from rnncodec.files import format
 from rnncodec.files.codings import ADAPTIVE, CODINGS, CONTEXT, HUFFMAN, RAW, STATIC
 from rnncodec.files.errors import FormatError
@@ -44,6 +45,18 @@ def context_model(kind, seed=0):
         assert bias is not None
         bias.add_(torch.linspace(-3, 3, 8))  # channels that are mostly 0 or mostly 1
     return context.quantize()
+
+
+def test_strips_of_rows_do_not_change_the_first_pass(monkeypatch):
+    """In strips of 8 rows, of which the last has 3, bits come back that were coded with the whole plane at once."""
+    shape = 8, 35, 9
+    bits = planes(3, shape)
+    encoder = ContextSession(context_model("parallel"), *shape)
+    pieces = [encoder.encode(plane) for plane in bits]
+    monkeypatch.setattr(Parallel, "STRIP", 1)
+    decoder = ContextSession(context_model("parallel"), *shape)
+    for plane, each in zip(bits, pieces, strict=True):
+        np.testing.assert_array_equal(decoder.decode(each), plane)
 
 
 def session(coder, shape=SHAPE) -> Session:

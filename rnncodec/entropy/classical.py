@@ -107,7 +107,7 @@ class StaticSession(Session):
 
     coding = STATIC
 
-    PIECE = 2**12  # locations that are decoded at once, so that a code that is too short is soon noticed
+    PIECE = 2**9  # locations that are decoded at once, so that a code that is too short is soon noticed
 
     def _probabilities(self, shares: np.ndarray, locations: int) -> np.ndarray:
         return np.tile(shares.astype(np.int64) * (SCALE // 256), locations)
@@ -123,11 +123,9 @@ class StaticSession(Session):
         shares = np.frombuffer(payload[:bits], np.uint8)
         if len(shares) < bits or not shares.all():
             raise FormatError("an entropy-coded payload is corrupt")
-        coder = RangeDecoder(payload[bits:])
-        found = [
-            coder.read(self._probabilities(shares, min(self.PIECE, rows * cols - first)))
-            for first in range(0, rows * cols, self.PIECE)
-        ]
+        coder, probabilities = RangeDecoder(payload[bits:]), self._probabilities(shares, self.PIECE)
+        count = rows * cols * bits
+        found = [coder.read(probabilities[: count - first]) for first in range(0, count, len(probabilities))]
         coder.finish()
         return np.concatenate(found).reshape(rows, cols, bits).transpose(2, 0, 1)
 

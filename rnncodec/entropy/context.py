@@ -87,12 +87,11 @@ class History(Layer):
 
     def look(self, state: Memory | None, like: Tensor) -> Tensor:
         """The prior [B, channels, H, W] of the next iteration; for the first, `like` gives B, H and W."""
-        if state is None:
+        if state is None:  # the same at all locations
             batch, _, height, width = like.shape
-            hidden = like.new_zeros(batch, self.prior.weight.shape[1], height, width)
-        else:
-            hidden = state.hidden
-        return self.tanh(self.prior(hidden))
+            hidden = like.new_zeros(batch, self.prior.weight.shape[1], 1, 1)
+            return self.tanh(self.prior(hidden)).expand(-1, -1, height, width)
+        return self.tanh(self.prior(state.hidden))
 
 
 class Sequential(Layer):
@@ -172,6 +171,9 @@ class Parallel(Layer):
     Each pass knows the bits of all earlier passes at all locations.
     """
 
+    STRIP = 2**14  # locations, four megapixels
+    REACH = 1  # rows that the first pass, which knows no bits, sees above and below
+
     def __init__(self, config: ContextConfig) -> None:
         super().__init__()
         width = config.channels
@@ -225,15 +227,27 @@ class Parallel(Layer):
         return torch.argsort(self.turns(bits, height, width).permute(1, 2, 0).flatten(), stable=True).numpy()
 
     def decode(self, prior: Tensor, bits: int, read: Read) -> Tensor:
-        """Decodes bits [1, bits, H, W], which `read` gives pass by pass in the order of coding."""
-        turns = self.turns(bits, *prior.shape[2:]).to(prior.device).permute(1, 2, 0)
-        known = prior.new_zeros(*prior.shape[2:], bits)
-        from_prior = self.prior(prior)
+        """Decodes bits [1, bits, H, W], which `read` gives pass by pass in the order of coding.
+
+        The first pass is computed in strips of rows, so that a code that holds nothing is noticed before much is.
+        """
+        height, width = prior.shape[2:]
+        turns = self.turns(bits, height, width).to(prior.device).permute(1, 2, 0)
+        known = prior.new_zeros(height, width, bits)
+        from_prior = prior.new_empty(prior.shape)
         for turn in range(2 * self.groups):
-            logits = self._pass(turn, known.permute(2, 0, 1)[None], from_prior)[0].permute(1, 2, 0)
-            now = turns == turn
-            found = torch.from_numpy(read(probability(logits[now]).cpu().numpy())).to(prior.device)
-            known[now] = found.to(prior.dtype) * 2 - 1
+            rows, reach = (height, 0) if turn else (max(8, self.STRIP // width), self.REACH)
+            found = []
+            for top in range(0, height, rows):
+                first, last = max(0, top - reach), min(top + rows + reach, height)
+                if not turn:
+                    edge = max(0, first - 1)
+                    around = self.prior(prior[:, :, edge : last + 1])
+                    from_prior[:, :, first:last] = around[:, :, first - edge : last - edge]
+                logits = self._pass(turn, known[first:last].permute(2, 0, 1)[None], from_prior[:, :, first:last])[0]
+                own = logits.permute(1, 2, 0)[top - first :][:rows]
+                found.append(read(probability(own[turns[top : top + rows] == turn]).cpu().numpy()))
+            known[turns == turn] = torch.from_numpy(np.concatenate(found)).to(known) * 2 - 1
         return known.permute(2, 0, 1)[None]
 
 

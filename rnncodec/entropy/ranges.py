@@ -109,10 +109,10 @@ class RangeDecoder:
 
 def information(chances: np.ndarray, bits: np.ndarray) -> float:
     """The information of bits, bool [n], given P(1) of each, in bits."""
-    found = np.abs(chances - ~bits)
+    found = chances - ~bits  # the sign does not matter
     whole = len(found) // 32 * 32
-    products = found[:whole].reshape(32, -1).prod(0)  # as a logarithm takes longer; at least 2^-512
-    return float(-np.log2(products).sum() - np.log2(found[whole:]).sum())
+    products = found[:whole].reshape(32, -1).prod(0)  # at least 2^-512; logarithms take longer
+    return float(-np.log2(np.abs(products)).sum() - np.log2(np.abs(found[whole:])).sum())
 
 
 class RawDecoder:
