@@ -199,7 +199,7 @@ def random_payloads(data, rng):
 
 
 def random_maps(data, rng):
-    """A file whose later payloads have random flags and as many random bits as these ask for."""
+    """A file whose later payloads have random levels, random flags and as many random bits as these ask for."""
     parts, living, pieces = format.read_header(data).parts, ROWS * COLS, []
     for _ in range(1, ITERATIONS):
         flags = rng.random(living) < rng.choice([0.05, 0.5, 0.95])
@@ -207,7 +207,9 @@ def random_maps(data, rng):
         living = int(flags.sum())
         for part in range(parts):
             bits = rng.random(16 // parts * living) < 0.5
-            pieces.append((RAW, np.packbits(np.concatenate([flags, bits]) if part == 0 else bits).tobytes()))
+            pieces.append(
+                (RAW, np.packbits(np.concatenate([rng.random(4) < 0.5, flags, bits]) if part == 0 else bits).tobytes())
+            )
     return forged(data, 1, pieces)
 
 
