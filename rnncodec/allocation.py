@@ -94,6 +94,7 @@ class Survey(ABC):
     """
 
     measure: ClassVar[TuneName]
+    reconstructions: ClassVar[int]  # of the last iterations, from whose errors it chooses
     checked: ClassVar[int]  # iterations from one look at what is needed to the next
     crowd: ClassVar[float]  # share of locations that make a survey short if they want all that was surveyed of them
 
@@ -166,7 +167,7 @@ class Survey(ABC):
 class ErrorSurvey(Survey):
     """A survey for `psnr`; `errors` holds the squared error after the last iteration, or nothing."""
 
-    measure, checked, crowd = "psnr", 2, 0.05
+    measure, reconstructions, checked, crowd = "psnr", 0, 2, 0.05
 
     def choose(self, effort: float) -> np.ndarray:
         multiplier = math.exp(np.interp(effort, (0, 1), np.log(MULTIPLIERS)))
@@ -184,7 +185,7 @@ class ErrorSurvey(Survey):
 class EvenSurvey(Survey):
     """A survey for `ms-ssim`; `errors` holds what the metric sees after the last two iterations."""
 
-    measure, checked, crowd = "ms-ssim", 1, 1.0
+    measure, reconstructions, checked, crowd = "ms-ssim", 2, 1, 1.0
 
     def choose(self, effort: float) -> np.ndarray:
         level = 1 + effort * (self.most - 1)

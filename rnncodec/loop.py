@@ -112,7 +112,7 @@ class Loop:
                     if survey.done(best):
                         break
                     last = np.where(best > t - PATIENCE, last, np.minimum(last, t))
-            measured = list(start.states.values())[-plan.reconstructions :] if plan.reconstructions else []
+            measured = list(start.states.values())[: plan.reconstructions]  # one more is kept than none
             survey.errors = [self._errors(state, image, tile, survey.measure) for state in measured]
             surveys.append(survey)
         return plan.kind.joined(surveys), start if len(areas) == 1 else Start([], {})

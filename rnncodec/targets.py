@@ -76,14 +76,22 @@ class BytesTarget(Target):
     def __init__(self, limit: int) -> None:
         self.limit, self.goal = limit, limit * (1 - MARGIN)
         self.bits = 8 * (self.goal - HEADER)
-        self.files: list[bytes] = []
+        self.small = self.cut = b""  # the largest file that fits, and the largest of those that were cut to fit
         self.tried: list[tuple[int, float]] = []  # bytes of files, and the bits that were asked for
 
     def effort(self, survey: Survey) -> float:
         return survey.for_rate(self.bits)
 
     def met(self, data: bytes, reached: float) -> bool:
-        self.files.append(data)
+        """As in `Target`.
+
+        Raises:
+            FormatError: not even the first payload fits.
+        """
+        if len(data) <= self.limit:
+            self.small = max(self.small, data, key=len)
+        else:
+            self.cut = max(self.cut, truncate(data, max_bytes=self.limit), key=len)
         self.tried.append((len(data), self.bits))
         below = max((tried for tried in self.tried if tried[0] <= self.goal), default=None)
         above = min((tried for tried in self.tried if tried[0] > self.goal), default=None)
@@ -94,16 +102,9 @@ class BytesTarget(Target):
         return len(data) <= (1 + CUT) * self.limit and len(self.best()) >= (1 - 3 * MARGIN) * self.limit
 
     def best(self) -> bytes:
-        """The largest file that is small enough; larger ones are cut.
-
-        Raises:
-            FormatError: not even the first payload fits.
-        """
-        small = max((data for data in self.files if len(data) <= self.limit), key=len, default=b"")
-        if small and len(small) >= (1 - 3 * MARGIN) * self.limit:
-            return small
-        cut = [truncate(data, max_bytes=self.limit) for data in self.files if len(data) > self.limit]
-        return max([small, *cut], key=len)
+        """The largest file that fits, if it is nearly as large as it may be, or one that was cut."""
+        near = len(self.small) >= (1 - 3 * MARGIN) * self.limit
+        return self.small if near else max(self.small, self.cut, key=len)
 
 
 class PsnrTarget(Target):
@@ -202,8 +203,9 @@ class Allocator:
             share = shown - first
             return show and (lambda done, total: show(first + share * done // total, STEPS))
 
-        reconstructions = 2 if tune == "ms-ssim" else int(target.judges)
-        plan = Plan(SURVEYS[tune], target.effort, self._price, worth, reconstructions, OVERHEAD * parts, weight)
+        kind = SURVEYS[tune]
+        reconstructions = max(kind.reconstructions, int(target.judges))
+        plan = Plan(kind, target.effort, self._price, worth, reconstructions, OVERHEAD * parts, weight)
         survey, start = self.loop.survey(pixels, inputs, plan, half())
         made = dict[bytes, tuple[bytes, float]]()
         for _ in range(ATTEMPTS):
