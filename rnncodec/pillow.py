@@ -103,7 +103,7 @@ class RncImageFile(ImageFile.ImageFile):
         return super().load()
 
     def load_seek(self, pos: int) -> None:
-        """Does nothing, as the pixels are at the start of a stream of their own."""
+        """Does nothing, but keeps Pillow from mapping the file into memory, whose bytes are not those of the pixels."""
 
     def verify(self) -> None:
         """Checks that the file is whole; `open` has compared all checksums.

@@ -11,8 +11,8 @@ from rnncodec.files.profiles import SRGB, Chromaticities, Curve, Space, space_of
 J2K, MAX_SIZ = b"\xff\x4f\xff\x51", 1024  # the start of a codestream of JPEG 2000, and of its header
 MAX_BOX = 2**24  # of a box of metadata; a longer one is not read
 ROMM = Space(Chromaticities((0.7347, 0.2653), (0.1596, 0.8404), (0.0366, 0.0001), (0.3457, 0.3585)), Curve(1.8))
-# The enumerated color spaces of JPEG 2000 that its decoder hands on as sRGB, gray or CMYK, and those that it does not.
 JXL_RATIOS = (None, (1, 1), (12, 10), (4, 3), (3, 2), (16, 9), (5, 4), (2, 1))  # of width to height
+# The enumerated color spaces of JPEG 2000 that its decoder hands on as sRGB, gray or CMYK, and those that it does not.
 PLAIN_JP2, SYCC, ROMM_JP2 = {0, 12, 15, 16, 17}, 18, 21
 
 

@@ -70,7 +70,6 @@ def open_picture(file: BinaryIO, max_pixels: int) -> Picture:
     if file.seekable():
         file.seek(0)
     prefix = file.read(32)
-    limit = 8 * max_pixels + 2**24  # bytes of all pixels in 16-bit RGBA, and ample metadata
     reason = "not an image file, or of a format that is not supported" if prefix else "the file is empty"
     for name in (*FORMATS, *PACKAGES):
         accepted = _accepts(name, prefix)
@@ -79,7 +78,7 @@ def open_picture(file: BinaryIO, max_pixels: int) -> Picture:
         if not accepted:
             continue
         if not file.seekable():
-            file = _read_pipe(file, prefix, limit)
+            file = _read_pipe(file, prefix, _most_bytes(max_pixels))
         file.seek(0)
         try:
             picture = _OPEN.get(name, _open_plain)(file, name, max_pixels)
@@ -144,7 +143,7 @@ def _open_png(file: BinaryIO, name: str, max_pixels: int) -> Picture:
         _check_size(*struct.unpack(">II", header[16:24]), max_pixels)
     file.seek(0)
     lost = list[str]()
-    png = read_png(file, 8 * max_pixels + 2**24, lost)
+    png = read_png(file, _most_bytes(max_pixels), lost)
     with quiet():
         image = PngImagePlugin.PngImageFile(png.file, "")
     image.info.update(png.info)
@@ -219,6 +218,11 @@ def _check_size(width: int, height: int, max_pixels: int) -> None:
         raise ImageError(f"an image of {width}x{height} pixels")
     if width * height > max_pixels:
         raise ImageError(f"{width}x{height} pixels are above the limit of {max_pixels}; raise max_pixels to read it")
+
+
+def _most_bytes(max_pixels: int) -> int:
+    """Bytes of all pixels in 16-bit RGBA, and ample metadata."""
+    return 8 * max_pixels + 2**24
 
 
 def _read_pipe(pipe: BinaryIO, prefix: bytes, limit: int) -> BinaryIO:

@@ -8,6 +8,7 @@ from rnncodec.files.errors import ImageError
 from rnncodec.files.metadata import ORIENTATION, quiet
 from rnncodec.files.opening import Picture
 from rnncodec.files.profiles import SRGB, Space, profile_of
+from rnncodec.files.tiff import BITS, PHOTOMETRIC
 
 ORIENTATIONS = {  # by EXIF tag 274: the operation that turns the stored image upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -19,7 +20,6 @@ ORIENTATIONS = {  # by EXIF tag 274: the operation that turns the stored image u
     8: Image.Transpose.ROTATE_90,
 }
 WHITE, TWELVE_BITS = 65535, 4095
-BITS, PHOTOMETRIC = 258, 262  # tags of TIFF
 ROWS = 2**20  # pixels that are blended at once, which bounds the memory
 
 

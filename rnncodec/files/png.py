@@ -6,6 +6,7 @@ import zlib
 from typing import BinaryIO, NamedTuple
 
 from rnncodec.files.errors import ImageError
+from rnncodec.files.metadata import PREFIX
 from rnncodec.files.profiles import SRGB, Chromaticities, Curve, Space, space_of_code_points
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -86,7 +87,7 @@ def read_png(file: BinaryIO, limit: int, lost: list[str]) -> Png:
             lost.append("transparency ignored: it is corrupt")
     info = _metadata(texts, lost)
     if b"eXIf" in chunks:
-        info["exif"] = b"Exif\0\0" + chunks[b"eXIf"].removeprefix(b"Exif\0\0")
+        info["exif"] = PREFIX + chunks[b"eXIf"].removeprefix(PREFIX)
     if len(frames := chunks.get(b"acTL", b"")) == 8 and struct.unpack(">I4x", frames)[0] > 1:
         lost.append("only the first of several images is kept")
     return Png(kept, depth, color, key, _color(chunks, lost), info)

@@ -18,14 +18,15 @@ from rnncodec.files.errors import ImageError, one_line
 from rnncodec.files.metadata import save_options
 from rnncodec.files.profiles import SRGB, profile_of
 
+SRGB_PROFILE = profile_of(SRGB)
 # A decoded image should not lose quality a second time, so lossy formats are used at (nearly) their best. Every file
 # says that it is sRGB, where its format has a place: AVIF and JPEG 2000 do so by themselves, PNG in a chunk.
 SAVE_OPTIONS: dict[str, dict[str, Any]] = {
     "PNG": {},
-    "JPEG": {"quality": 95, "subsampling": 0, "icc_profile": profile_of(SRGB)},
-    "WEBP": {"lossless": True, "icc_profile": profile_of(SRGB)},
+    "JPEG": {"quality": 95, "subsampling": 0, "icc_profile": SRGB_PROFILE},
+    "WEBP": {"lossless": True, "icc_profile": SRGB_PROFILE},
     "AVIF": {"quality": 95, "subsampling": "4:4:4"},
-    "TIFF": {"icc_profile": profile_of(SRGB)},
+    "TIFF": {"icc_profile": SRGB_PROFILE},
     "BMP": {},
     "PPM": {},
     "JPEG2000": {},
