@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from rnncodec.console import Report, complain, progress, say
+from rnncodec.console import Report, complain, listed, losses, progress, say
 from rnncodec.files.errors import ImageWarning, one_line
 from rnncodec.jobs import Job
 
@@ -58,25 +58,18 @@ def do_each(
                     complain(f"warning: {job.source}: {text}")
             if summary and job.target != "-":
                 say(f"{job.target}: {summary}")
-    for text, sources in lost.items():
-        complain(f"warning: {_listed(sources, 1)}: {text}")
+    for line in losses(lost):
+        complain(line)
     reasons: dict[tuple[str, str], list[str]] = {}
     for path, why in skipped.items():
         reasons.setdefault((path.suffix.lower(), why), []).append(str(path))
     for (_, why), paths in reasons.items():
-        complain(f"skipped: {_listed(paths, NAMED)}: {why}")
+        complain(f"skipped: {listed(paths, NAMED)}: {why}")
     total = len(jobs) + len(skipped)
     if total > 1 and any(job.target for job in jobs) and not quiet:
         counts = [f"{count} {what}" for count, what in ((failed, "failed"), (len(skipped), "skipped")) if count]
         say("; ".join([f"{len(jobs) - failed} of {total} files: {before} bytes became {after}", *counts]))
     return int(bool(failed or skipped))
-
-
-def _listed(paths: Sequence[str], most: int) -> str:
-    """Names of files, only some examples of many."""
-    if len(paths) <= most:
-        return ", ".join(paths)
-    return f"{len(paths)} files, such as {', '.join(paths[:most])}"
 
 
 def _size(path: str) -> int:

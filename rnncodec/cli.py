@@ -18,9 +18,8 @@ from rnncodec.batch import FAILURES, do_each
 from rnncodec.console import Report, complain, prepare, printable, silence, stdin, stdout
 from rnncodec.display import show_file, show_scores
 from rnncodec.files import format, images
-from rnncodec.files.errors import ImageWarning, one_line
+from rnncodec.files.errors import ImageError, ImageWarning, one_line
 from rnncodec.files.format import Header
-from rnncodec.files.metadata import ORIENTATION
 from rnncodec.jobs import Job, UsageError, find_files, find_jobs, read, refuse_terminal, write
 from rnncodec.threads import use_threads
 
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
     from rnncodec.codec import Codec  # elsewhere imported only where it is used, because importing torch takes seconds
 
 
+TURNED = "turned upright, as the file says"
 # Commands with their own parsers: the module with their `main`, and the extra that installs what they need.
 ROOMS = {"train": ("rnncodec.training.cli", "train"), "evaluate": ("rnncodec.evaluation.evaluate", "eval")}
 
@@ -94,21 +94,16 @@ def encode(args: argparse.Namespace) -> int:
     _check_iterations(args, codec.max_iterations)
     roi = None
     if args.roi:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ImageWarning)  # of a mask, nothing is kept but its light
-            roi = images.load_image(args.roi, args.max_pixels).mean(2).round().astype(np.uint8)
+        roi = images.read_photograph(args.roi, args.max_pixels, strip=True).pixels.mean(2).round().astype(np.uint8)
 
     def work(source: str, target: str, report: Report) -> str:
-        file, records = stdin() if source == "-" else source, None
-        if args.strip:
-            image = images.load_image(file, args.max_pixels)
-        else:
-            image, records = images.load_photograph(file, args.max_pixels)
-        if _is_turned(source):
-            warnings.warn("turned upright, as EXIF says", ImageWarning, stacklevel=2)
+        file = stdin() if source == "-" else source
+        photograph = images.read_photograph(file, args.max_pixels, args.strip)
+        for line in photograph.lost + [TURNED] * photograph.turned:
+            warnings.warn(line, ImageWarning, stacklevel=2)
         target_of = {"quality": args.quality, "bpp": args.bpp, "max_bytes": args.bytes, "psnr": args.psnr}
-        how = {"tune": args.tune, "roi": roi, "entropy": args.entropy, "records": records}
-        data = codec.encode(image, args.iterations, **target_of, **how, progress=report)
+        how = {"tune": args.tune, "roi": roi, "entropy": args.entropy, "records": photograph.records}
+        data = codec.encode(photograph.pixels, args.iterations, **target_of, **how, progress=report)
         write(target, data)
         header = format.read_header(data)
         return f"{len(header.entries) / header.parts:g} iterations, {len(data)} bytes, {header.bpp[-1]:.4f} bpp"
@@ -120,10 +115,15 @@ def decode(args: argparse.Namespace) -> int:
     """Decompresses files."""
     Image.init()
     suffixes = {s for s, name in Image.registered_extensions().items() if name in images.FORMATS and name in Image.SAVE}
-    suffix = f".{args.format or 'png'}".lower()
+    suffix = f".{'png' if args.format is None else args.format}".lower()
     if suffix not in suffixes:
         raise UsageError(f"unknown --format {args.format!r}")
     jobs = find_jobs(args, suffix, suffixes, find_files)
+    try:
+        for written in {Path(job.target).suffix for job in jobs} - {""} if args.format is None else {suffix}:
+            images.format_name(written)
+    except ImageError as error:
+        raise UsageError(str(error)) from error
     _check_iterations(args, format.MAX_ITERATIONS)
     use_threads(args.threads)
     codecs: dict[bytes, Codec] = {}
@@ -205,15 +205,6 @@ def rate(args: argparse.Namespace) -> int:
         server.serve_forever()
     print(f"{printable(str(path))}: {sum(vote.undone is None for vote in votes.all())} votes")
     return 0
-
-
-def _is_turned(path: str) -> bool:
-    """Whether an image file that can be read has an orientation, unless it is a pipe."""
-    with suppress(Exception), warnings.catch_warnings():  # corrupt EXIF data must not make an image unreadable
-        warnings.simplefilter("ignore")
-        with Image.open(path, formats=images.FORMATS) as image:
-            return image.getexif().get(ORIENTATION, 1) in range(2, 9)
-    return False
 
 
 COMMANDS = {command.__name__: command for command in (encode, decode, info, truncate, export, rate)}

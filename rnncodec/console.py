@@ -3,12 +3,15 @@
 import io
 import os
 import sys
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import BinaryIO, Literal
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+
+from rnncodec.files.errors import ImageWarning
 
 Report = Callable[[int, int], None]
 """Is told the number of steps done and the number of all steps."""
@@ -42,6 +45,40 @@ def complain(message: str) -> None:
         print(f"rnncodec: {printable(message)}", file=sys.stderr, flush=True)
     except OSError:
         silence("stderr")
+
+
+@contextmanager
+def warnings_told(tell: Callable[[str], None]) -> Iterator[None]:
+    """Tells each warning that comes meanwhile in one line; what images lost at the end, once for each kind."""
+    lost: dict[str, dict[str, None]] = {}
+
+    def show(message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: object) -> None:
+        if isinstance(message, ImageWarning):
+            lost.setdefault(str(message), {})[message.source] = None
+        else:
+            tell(f"warning: {str(message).splitlines()[0]}")
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", ImageWarning)
+        warnings.showwarning = show
+        try:
+            yield
+        finally:
+            for line in losses({text: list(sources) for text, sources in lost.items()}):
+                tell(line)
+
+
+def losses(lost: Mapping[str, Sequence[str]]) -> Iterator[str]:
+    """Lines that warn of what images lost, one for each kind, from the files by what was lost."""
+    for text, sources in lost.items():
+        yield f"warning: {listed(sources, 1)}: {text}"
+
+
+def listed(paths: Sequence[str], most: int) -> str:
+    """Names of files, only some examples of many."""
+    if len(paths) <= most:
+        return ", ".join(paths)
+    return f"{len(paths)} files, such as {', '.join(paths[:most])}"
 
 
 def silence(stream: Literal["stdout", "stderr"]) -> None:

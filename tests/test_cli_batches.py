@@ -71,7 +71,7 @@ def test_an_album(monkeypatch, capsys):
     assert said[0].startswith("error: album/broken.jpg: ")
     assert sorted(said[1:4]) == [
         "warning: 2 files, such as album/moving.gif: only the first of several images is kept",
-        "warning: 3 files, such as album/a.jpg: turned upright, as EXIF says",
+        "warning: 3 files, such as album/a.jpg: turned upright, as the file says",
         "warning: album/logo.png: transparency is replaced by white",
     ]
     assert sum("pip install 'rnncodec[" in line for line in said[4:]) == 2

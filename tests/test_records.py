@@ -133,7 +133,7 @@ def place(pretrained, tmp_path, monkeypatch):
 def lines(capsys):
     found = capsys.readouterr().err.splitlines()
     assert all(line.startswith("rnncodec: ") and line.isprintable() for line in found)
-    return [line for line in found if not line.endswith(": turned upright, as EXIF says")]
+    return [line for line in found if not line.endswith(": turned upright, as the file says")]
 
 
 def with_block(block: bytes, data: bytes = EXAMPLE) -> bytes:

@@ -14,7 +14,7 @@ import rnncodec
 from rnncodec.allocation import TuneName
 from rnncodec.arguments import positive_int
 from rnncodec.codec import MAX_ITERATIONS, Codec
-from rnncodec.console import columns
+from rnncodec.console import columns, warnings_told
 from rnncodec.evaluation.baselines import BASELINES
 from rnncodec.evaluation.measure import (
     Coded,
@@ -302,38 +302,42 @@ def main(argv: Sequence[str] | None = None, program: str = "evaluate.py") -> int
     console, title = Console(stderr=True), program.removesuffix(".py")
     failures = 0
 
+    def tell(message: str) -> None:
+        console.print(f"{title}: {message}", markup=False, highlight=False, soft_wrap=True)
+
     def skip(message: str) -> None:
         nonlocal failures
         failures += 1
-        console.print(f"{title}: skipped: {message}", markup=False, highlight=False, soft_wrap=True)
+        tell(f"skipped: {message}")
 
     use_threads(args.threads)
     try:
-        codec = rnncodec.load(args.weights, device=args.device)
-        coders = None
-        if args.coders is not None:
-            coders = [rnncodec.load(path, device=args.device) for path in args.coders]
-        evaluate(
-            codec,
-            args.images,
-            iterations=args.iterations,
-            baselines=args.baselines,
-            overlays=args.overlay,
-            tunes=args.tunes,
-            coders=coders,
-            output=args.output,
-            save_images=args.save_images,
-            wandb=args.wandb,
-            cache=args.cache_dir or cache_folder("--cache-dir") / "results",
-            tables=Console(),
-            progress=console,
-            skip=skip,
-        )
+        with warnings_told(tell):
+            codec = rnncodec.load(args.weights, device=args.device)
+            coders = None
+            if args.coders is not None:
+                coders = [rnncodec.load(path, device=args.device) for path in args.coders]
+            evaluate(
+                codec,
+                args.images,
+                iterations=args.iterations,
+                baselines=args.baselines,
+                overlays=args.overlay,
+                tunes=args.tunes,
+                coders=coders,
+                output=args.output,
+                save_images=args.save_images,
+                wandb=args.wandb,
+                cache=args.cache_dir or cache_folder("--cache-dir") / "results",
+                tables=Console(),
+                progress=console,
+                skip=skip,
+            )
     except (ValueError, RuntimeError, OSError, MemoryError) as error:
-        console.print(f"{title}: error: {one_line(error)}", markup=False, highlight=False, soft_wrap=True)
+        tell(f"error: {one_line(error)}")
         return 1
     except KeyboardInterrupt:
         return 130
     if failures:
-        console.print(f"{title}: could not be measured: {failures}", highlight=False)
+        tell(f"could not be measured: {failures}")
     return 1 if failures else 0

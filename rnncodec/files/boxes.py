@@ -1,4 +1,4 @@
-"""What the boxes of AVIF, HEIC and JPEG 2000 files say of the colors of their main picture."""
+"""The boxes of JPEG 2000, JPEG XL, AVIF and HEIC files, and what the first two say in them of their picture."""
 
 import io
 import struct
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
 
 from rnncodec.files.errors import ImageError
-from rnncodec.files.profiles import SRGB, Chromaticities, Curve, Space, space_of_code_points
+from rnncodec.files.profiles import SRGB, Chromaticities, Curve, Space
 
 J2K, MAX_SIZ = b"\xff\x4f\xff\x51", 1024  # the start of a codestream of JPEG 2000, and of its header
 MAX_BOX = 2**24  # of a box of metadata; a longer one is not read
@@ -68,54 +68,6 @@ def _head(file: BinaryIO) -> tuple[bytes, int | None] | None:
     return (kind, length - 8) if 8 <= length < 2**63 else None
 
 
-def heif_space(file: BinaryIO) -> Space:
-    """The color space that an AVIF or HEIC file states by code points (`nclx`), sRGB if it states none.
-
-    Raises:
-        ImageError: the space is not supported, for example because it is HDR.
-    """
-    try:
-        found = _nclx(top_box(file, b"meta") or b"")
-    except (struct.error, IndexError):
-        found = None
-    return space_of_code_points(*found) if found else SRGB
-
-
-def _nclx(meta: bytes) -> tuple[int, int] | None:
-    """Primaries and transfer of the main item of a `meta` box."""
-    inside = dict(boxes(meta[4:]))
-    if not {b"pitm", b"iprp"} <= set(inside):
-        return None
-    primary = inside[b"pitm"]
-    item = struct.unpack(">H" if primary[0] == 0 else ">I", primary[4 : 6 if primary[0] == 0 else 8])[0]
-    properties = list(boxes(inside[b"iprp"]))
-    container = [box for kind, body in properties if kind == b"ipco" for box in boxes(body)]
-    for kind, body in properties:
-        if kind == b"ipma":
-            for index in _associated(body, item):
-                kind, value = container[index - 1] if 0 < index <= len(container) else (b"", b"")
-                if kind == b"colr" and value[:4] == b"nclx":
-                    return struct.unpack(">HH", value[4:8])
-    return None
-
-
-def _associated(ipma: bytes, wanted: int) -> Iterator[int]:
-    """The numbers of the properties of an item, from 1, in an `ipma` box."""
-    version, wide = ipma[0], ipma[3] & 1
-    count, place = struct.unpack(">I", ipma[4:8])[0], 8
-    for _ in range(count):
-        name = ">H" if version == 0 else ">I"
-        item = struct.unpack_from(name, ipma, place)[0]
-        place += struct.calcsize(name)
-        number = ipma[place]
-        place += 1
-        for _ in range(number):
-            index = struct.unpack_from(">H", ipma, place)[0] & 0x7FFF if wide else ipma[place] & 0x7F
-            place += 2 if wide else 1
-            if item == wanted:
-                yield index
-
-
 def jp2_space(file: BinaryIO) -> bytes | Space:
     """The ICC profile or the color space that a JPEG 2000 file states, sRGB if it states none.
 
@@ -153,8 +105,8 @@ def jp2_bits(file: BinaryIO) -> int:
     return kinds.pop() + 1
 
 
-def jxl_size(file: BinaryIO) -> tuple[int, int]:
-    """Width and height that the header of a seekable JPEG XL file states.
+def jxl_header(file: BinaryIO) -> tuple[int, int, int]:
+    """Width, height and orientation, numbered as in EXIF, that the header of a seekable JPEG XL file states.
 
     Raises:
         ImageError: there is no such header.
@@ -180,4 +132,6 @@ def jxl_size(file: BinaryIO) -> tuple[int, int]:
 
     height = side()
     ratio = JXL_RATIOS[take(3)]
-    return (height * ratio[0] // ratio[1] if ratio else side()), height
+    width = height * ratio[0] // ratio[1] if ratio else side()
+    all_default = take(1)
+    return width, height, 1 + take(3) if not all_default and take(1) else 1

@@ -10,7 +10,16 @@ class ImageError(ValueError):
 
 
 class ImageWarning(UserWarning):
-    """Warns that an image was read or written, but not all of it was kept; the message is one line without its name."""
+    """Warns that an image was read or written, but not all of it was kept; the message is one line without its name.
+
+    Args:
+        message: what was lost.
+        source: the file that was read, or "" for others.
+    """
+
+    def __init__(self, message: str, source: str = "") -> None:
+        super().__init__(message)
+        self.source = source
 
 
 def one_line(error: BaseException) -> str:

@@ -7,15 +7,17 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from typing import BinaryIO
 
-from PIL import Image, PngImagePlugin, TiffImagePlugin
+from PIL import Image, PngImagePlugin
 
 from rnncodec.files import tiff
 from rnncodec.files.bmp import bmp_space
-from rnncodec.files.boxes import heif_space, jp2_bits, jp2_space, jxl_size
+from rnncodec.files.boxes import jp2_bits, jp2_space, jxl_header
 from rnncodec.files.errors import ImageError, one_line
-from rnncodec.files.metadata import quiet
+from rnncodec.files.heif import heif_is_turned, heif_space
+from rnncodec.files.metadata import ORIENTATION, quiet
 from rnncodec.files.png import read_png
 from rnncodec.files.profiles import Space
+from rnncodec.files.webp import ShortReads, webp_size
 
 # Formats of photographs. Pillow's other plugins are left out: some run external programs, some accept any bytes.
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "TIFF", "BMP", "GIF", "PPM", "JPEG2000")
@@ -44,6 +46,7 @@ class Picture:
         premultiplied: whether the colors are multiplied by alpha.
         interleaved: whether the image is gray with alpha, of 16 bits each, as four bytes per pixel.
         bits: of each sample; Pillow shifts fewer than 8 to the left.
+        turned: whether the decoder turns the stored pixels upright; None if it leaves that to us, as EXIF says.
         lost: what was not kept or is corrupt, each in one line.
     """
 
@@ -55,6 +58,7 @@ class Picture:
     premultiplied: bool = False
     interleaved: bool = False
     bits: int = 8
+    turned: bool | None = None
     lost: list[str] = field(default_factory=list)
 
 
@@ -137,6 +141,12 @@ def _open_avif(file: BinaryIO, name: str, max_pixels: int) -> Picture:
     return picture
 
 
+def _open_webp(file: BinaryIO, name: str, max_pixels: int) -> Picture:
+    _check_size(*webp_size(file), max_pixels)
+    file.seek(0)
+    return _open_plain(ShortReads(file.read()), name, max_pixels)
+
+
 def _open_png(file: BinaryIO, name: str, max_pixels: int) -> Picture:
     header = file.read(24)
     if header[12:16] == b"IHDR":
@@ -164,9 +174,9 @@ def _open_tiff(file: BinaryIO, name: str, max_pixels: int) -> Picture:
         raise ImageError(tiff.RAW)
     lost = list[str]()
 
-    def opened(low: bool) -> TiffImagePlugin.TiffImageFile:
+    def opened(low: bool) -> tiff.Tiff:
         file.seek(0)
-        image = TiffImagePlugin.TiffImageFile(file, "")
+        image = tiff.Tiff(file, "")
         tiff.choose_page(image, [] if low else lost)
         _check_size(*image.size, max_pixels)
         tiff.unpack(image, low)
@@ -175,6 +185,7 @@ def _open_tiff(file: BinaryIO, name: str, max_pixels: int) -> Picture:
     with quiet():
         image = opened(low=False)
         picture = Picture(image, image.info.get("icc_profile"), lost=lost)
+        picture.turned = image.tag_v2.get(ORIENTATION) in range(2, 9)  # the others are upright
         picture.premultiplied = tiff.is_premultiplied(image)
         if tiff.has_wide_samples(image) and image.mode in ("RGB", "RGBA", "CMYK"):
             if tiff.has_planes(image):
@@ -190,19 +201,30 @@ def _open_package(file: BinaryIO, name: str, max_pixels: int) -> Picture:
         factory = getattr(import_module(module), kind)
     except ImportError as error:
         raise ImageError(f"{extra.upper()} files need another package: pip install 'rnncodec[{extra}]'") from error
+    orientation = 1
     if name == "JXL":  # whose pixels are decoded at once
-        _check_size(*jxl_size(file), max_pixels)
+        width, height, orientation = jxl_header(file)
+        _check_size(width, height, max_pixels)
         file.seek(0)
     image = _checked(factory, file, max_pixels)
     picture = Picture(image, image.info.get("icc_profile"))
     if getattr(image, "n_frames", 1) > 1:
         picture.lost.append("only the first of several images is kept")
     if name == "HEIF":
-        picture.space = picture.space or heif_space(file)
+        picture.space, picture.turned = picture.space or heif_space(file), heif_is_turned(file)
+    elif not getattr(image, "jpeg", False):  # or the JPEG file inside is decoded as it is
+        picture.turned = orientation != 1
     return picture
 
 
-_OPEN = {"AVIF": _open_avif, "PNG": _open_png, "TIFF": _open_tiff, "HEIF": _open_package, "JXL": _open_package}
+_OPEN = {
+    "AVIF": _open_avif,
+    "PNG": _open_png,
+    "TIFF": _open_tiff,
+    "WEBP": _open_webp,
+    "HEIF": _open_package,
+    "JXL": _open_package,
+}
 
 
 def _checked(factory: Factory, file: BinaryIO, max_pixels: int) -> Image.Image:

@@ -26,6 +26,8 @@ ROWS = 2**20  # pixels that are blended at once, which bounds the memory
 def upright_rgb(picture: Picture) -> np.ndarray:
     """Decodes the pixels of an image and converts them to upright 8-bit sRGB, on white where they are transparent.
 
+    The picture says afterwards whether they were turned, and what was lost.
+
     Returns:
         uint8 [H, W, 3].
 
@@ -38,9 +40,11 @@ def upright_rgb(picture: Picture) -> np.ndarray:
     if alpha is not None and alpha.min() < np.iinfo(alpha.dtype).max:
         picture.lost.append("transparency is replaced by white")
         rgb = _on_white(rgb, alpha)
-    orientation = _orientation(picture.image)
-    if orientation in ORIENTATIONS:
-        rgb = np.asarray(Image.fromarray(rgb).transpose(ORIENTATIONS[orientation]))
+    if picture.turned is None:
+        operation = ORIENTATIONS.get(_orientation(picture.image))
+        picture.turned = operation is not None
+        if operation is not None:
+            rgb = np.asarray(Image.fromarray(rgb).transpose(operation))
     return np.array(rgb) if not rgb.flags.writeable else rgb
 
 

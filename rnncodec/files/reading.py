@@ -2,9 +2,9 @@
 
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Iterable
 from contextlib import nullcontext
-from typing import BinaryIO, TypeVar
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -18,10 +18,26 @@ from rnncodec.files.pixels import upright_rgb
 
 MAX_PIXELS = 2**28
 
-Read = TypeVar("Read")
+Source = str | os.PathLike[str] | BinaryIO
 
 
-def load_image(source: str | os.PathLike[str] | BinaryIO, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+class Photograph(NamedTuple):
+    """What was read from an image file.
+
+    Attributes:
+        pixels: uint8 [H, W, 3], upright.
+        records: what the file says of the photograph, see `load_photograph`.
+        lost: what was not kept or is corrupt, each in one line.
+        turned: whether the file stores the pixels in another orientation.
+    """
+
+    pixels: np.ndarray
+    records: dict[str, bytes]
+    lost: list[str]
+    turned: bool
+
+
+def load_image(source: Source, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """Reads an image file as 8-bit sRGB, of several images the first; see `to_rgb` for the conversion.
 
     What is lost (transparency, further images, a profile that is corrupt) is named by an ImageWarning.
@@ -36,14 +52,12 @@ def load_image(source: str | os.PathLike[str] | BinaryIO, max_pixels: int = MAX_
     Raises:
         ImageError: the file is missing, truncated, corrupt, too large or not an image, or its colors are HDR.
     """
-    pixels, lost = _load(source, max_pixels, _convert)
-    _tell(lost)
-    return pixels
+    photograph = read_photograph(source, max_pixels, strip=True)
+    _warn(photograph.lost, _name(source))
+    return photograph.pixels
 
 
-def load_photograph(
-    source: str | os.PathLike[str] | BinaryIO, max_pixels: int = MAX_PIXELS
-) -> tuple[np.ndarray, dict[str, bytes]]:
+def load_photograph(source: Source, max_pixels: int = MAX_PIXELS) -> tuple[np.ndarray, dict[str, bytes]]:
     """Reads an image file as `load_image` does, and what it says of the photograph.
 
     Returns:
@@ -54,11 +68,34 @@ def load_photograph(
     Raises:
         ImageError: as in `load_image`.
     """
-    photograph, lost = _load(
-        source, max_pixels, lambda picture: (_convert(picture), read_metadata(picture.image, picture.lost))
-    )
-    _tell(lost)
-    return photograph
+    photograph = read_photograph(source, max_pixels)
+    _warn(photograph.lost, _name(source))
+    return photograph.pixels, photograph.records
+
+
+def read_photograph(source: Source, max_pixels: int = MAX_PIXELS, strip: bool = False) -> Photograph:
+    """Reads an image file as `load_photograph` does, and returns what was lost or turned instead of a warning.
+
+    Args:
+        source: as in `load_image`.
+        max_pixels: likewise.
+        strip: whether to leave out the records.
+
+    Raises:
+        ImageError: as in `load_image`.
+    """
+    name = _name(source)
+    try:
+        with nullcontext(source) if not isinstance(source, str | os.PathLike) else open(source, "rb") as file:
+            picture = open_picture(file, max_pixels)
+            with picture.image:
+                pixels = _convert(picture)
+                records = {} if strip else read_metadata(picture.image, picture.lost)
+                return Photograph(pixels, records, picture.lost, bool(picture.turned))
+    except OSError as error:
+        raise ImageError(f"{name}: {error.strerror or one_line(error)}") from error
+    except Exception as error:  # decoders raise nearly any exception on malicious input
+        raise ImageError(f"{name}: {one_line(error)}") from error
 
 
 def to_rgb(image: Image.Image) -> np.ndarray:
@@ -77,7 +114,7 @@ def to_rgb(image: Image.Image) -> np.ndarray:
     if isinstance(image, TiffImageFile) and (tiff.has_planes(image) or not tiff.is_premultiplied(image)):
         tiff.unpack(image)  # which leaves premultiplied colors as they are, and the image is the caller's
     pixels = _convert(picture)
-    _tell(picture.lost)
+    _warn(picture.lost)
     return pixels
 
 
@@ -96,34 +133,13 @@ def _convert(picture: Picture) -> np.ndarray:
         raise ImageError(one_line(error)) from error
 
 
-def _tell(lost: list[str]) -> None:
+def _name(source: Source) -> str:
+    """What messages call an image file."""
+    return os.fspath(source) if isinstance(source, str | os.PathLike) else str(getattr(source, "name", "image"))
+
+
+def _warn(lost: Iterable[str], name: str = "") -> None:
     """Warns the caller of a public function of what was lost."""
     for line in dict.fromkeys(lost):
         with warnings_lock:  # or another thread might keep Pillow's warnings at the moment, and this one with them
-            warnings.warn(line, ImageWarning, stacklevel=3)
-
-
-def _load(
-    source: str | os.PathLike[str] | BinaryIO, max_pixels: int, read: Callable[[Picture], Read]
-) -> tuple[Read, list[str]]:
-    """What a function reads from an image file, and what was lost; arguments and errors as in `load_image`."""
-    if not isinstance(source, (str, os.PathLike)):
-        return _load_open(source, str(getattr(source, "name", "image")), max_pixels, read)
-    name = os.fspath(source)
-    try:
-        with open(source, "rb") as file:
-            return _load_open(file, name, max_pixels, read)
-    except OSError as error:
-        raise ImageError(f"{name}: {error.strerror or error}") from error
-
-
-def _load_open(file: BinaryIO, name: str, max_pixels: int, read: Callable[[Picture], Read]) -> tuple[Read, list[str]]:
-    """What a function reads from an open file."""
-    try:
-        picture = open_picture(file, max_pixels)
-        with picture.image:
-            return read(picture), picture.lost
-    except ImageError as error:
-        raise ImageError(f"{name}: {error}") from error
-    except Exception as error:  # decoders raise nearly any exception on malicious input
-        raise ImageError(f"{name}: {one_line(error)}") from error
+            warnings.warn(ImageWarning(line, name), stacklevel=3)

@@ -6,6 +6,7 @@ import sys
 from typing import BinaryIO
 
 import PIL
+from PIL import Image
 from PIL.TiffImagePlugin import TiffImageFile
 
 from rnncodec.files.errors import ImageError
@@ -23,6 +24,15 @@ SAMPLES, BLACK_IS_ZERO, CLASSIC, LONG = 277, 1, 42, 4
 GEOMETRY = {256, 257, 259, 274, 278, 317, 322, 323}
 OWN_COMPRESSION = int(PIL.__version__.partition(".")[0]) >= 13  # libtiff's decoder in Pillow reads it from the file
 RAW = "a raw file of a camera, of which only a thumbnail can be read; develop it with a raw converter"
+
+
+class Tiff(TiffImageFile):
+    """A TIFF file of any size; Pillow has a limit, a global variable, for those of which it makes the image itself."""
+
+    def load_prepare(self) -> None:
+        if self._im is None:
+            self.im = Image.new(self.mode, self._tile_size, None).im
+        super().load_prepare()
 
 
 def choose_page(image: TiffImageFile, lost: list[str]) -> None:
@@ -84,7 +94,7 @@ def unpack(image: TiffImageFile, low: bool = False) -> None:
     image.tile = [whole._replace(args=(raw, *compression, False, image.tag_v2.offset))]
 
 
-def planes(image: TiffImageFile, file: BinaryIO) -> list[TiffImageFile]:
+def planes(image: TiffImageFile, file: BinaryIO) -> list[Tiff]:
     """The planes of 16-bit samples, each as a gray image of its own: Pillow and libtiff give only the upper bytes.
 
     Args:
@@ -99,13 +109,13 @@ def planes(image: TiffImageFile, file: BinaryIO) -> list[TiffImageFile]:
     offsets, counts = (TILE_OFFSETS, TILE_COUNTS) if TILE_OFFSETS in tags else (STRIP_OFFSETS, STRIP_COUNTS)
     samples = len(image.getbands())
     each = len(tags[offsets]) // tags.get(SAMPLES, samples)
-    found, place = list[TiffImageFile](), len(data) + len(data) % 2
+    found, place = list[Tiff](), len(data) + len(data) % 2
     for sample in range(samples):
         own = {tag: (tags[tag],) for tag in GEOMETRY & set(tags)}
         own |= {BITS: (16,), PHOTOMETRIC: (BLACK_IS_ZERO,), SAMPLES: (1,)}
         own |= {tag: tags[tag][sample * each : (sample + 1) * each] for tag in (offsets, counts)}
         head = data[:4] + place.to_bytes(4, order) + data[8:].ljust(place - 8, b"\0")
-        plane = TiffImageFile(io.BytesIO(head + _directory(own, place, "<" if order == "little" else ">")), "")
+        plane = Tiff(io.BytesIO(head + _directory(own, place, "<" if order == "little" else ">")), "")
         plane.load()
         found.append(plane)
     return found

@@ -58,12 +58,10 @@ def save_image(
     path = Path(target) if isinstance(target, (str, os.PathLike)) else None
     if format is None:
         format = path.suffix if path else "png"
-    suffix = "." + format.lower().removeprefix(".")
-    if suffix in LESS_THAN_RGB:
-        raise ImageError(f"{path or 'image'}: {suffix} files cannot hold all colors; .png always works")
-    name = Image.registered_extensions().get(suffix, format.upper())
-    if name not in SAVE_OPTIONS or name not in Image.SAVE:
-        raise ImageError(f"{path or 'image'}: cannot write the format {format!r}; .png always works")
+    try:
+        name = format_name(format)
+    except ImageError as error:
+        raise ImageError(f"{path or 'image'}: {error}") from None
     options = SAVE_OPTIONS[name] | save_options(name, records or {})
     if name == "PNG":
         chunks = options.setdefault("pnginfo", PngInfo())
@@ -79,6 +77,21 @@ def save_image(
     else:
         target.write(buffer.getvalue())
         target.flush()
+
+
+def format_name(format: str) -> str:
+    """Pillow's name of a format in which images can be written, by that name or a suffix.
+
+    Raises:
+        ImageError: the format is unknown or cannot hold all colors.
+    """
+    suffix = "." + format.lower().removeprefix(".")
+    if suffix in LESS_THAN_RGB:
+        raise ImageError(f"{suffix} files cannot hold all colors; .png always works")
+    name = Image.registered_extensions().get(suffix, format.upper())
+    if name not in SAVE_OPTIONS or name not in Image.SAVE:
+        raise ImageError(f"cannot write the format {format!r}; .png always works")
+    return name
 
 
 def atomic_write(path: str | os.PathLike[str], data: bytes) -> None:
