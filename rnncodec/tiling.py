@@ -69,12 +69,12 @@ def receptive_field(config: NetworkConfig) -> tuple[int, int]:
     """The receptive field of the decoder: the halo that makes a tile independent of its surroundings, and its blocks.
 
     A cell at a scale of s pixels sees one location further, s pixels, through its 3x3 input kernel. All cells do so
-    once between the bits and the image. For each earlier iteration, a hidden kernel k sees (k - 1) / 2 locations
-    further (as many times as the `reach` of the cell says), and the gain network of residual scaling one of its own
-    blocks. Each step back in time takes one of these paths, and the longest takes the widest 15
-    times:
+    once between the bits and the image. For each earlier run, a hidden kernel k sees (k - 1) / 2 locations further (as
+    many times as the `reach` of the cell says): hop = max(reach s (k - 1) / 2). For each earlier iteration, the gain
+    network of residual scaling sees one of its own blocks further. Each step back in time takes one of these paths, and
+    the longest takes the wider one 15 times, and then goes back through the extra runs of the first iteration:
 
-        halo = sum of s + (16 - 1) max(reach s (k - 1) / 2, gain block), rounded up to whole blocks
+        halo = sum of s + (16 - 1) max((1 + diffusion) hop, gain block) + priming hop, rounded up to whole blocks
 
     Returns:
         In pixels: the halo, and the side of the blocks (of code and gain network) that tiles must not divide.
@@ -86,12 +86,12 @@ def receptive_field(config: NetworkConfig) -> tuple[int, int]:
     hops = [
         reach * scale * (kernel - 1) // 2 for scale, kernel in zip(scales, config.decoder_hidden_kernels, strict=True)
     ]
-    block = config.stride
+    hop = max(hops, default=0)
+    back, block = (1 + config.diffusion) * hop, config.stride
     if config.reconstruction == "residual_scaling":
         gain = 2 ** (len(config.gain_channels) + 1)
-        hops.append(gain)
-        block = math.lcm(block, gain)
-    halo = (0 if patches else sum(scales)) + (MAX_ITERATIONS - 1) * max(hops, default=0)
+        back, block = max(back, gain), math.lcm(block, gain)
+    halo = (0 if patches else sum(scales)) + (MAX_ITERATIONS - 1) * back + config.priming * hop
     return math.ceil(halo / block) * block, block
 
 

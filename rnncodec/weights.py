@@ -28,6 +28,7 @@ DEFAULT_NAME = "small"
 # A config in a file may be malicious. These bounds limit the network that is built to check the file's tensors.
 MAX_WIDTH, MAX_LAYERS, MAX_KERNEL = 2**14, 8, 31
 MAX_QUESTIONS = 2**16
+LATER = ("priming", "diffusion")  # fields that the configs in older files do not have
 TYPES = {torch.float32: "F16", torch.int32: "I32", torch.int64: "I64"}  # of a network's tensors, and of these in a file
 
 
@@ -88,7 +89,7 @@ def save_weights(
         raise WeightsError(f"the name of weights is up to 32 letters, digits, '.', '_' and '-', not {name!r}")
     tensors = stored(network)
     _check_values(tensors, name, network)
-    config = canonical(asdict(network.config))
+    config = described(network.config)
     metadata = {
         "name": name,
         "config": config,
@@ -346,6 +347,11 @@ def _check_values(tensors: Mapping[str, torch.Tensor], source: str, network: Rec
                 raise WeightsError(f"{source}: {key} holds numbers beyond 0..{limit - 1}")
         elif not np.array_equal(tensor.sort(-1).values, np.broadcast_to(np.arange(tensor.shape[-1]), tensor.shape)):
             raise WeightsError(f"{source}: {key} does not hold permutations")
+
+
+def described(config: AnyConfig) -> str:
+    """The config of a network as it is in a file: without later fields that are 0, so that fingerprints stay the same."""
+    return canonical({name: value for name, value in asdict(config).items() if value or name not in LATER})
 
 
 def canonical(value: Any) -> str:

@@ -17,6 +17,7 @@ from rnncodec.network.binarizer import Coded
 from rnncodec.network.cells import CellState, ConvLSTM, GateConv
 from rnncodec.network.parts import Parts
 from rnncodec.network.places import Places, convolve, pick, put
+from rnncodec.network.priming import ExtraRuns
 from rnncodec.network.questions import Answered, Known, Questions, at
 from rnncodec.network.transforms import STRIDE, Analysis, LatentTransforms, Synthesis, full_precision, zero_conv
 
@@ -39,6 +40,8 @@ class LatentConfig:
         analysis_blocks: residual blocks of this branch at each resolution.
         synthesis_channels: of the nonlinear branch of the synthesis, at 1/16, 1/8 and 1/4 of the resolution.
         synthesis_blocks: residual blocks of this branch at each resolution.
+        priming, diffusion: extra runs of the cells of encoder and decoder in the first and in each later pass, see
+            `ExtraRuns`. What a cell takes in is computed once, because nothing before it has a state.
     """
 
     iterations: int = 24
@@ -53,14 +56,17 @@ class LatentConfig:
     analysis_blocks: int = 1
     synthesis_channels: tuple[int, ...] = (192, 128, 64)
     synthesis_blocks: int = 2
+    priming: int = 0
+    diffusion: int = 0
 
     def __post_init__(self) -> None:
         for field in fields(self):  # configs and checkpoints contain lists
             if isinstance(getattr(self, field.name), list):
                 object.__setattr__(self, field.name, tuple(getattr(self, field.name)))
-        values = [getattr(self, field.name) for field in fields(self)]
-        if min(min(value) if isinstance(value, tuple) else value for value in values) < 1:
-            raise ValueError("every number of a latent network must be at least 1")
+        numbers = [getattr(self, field.name) for field in fields(self) if field.name not in ("priming", "diffusion")]
+        if min(min(number) if isinstance(number, tuple) else number for number in numbers) < 1:
+            raise ValueError("every number of a latent network but priming and diffusion must be at least 1")
+        _ = self.extra_runs  # checks them
         if self.bits % self.groups or self.bits // self.groups > self.latents:
             raise ValueError(f"{self.bits} bits are not {self.groups} groups of different channels of {self.latents}")
         if len(self.analysis_channels) != 3 or len(self.synthesis_channels) != 3:
@@ -70,6 +76,11 @@ class LatentConfig:
     def stride(self) -> int:
         """Side in pixels of the block that one location stands for."""
         return STRIDE
+
+    @property
+    def extra_runs(self) -> ExtraRuns:
+        """Priming and diffusion of the cells of encoder and decoder."""
+        return ExtraRuns(self.priming, self.diffusion)
 
     def parts(self) -> Parts:
         """Makes the parts of a network."""
@@ -149,7 +160,7 @@ class LatentEncoder(nn.Module):
         self.look = LookAround(config.latents, config)
         self.cell = ConvLSTM(config.mixed + config.around, config.encoder_channels, 1, 1)
         self.output = zero_conv(config.encoder_channels, config.bits, 1)
-        self.groups = config.groups
+        self.groups, self.extra_runs = config.groups, config.extra_runs
 
     def forward(
         self, residual: Tensor, state: EncoderState | None, limit: Tensor | None = None
@@ -160,7 +171,7 @@ class LatentEncoder(nn.Module):
         going = None if limit is None or state is None else (limit > iteration * self.groups)[:, None]
 
         def finish(looked: Tensor, *cell: Tensor) -> tuple[Tensor, ...]:
-            hidden, new_cell = self.cell(looked, cell or None)
+            hidden, new_cell = self.extra_runs(self.cell, looked, cell or None)
             return self.output(hidden), *new_cell
 
         def band(residual: Tensor, *cell: Tensor) -> tuple[Tensor, ...]:
@@ -225,6 +236,7 @@ class LatentDecoder(nn.Module):
         self.cell = ConvLSTM(config.mixed + config.around, config.decoder_channels, 1, 1)
         self.output = zero_conv(config.decoder_channels, config.latents, 1)
         nn.init.zeros_(self.received.weight)
+        self.extra_runs = config.extra_runs
 
     def forward(
         self, answers: Answers, state: DecoderState | None, y_hat: Tensor | None
@@ -238,7 +250,7 @@ class LatentDecoder(nn.Module):
             return torch.cat([added / scale, y_hat + added], 1)
 
         def finish(looked: Tensor, added: Tensor, *cell: Tensor) -> tuple[Tensor, ...]:
-            hidden, new_cell = self.cell(looked, cell or None)
+            hidden, new_cell = self.extra_runs(self.cell, looked, cell or None)
             return added + self.output(hidden).float(), *new_cell
 
         def band(added: Tensor, y_hat: Tensor, received: Tensor, *cell: Tensor) -> tuple[Tensor, ...]:

@@ -4,8 +4,9 @@
           (once)             ▲      state t                            state t     ▲      │       (where wanted)
                              └───────────────── y_hat of step t-1 ─────────────────┴──────┘
 
-Training, encoding and decoding all repeat the same step, `RecurrentCodec.forward`. The papers' networks run the loop on
-pixels, where y is x; a `LatentConfig` makes a network whose loop runs on one vector for each 16x16 block.
+Training, encoding and decoding all repeat the same step, `RecurrentCodec.forward`, in which encoder and decoder may run
+more than once (see `rnncodec.network.priming`). The papers' networks run the loop on pixels, where y is x; a
+`LatentConfig` makes a network whose loop runs on one vector for each 16x16 block.
 """
 
 from collections.abc import Iterator, Mapping
@@ -22,6 +23,7 @@ from rnncodec.network.binarizer import Binarizer, BinarizerName, Coded
 from rnncodec.network.cells import CELLS, CellName, CellState, GateConv, conv
 from rnncodec.network.latent import LatentConfig
 from rnncodec.network.parts import Parts
+from rnncodec.network.priming import ExtraRuns
 from rnncodec.network.transforms import WHOLE, LatentTransforms, Pixels, Window
 
 ReconstructionName = Literal["one_shot", "additive", "residual_scaling"]
@@ -57,6 +59,8 @@ class NetworkConfig:
         patch_size: if above 1, the fully connected models of Toderici et al. 2016: patches of this size are coded
             independently, every kernel is 1x1 and no layer changes the resolution.
         gain_channels: of all convolutions but the last of the gain network of `residual_scaling`.
+        priming, diffusion: extra runs of encoder and decoder in the first and in each later iteration, which only
+            prepare the hidden states (Johnston et al. 2018), see `ExtraRuns`.
     """
 
     encoder_cell: CellName = "lstm"
@@ -70,6 +74,8 @@ class NetworkConfig:
     decoder_hidden_kernels: tuple[int, ...] = (1, 1, 3, 3)
     patch_size: int = 1
     gain_channels: tuple[int, ...] = (32, 32, 32, 32)
+    priming: int = 0
+    diffusion: int = 0
 
     def __post_init__(self) -> None:
         for field in fields(self):  # configs and checkpoints contain lists
@@ -98,11 +104,18 @@ class NetworkConfig:
             raise ValueError("residual scaling looks across patches, which patch_size above 1 codes independently")
         if min(self.bits, self.patch_size, *self.gain_channels) < 1:
             raise ValueError("bits, patch_size and gain_channels must be at least 1")
+        if self.extra_runs != ExtraRuns() and self.encoder_cell == self.decoder_cell == "none":
+            raise ValueError("priming and diffusion need a recurrent cell, not the cell none on both sides")
 
     @property
     def stride(self) -> int:
         """Side in pixels of the block that one location stands for."""
         return self.patch_size if self.patch_size > 1 else 2 ** len(self.encoder_channels)
+
+    @property
+    def extra_runs(self) -> ExtraRuns:
+        """Priming and diffusion of encoder and decoder."""
+        return ExtraRuns(self.priming, self.diffusion)
 
     def parts(self) -> Parts:
         """Makes the parts of a network."""
@@ -170,11 +183,16 @@ class Encoder(nn.Module):
                 pairwise(config.encoder_channels), config.encoder_hidden_kernels, strict=True
             )
         )
+        self.extra_runs = config.extra_runs
 
     def forward(self, x: Tensor, states: list[CellState] | None, *_: Any) -> tuple[Tensor, list[CellState]]:
         x = self.stem(F.pixel_unshuffle(x, self.patch_size))
         if self.tanh_stem:
             x = torch.tanh(x)
+        return self.extra_runs(self._run, x, states)
+
+    def _run(self, x: Tensor, states: list[CellState] | None) -> tuple[Tensor, list[CellState]]:
+        """Runs the stack of cells once."""
         new_states = []
         for cell, state in zip(self.cells, states or [None] * len(self.cells), strict=True):
             x, new_state = cell(x, state)
@@ -203,6 +221,7 @@ class Decoder(nn.Module):
         nn.init.normal_(self.output.weight, std=0.01)
         assert self.output.bias is not None
         nn.init.zeros_(self.output.bias)
+        self.extra_runs = config.extra_runs
 
     def forward(
         self, bits: Tensor, states: list[CellState] | None, x_hat: Tensor | None
@@ -210,12 +229,17 @@ class Decoder(nn.Module):
         x = self.stem(bits)
         if self.tanh_stem:
             x = torch.tanh(x)
+        x, new_states = self.extra_runs(self._run, x, states)
+        return torch.tanh(F.pixel_shuffle(self.output(x), self.patch_size)), new_states
+
+    def _run(self, x: Tensor, states: list[CellState] | None) -> tuple[Tensor, list[CellState]]:
+        """Runs the stack of cells once."""
         new_states = []
         for cell, state in zip(self.cells, states or [None] * len(self.cells), strict=True):
             x, new_state = cell(x, state)
             x = F.pixel_shuffle(x, self.upscale)
             new_states.append(new_state)
-        return torch.tanh(F.pixel_shuffle(self.output(x), self.patch_size)), new_states
+        return x, new_states
 
 
 class GainNetwork(nn.Module):
@@ -359,21 +383,28 @@ def widened(network: RecurrentCodec, config: AnyConfig) -> RecurrentCodec:
 
     Args:
         network: its channels become the first ones.
-        config: at least as many channels in every layer; the binarizer may differ, all else is the same.
+        config: at least as many channels in every layer; binarizer, priming and diffusion may differ, of which the
+            latter two change what is computed. All else is the same.
 
     Raises:
         ValueError: the config differs in anything else, or widens a latent network or cells that cannot be widened.
     """
-    if isinstance(network.config, LatentConfig) or isinstance(config, LatentConfig):
-        if config != network.config:
-            raise ValueError("a latent network must stay as it is")
-        return network
-    old, widths = network.config, ("encoder_channels", "decoder_channels", "gain_channels")
-    same = replace(config, binarizer=old.binarizer, **{name: getattr(old, name) for name in widths}) == old
-    if not same or len(config.gain_channels) != len(old.gain_channels):
-        raise ValueError("a network can only become wider: its cells and all else but the binarizer must stay the same")
+    old = network.config
+    alike: Any = replace(config, priming=old.priming, diffusion=old.diffusion)
+    if isinstance(old, LatentConfig) or isinstance(config, LatentConfig):
+        if alike != old:
+            raise ValueError("a latent network must stay as it is, but for priming and diffusion")
+        same = RecurrentCodec(config)
+        same.load_state_dict(network.state_dict())
+        return same
+    alike = replace(alike, binarizer=old.binarizer)
+    widths = {name: getattr(old, name) for name in ("encoder_channels", "decoder_channels", "gain_channels")}
+    if replace(alike, **widths) != old or len(config.gain_channels) != len(old.gain_channels):
+        raise ValueError(
+            "a network can only become wider: its cells and all else but binarizer, priming and diffusion stay the same"
+        )
     for cell in (old.encoder_cell, old.decoder_cell):
-        if not CELLS[cell].widens and replace(config, binarizer=old.binarizer) != old:
+        if not CELLS[cell].widens and alike != old:
             raise ValueError(f"a network with cells of the kind {cell} cannot become wider")
     wide = RecurrentCodec(config)
     layers = dict(network.named_modules())

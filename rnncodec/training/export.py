@@ -4,7 +4,6 @@ import json
 import os
 import pickle
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from rnncodec.weights import (
     WeightsError,
     canonical,
     context_config_of,
+    described,
     fingerprint,
     load_weights,
     network_config_of,
@@ -127,7 +127,7 @@ def add_context(checkpoint: str | os.PathLike[str], path: str | os.PathLike[str]
         else:
             configs, prefix = {"context": settings["context"]}, "context."
             network = _network(loaded)
-            trained_on = fingerprint(canonical(asdict(network.config)), stored(network)).hex()
+            trained_on = fingerprint(described(network.config), stored(network)).hex()
         if name not in configs:
             raise ValueError(f"no context model {name!r}, there are: {', '.join(configs)}")
         if trained_on != weights.fingerprint.hex():
@@ -145,7 +145,7 @@ def add_context(checkpoint: str | os.PathLike[str], path: str | os.PathLike[str]
         raise WeightsError(
             f"{os.fspath(checkpoint)}: no context model can be taken from it ({one_line(error)})"
         ) from error
-    if fingerprint(canonical(asdict(weights.network.config)), stored(weights.network)) != weights.fingerprint:
+    if fingerprint(described(weights.network.config), stored(weights.network)) != weights.fingerprint:
         raise WeightsError(f"{os.fspath(path)}: made by another version; export it again")
     provenance = weights.provenance | {"context": canonical(record)}
     save_weights(path, weights.network, weights.name, provenance, exact)
