@@ -1,19 +1,23 @@
 """Tests of the command line with folders: which files are done, what they are named, and what is said of the others."""
 
+import io
+import re
 import shutil
 import sys
 import types
 from pathlib import Path
 
 import numpy as np
+import pillow_heif
 import pytest
 from PIL import Image
 
 from rnncodec.cli import main
 from rnncodec.codec import Codec
-from rnncodec.files import finding
+from rnncodec.files import finding, read_header
 from rnncodec.weights import load_weights
 
+TURNED = "turned upright, as the file says"
 FAST = ["--iterations", "1", "--weights", "tiny.safetensors"]
 
 
@@ -124,6 +128,68 @@ def test_what_is_lost_of_one_file(capsys):
     assert run(capsys, "encode", "a.png", "a.rnc", *FAST)[1] == []
     assert run(capsys, "encode", "b.png", "b.rnc", *FAST)[1] == ["warning: b.png: transparency is replaced by white"]
     assert run(capsys, "encode", "b.png", "b.rnc", "--quiet", *FAST)[1] == []
+
+
+@pytest.mark.parametrize("format", ["JPEG", "HEIF"])
+def test_what_a_pipe_holds(monkeypatch, capsys, format):
+    """A picture that can be read only once is turned and converted like a file, and the same is said of it."""
+    exif = Image.Exif()
+    exif[274] = 8
+    file = io.BytesIO()
+    if format == "HEIF":
+        pillow_heif.from_pillow(picture()).save(file, exif=exif.tobytes())
+    else:
+        picture().save(file, format, exif=exif)
+    Path("a.picture").write_bytes(file.getvalue())
+    assert run(capsys, "encode", "a.picture", "a.rnc", *FAST)[1] == [f"warning: a.picture: {TURNED}"]
+
+    class Pipe(io.BytesIO):
+        def seekable(self):
+            return False
+
+        def seek(self, *_):
+            raise io.UnsupportedOperation
+
+    monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(buffer=Pipe(file.getvalue())))
+    assert run(capsys, "encode", "-", "b.rnc", *FAST)[1] == [f"warning: -: {TURNED}"]
+    assert read_header(Path("b.rnc").read_bytes()).width == 30
+    assert Path("b.rnc").read_bytes() == Path("a.rnc").read_bytes()
+
+
+def test_each_image_is_opened_once(monkeypatch, capsys):
+    save("a.png")
+    opened = []
+    original = open
+
+    def counted(file, *arguments, **options):
+        opened.append(str(file))
+        return original(file, *arguments, **options)
+
+    monkeypatch.setattr("builtins.open", counted)
+    run(capsys, "encode", "a.png", "a.rnc", *FAST)
+    assert opened.count("a.png") == 1
+
+
+@pytest.mark.parametrize("arguments", [["a.rnc", "x.gif"], ["in", "--format", "gif"], ["a.rnc", "-", "--format=pgm"]])
+def test_formats_of_few_colors_are_refused_at_once(capsys, arguments):
+    """Before anything is read: the files are none."""
+    Path("in").mkdir()
+    for name in ("in/b.rnc", "in/c.rnc", "a.rnc"):
+        Path(name).write_bytes(b"no such file")
+    with pytest.raises(SystemExit) as error:
+        main(["decode", *arguments])
+    assert error.value.code == 2
+    *_, line = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(r"rnncodec: error: \.(gif|pgm) files cannot hold all colors; \.png always works", line)
+    assert files(".") == ["a.rnc", "in/b.rnc", "in/c.rnc", "tiny.safetensors"]
+
+
+@pytest.mark.parametrize("format", ["", "xyz", "../png", "JPEG2000"])
+def test_unknown_formats(capsys, format):
+    with pytest.raises(SystemExit) as error:
+        main(["decode", "a.rnc", "--format", format])
+    assert error.value.code == 2
+    assert capsys.readouterr().err.endswith(f"error: unknown --format {format!r}\n")
 
 
 @pytest.mark.parametrize(

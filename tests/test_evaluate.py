@@ -239,6 +239,18 @@ def test_saved_pictures_change_no_curve(command, tmp_path):
     assert {name: (output / name).read_text() for name in names} == before
 
 
+def test_what_images_lost_is_said_once(command, tmp_path, capsys):
+    """In the words and the form of `rnncodec encode`, even where an image is read several times."""
+    options, _ = command
+    folder = photographs(tmp_path / "photos")
+    for name in ("clear.png", "glass.png"):
+        Image.new("RGBA", (32, 24), (0, 99, 0, 99)).save(folder / name)
+    assert evaluate.main([str(folder), *options, "--save-images", "--baselines"]) == 0
+    first = folder / "clear.png"
+    said = f"evaluate: warning: 2 files, such as {first}: transparency is replaced by white"
+    assert [line for line in capsys.readouterr().err.splitlines() if "arning" in line] == [said]
+
+
 @pytest.mark.parametrize(("codec", "side"), [("jpeg", 65535), ("webp", 16384)])
 def test_an_image_that_another_codec_cannot_hold_is_named(command, tmp_path, capsys, codec, side):
     options, output = command

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import tifffile
 from pictures import chunk, png, smooth
-from PIL import Image, ImageCms, features
+from PIL import Image, ImageCms, ImageOps, features
 
 from rnncodec.files.images import (
     ImageError,
@@ -22,6 +22,7 @@ from rnncodec.files.images import (
     find_unreadable,
     load_image,
     load_photograph,
+    read_photograph,
     to_rgb,
 )
 
@@ -29,6 +30,12 @@ pytestmark = pytest.mark.filterwarnings("ignore:transparency is replaced")
 AVIF = pytest.mark.skipif(not features.check("avif"), reason="Pillow lacks AVIF")
 COLOR = smooth()
 ALPHA = COLOR[::-1, ::-1, :1]
+# 40x24 pixels, stored with the orientation 6 by cjxl 0.7.0 with --lossless_jpeg=0 --distance=1.
+TURNED_JXL = bytes.fromhex(
+    "0000000c4a584c200d0a870a00000014667479706a786c20000000006a786c200000005f6a786c63ff0a058805128a4b0200128802001c015de5"
+    "120000152aa38c1bbc9cebf9f24387c5b48deb0c6db56d010000003c807f258922e3d8249dc02149ac41b4f33c510101c060cc470080a700800a"
+    "0280867362071a00a82401"
+)
 
 
 def quantized(samples, bits: int) -> np.ndarray:
@@ -371,6 +378,24 @@ class TestPackages:
         heif.save(file := io.BytesIO(), quality=-1, chroma=444, exif=exif.tobytes())
         check(file, np.rot90(samples, -1) / 255, 3)  # lossy in YCbCr only
 
+    @pytest.mark.parametrize("orientation", range(1, 9))
+    def test_turned_heic(self, orientation):
+        """The decoder turns the pixels; whoever reads them is told."""
+        import pillow_heif
+
+        exif = Image.Exif()
+        exif[274] = orientation
+        image = Image.fromarray(quantized(COLOR, 8))
+        pillow_heif.from_pillow(image).save(file := io.BytesIO(), quality=-1, chroma=444, exif=exif.tobytes())
+        expected = ImageOps.exif_transpose(self.oriented(image, orientation))
+        photograph = read_photograph(file)
+        assert np.abs(photograph.pixels.astype(int) - np.asarray(expected)).max() <= 3
+        assert photograph.turned == (orientation != 1)
+
+    def oriented(self, image: Image.Image, orientation: int) -> Image.Image:
+        image.getexif()[274] = orientation
+        return image
+
     def test_heic_of_hdr(self):
         import pillow_heif
 
@@ -385,6 +410,20 @@ class TestPackages:
     def test_jxl(self):
         samples = quantized(COLOR, 8)
         check(imagecodecs.jpegxl_encode(samples, lossless=True), samples / 255)
+
+    @pytest.mark.parametrize("exif", [1, 6])
+    def test_turned_jxl(self, exif):
+        """The codestream counts, not EXIF: djxl 0.7.0 makes 24x40 pixels of the first file, too, of the other 40x24."""
+        box = struct.pack(">I4s", 8 + 4 + 26, b"Exif") + bytes(4)
+        box += b"MM\0*\0\0\0\x08\0\1\x01\x12\0\3\0\0\0\1" + struct.pack(">HHI", exif, 0, 0)
+        photograph = read_photograph(io.BytesIO(TURNED_JXL + box))
+        assert photograph.pixels.shape == (40, 24, 3)
+        assert photograph.turned
+        upright = Image.fromarray(quantized(COLOR, 8))
+        upright.save(file := io.BytesIO(), "JXL", lossless=True, exif=box[12:])
+        photograph = read_photograph(file)
+        np.testing.assert_array_equal(photograph.pixels, upright)
+        assert not photograph.turned
 
     @pytest.mark.parametrize(("height", "width"), [(8, 8), (24, 40), (9, 300), (100, 600), (256, 256), (8000, 1)])
     def test_jxl_is_refused_before_it_is_decoded(self, height, width):

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, features
@@ -24,6 +25,7 @@ from rnncodec.files.images import (
     atomic_write,
     find_images,
     load_image,
+    read_photograph,
     save_image,
     to_rgb,
 )
@@ -193,7 +195,7 @@ class TestTransparency:
 
 
 class TestMetadata:
-    @pytest.mark.parametrize("format", ["JPEG", "PNG", "TIFF", "WEBP"])
+    @pytest.mark.parametrize("format", ["JPEG", "PNG", "TIFF", "WEBP", *(["AVIF"] if features.check("avif") else [])])
     @pytest.mark.parametrize("orientation", range(1, 9))
     def test_orientation(self, orientation, format):
         """The first stored row and column are at these sides of the upright picture, by the EXIF standard."""
@@ -212,8 +214,14 @@ class TestMetadata:
         stored[:, 0, 2] = 255
         exif = Image.Exif()
         exif[274] = orientation
-        options = {"JPEG": {"quality": 100, "subsampling": 0}, "WEBP": {"lossless": True}}.get(format, {})
-        upright = load_image(file_of(Image.fromarray(stored), format, exif=exif, **options))
+        options = {
+            "JPEG": {"quality": 100, "subsampling": 0},
+            "WEBP": {"lossless": True},
+            "AVIF": {"quality": 100, "subsampling": "4:4:4"},
+        }.get(format, {})
+        file = file_of(Image.fromarray(stored), format, exif=exif, **options)
+        upright, _, _, turned = read_photograph(file)
+        assert turned == (orientation != 1)
         assert upright.shape == ((16, 32, 3) if orientation < 5 else (32, 16, 3))
         sides = {"top": upright[0], "bottom": upright[-1], "left": upright[:, 0], "right": upright[:, -1]}
         assert [side for side in sides if sides[side][..., 0].min() > 200] == [row]
@@ -300,11 +308,44 @@ class TestLoadErrors:
         finally:
             tracemalloc.stop()
 
-    def test_larger_than_pillow_allows(self, monkeypatch):
+    @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "1"])
+    @pytest.mark.parametrize("suffix", SUFFIXES)
+    @pytest.mark.filterwarnings("ignore:transparency is replaced")
+    def test_larger_than_pillow_allows(self, monkeypatch, suffix, mode):
         """Only max_pixels counts; Pillow's limit, a global variable, is neither used nor changed."""
+        format = Image.registered_extensions()[f".{suffix}"]
+        image = Image.fromarray(photo()).convert("RGB" if mode == "RGBA" and suffix == "jpg" else mode)
+        if mode == "1" and suffix == "jp2":
+            pytest.skip("the format has no such pixels")
+        file = file_of(image, format)
+        expected = load_image(file)
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-        assert load_image(file_of(Image.new("RGB", (20, 20)))).shape == (20, 20, 3)
+        np.testing.assert_array_equal(load_image(file), expected)
         assert Image.MAX_IMAGE_PIXELS == 100
+
+    @pytest.mark.parametrize("bits", [8, 16])
+    @pytest.mark.parametrize("layout", ["contig", "separate"])
+    @pytest.mark.parametrize("compression", [None, "zlib"])
+    def test_tiff_larger_than_pillow_allows(self, monkeypatch, bits, layout, compression):
+        samples = np.rint((2**bits - 1) / 255 * photo()).astype(f"uint{bits}")
+        stored = samples if layout == "contig" else samples.transpose(2, 0, 1)
+        tifffile.imwrite(file := io.BytesIO(), stored, photometric="rgb", planarconfig=layout, compression=compression)
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+        np.testing.assert_array_equal(load_image(file), photo())
+
+    @pytest.mark.parametrize(
+        ("chunk", "width", "height"),  # the fields of RFC 9649, sections 2.5, 2.6 and 2.7
+        [
+            (b"VP8 " + bytes(7) + b"\x9d\x01\x2a" + struct.pack("<HH", 16383 | 1 << 14, 16382), 16383, 16382),
+            (b"VP8L" + bytes(4) + b"\x2f" + struct.pack("<I", 16382 | 16381 << 14 | 1 << 28), 16383, 16382),
+            (b"VP8X" + bytes(8) + (2**24 - 1).to_bytes(3, "little") + bytes([99, 0, 0]), 2**24, 100),
+        ],
+    )
+    def test_webp_is_refused_by_its_header(self, chunk, width, height):
+        header = b"RIFF\0\0\0\0WEBP" + chunk
+        message = f"{width}x{height} pixels are above the limit of {width * height - 1};"
+        assert message in self.error(io.BytesIO(header), max_pixels=width * height - 1)
+        assert "above the limit" not in self.error(io.BytesIO(header), max_pixels=width * height)
 
     def test_threads_leave_the_warning_filters_alone(self):
         before = list(warnings.filters)
