@@ -5,6 +5,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: threads that wait do not take turns from others
+
 import skimage
 import torch
 from selenium import webdriver
