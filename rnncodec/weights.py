@@ -350,7 +350,7 @@ def _check_values(tensors: Mapping[str, torch.Tensor], source: str, network: Rec
 
 
 def described(config: AnyConfig) -> str:
-    """The config of a network as it is in a file: without later fields that are 0, so that fingerprints stay the same."""
+    """The config of a network as it is in a file: without later fields that are 0, so that fingerprints stay."""
     return canonical({name: value for name, value in asdict(config).items() if value or name not in LATER})
 
 

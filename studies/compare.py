@@ -15,9 +15,11 @@ per GPU), where only rank zero exports, measures and prints:
 
 A study varies one part of the config: `cells` the recurrent cell (LSTM, residual GRU, or associative LSTM in the
 decoder only), `reconstructions` the reconstruction (one-shot, additive, residual scaling), and `binarizers` the
-binarizer (stochastic, sign, noise). `grid` is each cell with each reconstruction, as in the table of Toderici et al.
-2017. Variants that several studies share are trained once. Seed, data, steps and everything else are the same. With a
-smaller --trainer.max_steps, also set smaller --model.decay_steps and --model.growth, if the config has them.
+binarizer (stochastic, sign, noise). `priming` adds three runs of encoder and decoder to the first iteration, or to each
+one (diffusion), as in Johnston et al. 2018; their steps take longer. `grid` is each cell with each reconstruction, as
+in the table of Toderici et al. 2017. Variants that several studies share are trained once. Seed, data, steps and
+everything else are the same. With a smaller --trainer.max_steps, also set smaller --model.decay_steps and
+--model.growth, if the config has them.
 
 The command may be repeated, also by a requeued job: finished trainings are kept, a training that was stopped continues
 from its last checkpoint, and one that failed is tried again. Other settings need another folder. If a training fails,
@@ -60,12 +62,13 @@ from rnncodec.weights import load_weights, save_weights
 from trainings import check_settings, environment, error_line, rank, run
 
 ROOT = Path(__file__).parent.parent
-STUDIES = ("cells", "reconstructions", "binarizers", "grid")
+STUDIES = ("cells", "reconstructions", "binarizers", "priming", "grid")
 CELLS = {  # of encoder and decoder; Toderici et al. 2017 found the associative LSTM useful in the decoder only
     "lstm": ("lstm", "lstm"),
     "gru": ("gru", "gru"),
     "associative_lstm": ("lstm", "associative_lstm"),
 }
+PRIMED = ((0, 0), (3, 0), (3, 3))  # extra runs in the first iteration and in each later one; Johnston et al. 2018
 TITLES = {
     "lstm": "LSTM",
     "gru": "residual GRU",
@@ -86,6 +89,8 @@ class Variant:
     decoder_cell: str
     reconstruction: str
     binarizer: str
+    priming: int = 0
+    diffusion: int = 0
 
     @property
     def cell(self) -> str:
@@ -96,12 +101,22 @@ class Variant:
     @property
     def name(self) -> str:
         """The name of its folder."""
-        return f"{self.cell}-{self.reconstruction}-{self.binarizer}"
+        return "-".join([self.cell, self.reconstruction, self.binarizer, *self.extra])
+
+    @property
+    def extra(self) -> list[str]:
+        """The names of its extra runs, as in Johnston et al. 2018."""
+        return [f"{k}-{name}" for name, k in (("priming", self.priming), ("diffusion", self.diffusion)) if k]
 
     @property
     def titles(self) -> dict[str, str]:
         """The names of its parts, by column of a table."""
-        names = {"model": self.cell, "reconstruction": self.reconstruction, "binarizer": self.binarizer}
+        names = {
+            "model": self.cell,
+            "reconstruction": self.reconstruction,
+            "binarizer": self.binarizer,
+            "priming": " and ".join(self.extra) or "no priming",
+        }
         return {column: TITLES.get(name, name) for column, name in names.items()}
 
 
@@ -128,6 +143,8 @@ def variants_of(study: str, base: Variant) -> list[Variant]:
             return [replace(base, reconstruction=name) for name in get_args(ReconstructionName)]
         case "binarizers":
             return [replace(base, binarizer=name) for name in get_args(BinarizerName)]
+        case "priming":
+            return [replace(base, priming=first, diffusion=later) for first, later in PRIMED]
     return [variant for cell in cells for variant in variants_of("reconstructions", cell)]
 
 
@@ -164,7 +181,7 @@ def train(variant: Variant, index: int, settings: dict[str, Any], args: argparse
         return ""
     command = [*fit_command(args), "--name", variant.name, "--trainer.default_root_dir", str(args.output)]
     for name, value in asdict(variant).items():
-        command += [f"--model.network.{name}", value]
+        command += [f"--model.network.{name}", str(value)]
     if last.exists():
         command += ["--ckpt_path", str(last)]
     log = folder / (f"train-{rank()}.log" if rank() else "train.log")
@@ -259,12 +276,14 @@ def report(study: str, results: list[Result], count: int, args: argparse.Namespa
     """Writes and prints the table of a study, and draws its curves."""
     results = sorted(results, key=order)
     common, (head, *rows) = table(results)
-    same = ", ".join(f"{title} {column}" if column != "model" else title for column, title in common.items())
+    same = ", ".join(
+        title if column in ("model", "priming") else f"{title} {column}" for column, title in common.items()
+    )
     caption = f"{study}: {same}; mean of {count} images; bits per pixel of whole files, without entropy coding"
     printed = Table(title=caption, caption=WARNING)
     text = f"{caption}\n\n| {' | '.join(head)} |\n|{'---|' * len(head)}\n"
     for column in head:
-        names = ("model", "reconstruction", "binarizer")
+        names = results[0].variant.titles
         printed.add_column(column, justify="left" if column in names else "right", overflow="fold")
     for row in rows:
         printed.add_row(*row)
