@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: threads that wait do not take turns from others
+# Before NumPy and PyTorch load, and for programs that tests start. Small tensors gain nothing from a second thread, and
+# one thread keeps sums in one order. Where tests use more, those that wait take no time from other tests.
+os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
 
 import skimage
 import torch
@@ -30,13 +32,6 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
         if "browser" in item.keywords and not (shutil.which("chromium") and shutil.which("chromedriver")):
             item.add_marker(pytest.mark.skip(reason="needs chromium and chromedriver"))
-
-
-@pytest.fixture(scope="session", autouse=True)
-def one_thread():
-    """Small tensors gain nothing from a second thread, and one thread keeps sums in one order."""
-    os.environ["OMP_NUM_THREADS"] = "1"  # for programs that tests start, and the command line, which would choose
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

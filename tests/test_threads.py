@@ -97,10 +97,14 @@ def test_what_the_user_says_wins(monkeypatch):
     assert set_to == [12, 8]
 
 
+def environment():
+    """That of a user, who has chosen nothing; conftest.py has."""
+    return {name: value for name, value in os.environ.items() if name not in ("OMP_NUM_THREADS", *threads.VARIABLES)}
+
+
 def run(code, *args, **variables: str):
-    env = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"} | variables
     command = [sys.executable, "-c", code, *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=env)
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment() | variables)
 
 
 def test_option(tiny, tmp_path, monkeypatch):
@@ -199,7 +203,6 @@ def test_one_codec_in_several_processes(method, tiny, tmp_path):
     """Without care, a process that is forked after OpenMP has started its threads waits for them forever."""
     script = tmp_path / "pool.py"
     script.write_text(POOL)
-    env = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     command = [sys.executable, str(script), str(tiny), method]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=env)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment())
     assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
