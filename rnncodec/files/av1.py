@@ -2,6 +2,7 @@
 
 SEQUENCE_HEADER = 1  # a type of OBU
 MAX_HEADER = 512  # bytes, more than all fields together
+MAX_SIZE = 8  # bytes of the size of an OBU
 
 
 class _Bits:
@@ -41,14 +42,12 @@ def _split(stream: bytes) -> tuple[int, bytes, bytes]:
     start, size = 2 if extended else 1, 0
     if not sized:
         return kind, stream[start:], b""
-    for place in range(8):
-        if start >= len(stream):
-            raise EOFError
-        size |= (stream[start] & 127) << 7 * place
-        start += 1
-        if stream[start - 1] < 128:
-            break
-    return kind, stream[start : start + size], stream[start + size :]
+    for place, byte in enumerate(stream[start : start + MAX_SIZE]):
+        size |= (byte & 127) << 7 * place
+        if byte < 128:
+            start += place + 1
+            return kind, stream[start : start + size], stream[start + size :]
+    raise EOFError
 
 
 def _color(bits: _Bits) -> tuple[int, int]:
