@@ -56,7 +56,7 @@ def warnings_told(tell: Callable[[str], None]) -> Iterator[None]:
         if isinstance(message, ImageWarning):
             lost.setdefault(str(message), {})[message.source] = None
         else:
-            tell(f"warning: {str(message).splitlines()[0]}")
+            tell(f"warning: {(str(message) or category.__name__).splitlines()[0]}")
 
     with warnings.catch_warnings():
         warnings.simplefilter("always", ImageWarning)
