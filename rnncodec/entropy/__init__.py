@@ -4,18 +4,22 @@ Context models compute the probability of each bit, identically on every machine
 coders need no model. Nothing here depends on networks, images or training.
 """
 
+from rnncodec.entropy.alphabets import BITS, INTEGERS, Alphabet, signs
 from rnncodec.entropy.classical import CLASSICAL
 from rnncodec.entropy.coders import ContextSession, PartsSession
 from rnncodec.entropy.context import ContextConfig, ContextModel, ContextName, code_length, code_nats
 from rnncodec.entropy.exact import SCALE, probability
 from rnncodec.entropy.grouped import Questions
-from rnncodec.entropy.ranges import RangeDecoder, RangeEncoder, Session, signs
+from rnncodec.entropy.ranges import RangeDecoder, RangeEncoder, Session
 from rnncodec.entropy.sessions import new_session
 from rnncodec.files.codings import EntropyName
 
 __all__ = [
+    "BITS",
     "CLASSICAL",
+    "INTEGERS",
     "SCALE",
+    "Alphabet",
     "ContextConfig",
     "ContextModel",
     "ContextName",

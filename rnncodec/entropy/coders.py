@@ -9,10 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rnncodec.entropy.alphabets import signs
 from rnncodec.entropy.context import ContextModel, Memory, Read
 from rnncodec.entropy.exact import SCALE, STEP, probability
 from rnncodec.entropy.grouped import Pass, Questions, grid
-from rnncodec.entropy.ranges import Piece, RangeDecoder, RangeEncoder, RawDecoder, Session, signs
+from rnncodec.entropy.ranges import Piece, RangeDecoder, RangeEncoder, RawDecoder, Session
 from rnncodec.entropy.stops import StopMap
 from rnncodec.files.codings import CONTEXT, RAW
 from rnncodec.files.errors import FormatError
@@ -250,11 +251,11 @@ class ContextSession(Session):
         self._advance(plane)
         return lengths.sum(0)
 
-    def _encode(self, plane: np.ndarray) -> bytes:
-        probabilities, coder = self.probabilities(signs(plane)), RangeEncoder()
+    def _encode(self, values: np.ndarray) -> bytes:
+        probabilities, coder = self.probabilities(signs(values)), RangeEncoder()
         for rows, band in self.bands:
             order = band.order()
-            coder.write(*(a[:, rows].transpose(1, 2, 0).ravel()[order] for a in (probabilities, plane)))
+            coder.write(*(a[:, rows].transpose(1, 2, 0).ravel()[order] for a in (probabilities, values)))
         self.ideal_bits.append(coder.ideal_bits())
         return coder.finish()
 

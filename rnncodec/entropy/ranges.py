@@ -11,10 +11,10 @@ from typing import ClassVar
 import numpy as np
 from constriction import stream  # pyright: ignore[reportAttributeAccessIssue]
 
+from rnncodec.entropy.alphabets import BITS, Alphabet
 from rnncodec.entropy.exact import SCALE
 from rnncodec.files.codings import RAW, length_size
 from rnncodec.files.errors import FormatError
-from rnncodec.files.fields import pack_bits, unpack_bits
 
 BERNOULLI = stream.model.Bernoulli(perfect=False)
 
@@ -148,24 +148,24 @@ class Session(ABC):
 
     Args:
         bits, rows, cols: shape of the bits of an iteration.
+        alphabet: integers, if these are coded instead of bits: int16 [bits, rows, cols], in one iteration.
     """
 
     coding: ClassVar[int]  # number of the coder in files, see FORMAT.md
     parts = 1  # payloads of an iteration
     maps = False  # whether locations may stop
 
-    def __init__(self, bits: int, rows: int, cols: int) -> None:
-        self.shape = bits, rows, cols
+    def __init__(self, bits: int, rows: int, cols: int, alphabet: Alphabet = BITS) -> None:
+        self.shape, self.alphabet = (bits, rows, cols), alphabet
 
     def encode(self, plane: np.ndarray) -> list[Piece]:
-        """Codes the next iteration, int8 [bits, rows, cols]; a payload is raw if coding saves nothing.
+        """Codes the next iteration, [bits, rows, cols]; a payload is raw if coding saves nothing.
 
         Raises:
-            ValueError: some bits are not sent, which this coder cannot tell.
+            ValueError: some bits are not sent, which this coder cannot tell, or values are not of the alphabet.
         """
-        if not plane.all():
-            raise ValueError("bits are left out, which needs a file with stop maps")
-        raw, coded = pack_bits(plane > 0), self._encode(plane > 0)
+        values = self.alphabet.values(plane)
+        raw, coded = self.alphabet.pack(values), self._encode(values)
         self._advance(plane)
         # A coded payload takes a length field in the header, too.
         return [(self.coding, coded) if 0 < len(coded) < len(raw) - length_size(len(raw)) else (RAW, raw)]
@@ -186,20 +186,16 @@ class Session(ABC):
     def _decode(self, pieces: Sequence[Piece]) -> np.ndarray:
         """Decodes like `decode`, without a change of the state."""
         ((coding, payload),) = pieces
-        return signs(unpack_bits(payload, *self.shape) if coding == RAW else self._decode_whole(payload))
+        found = self.alphabet.unpack(payload, *self.shape) if coding == RAW else self._decode_whole(payload)
+        return self.alphabet.plane(found)
 
     @abstractmethod
-    def _encode(self, plane: np.ndarray) -> bytes:
-        """The payload of a plane, bool."""
+    def _encode(self, values: np.ndarray) -> bytes:
+        """The payload of the values of a plane."""
 
     @abstractmethod
     def _decode_whole(self, payload: bytes) -> np.ndarray:
-        """The plane of a payload, bool."""
+        """The values of the plane of a payload."""
 
     def _advance(self, plane: np.ndarray) -> None:  # noqa: B027 - most coders have no state
         """Updates the state with an iteration, int8."""
-
-
-def signs(bits: np.ndarray) -> np.ndarray:
-    """Bits that are true or false as int8 of +1 and -1."""
-    return 2 * bits.astype(np.int8) - 1

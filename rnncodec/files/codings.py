@@ -2,12 +2,14 @@
 
 from typing import Literal, get_args
 
-EntropyName = Literal["none", "context", "huffman", "static", "adaptive"]
+EntropyName = Literal["none", "context", "huffman", "static", "adaptive", "prior"]
 CODINGS: dict[int, EntropyName] = dict(enumerate(get_args(EntropyName)))  # of payloads, raw or by an entropy coder
-RAW, CONTEXT, HUFFMAN, STATIC, ADAPTIVE = CODINGS
+RAW, CONTEXT, HUFFMAN, STATIC, ADAPTIVE, PRIOR = CODINGS
 # Bits that a byte of a code holds at most: 8 / log2(1 / P), rounded up, for the largest P that the coder gives a bit.
-MOST = {CONTEXT: 16516, STATIC: 1417, ADAPTIVE: 363406}
+MOST = {CONTEXT: 16516, STATIC: 1417, ADAPTIVE: 363406, PRIOR: 363406}
 LEVEL_BITS = 4  # before the flags of a stop map
+INTEGER_BITS = 16  # of an integer in a raw payload
+DECISIONS = 16  # with probabilities of their own, of an integer: is it 0, negative, at least 2, 3, ... 15 away from 0?
 
 
 def raw_length(width: int, height: int, stride: int, bits: int, maps: bool = False) -> int:
@@ -38,6 +40,19 @@ def least_length(coding: int, locations: int, bits: int, flags: int = 0) -> int:
     if coding not in MOST:
         return 1
     before = bits if coding == STATIC else 0
+    return before + _ceil(count, MOST[coding])
+
+
+def least_of_integers(coding: int, locations: int, integers: int) -> int:
+    """The fewest bytes of a payload of integers, so many at each location; 1 for unknown codings."""
+    count = locations * integers
+    if coding == RAW:
+        return count * INTEGER_BITS // 8
+    if coding == HUFFMAN:  # at least one symbol, whose code has a bit
+        return 3 + _ceil(count, 8)
+    if coding not in MOST:
+        return 1
+    before = 2 * integers if coding == STATIC else 0
     return before + _ceil(count, MOST[coding])
 
 

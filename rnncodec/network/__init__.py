@@ -5,6 +5,7 @@ Nothing here depends on files, entropy coding, data or training.
 
 from rnncodec.network.binarizer import Binarizer, BinarizerName, binarize
 from rnncodec.network.cells import CELLS, CellName, GateConv
+from rnncodec.network.compressive import CompressiveAutoencoder, CompressiveConfig
 from rnncodec.network.latent import LatentBinarizer, LatentConfig
 from rnncodec.network.questions import Questions
 from rnncodec.network.recurrent import (
@@ -29,6 +30,8 @@ __all__ = [
     "Binarizer",
     "BinarizerName",
     "CellName",
+    "CompressiveAutoencoder",
+    "CompressiveConfig",
     "GainNetwork",
     "GateConv",
     "LatentBinarizer",

@@ -28,6 +28,7 @@ import rnncodec
 from rnncodec.data import PatchDataModule
 from rnncodec.files.errors import one_line
 from rnncodec.training import (
+    compressive,  # noqa: F401 - its class may be named in a config
     context,  # noqa: F401 - its classes may be named in a config
     tracking,
 )

@@ -1,0 +1,155 @@
+"""Training of compressive autoencoders: one rate first, then the scales and priors of all others."""
+
+import math
+import random
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rnncodec.metrics.curves import NAN, Point
+from rnncodec.metrics.distortion import DISTORTIONS
+from rnncodec.network import CompressiveAutoencoder, CompressiveConfig, to_uint8
+from rnncodec.training.base import Training, Validated, global_seed
+
+VALIDATED = ("psnr", "ms_ssim")  # metrics of the validation
+
+
+class CompressiveTraining(Training):
+    """Trains a `CompressiveAutoencoder` to minimize rate and distortion (Theis et al. 2017, sec. 2 and 3.2).
+
+        loss = bits per pixel + weight * mean squared error, of values in [0, 1]
+
+    All coefficients and transforms are trained for one rate. Then they stay as they are, and the other rates learn
+    their scales and priors (sec. 2.5), one rate in each step.
+
+    Args:
+        network: config of the network; None for that of the paper.
+        weights: of the distortion at each rate, rising.
+        first: the number of the rate that is trained first, from 0.
+        growth_steps: steps in which the coefficients come one after another, instead of all at once (sec. 2.4).
+        scale_steps: the last steps, in which only scales and priors are trained; a number below 1 is a fraction of
+            `trainer.max_steps`.
+        learning_rate: of AdamW.
+        weight_decay: decoupled weight decay.
+        warmup_steps: steps in which the learning rate rises linearly.
+        decay_steps: steps in which it falls linearly to zero, up to `trainer.max_steps`; a number below 1 is a fraction
+            of `trainer.max_steps`, and 0 means no fall.
+        max_bad_steps: how many steps in a row with non-finite gradients are skipped before training stops.
+    """
+
+    monitor = "val/loss", "min"
+
+    def __init__(
+        self,
+        network: CompressiveConfig | None = None,
+        weights: tuple[float, ...] = (30.0, 75.0, 190.0, 480.0, 1200.0, 3000.0),
+        first: int = 3,
+        growth_steps: int = 0,
+        scale_steps: float = 0.2,
+        learning_rate: float = 1e-3,
+        weight_decay: float = 0.0,
+        warmup_steps: int = 100,
+        decay_steps: float = 0,
+        max_bad_steps: int = 20,
+    ) -> None:
+        super().__init__(learning_rate, weight_decay, warmup_steps, decay_steps, max_bad_steps)
+        self.network = CompressiveAutoencoder(
+            CompressiveConfig(**network) if isinstance(network, dict) else network or CompressiveConfig()
+        )
+        rates = self.network.config.rates
+        if len(weights) != rates or not 0 <= first < rates:
+            raise ValueError(f"{rates} rates need as many weights of the distortion, and the first is one of them")
+        self.weights, self.first = tuple(weights), first
+        self.growth_steps, self.scale_steps = growth_steps, scale_steps
+        with torch.no_grad():  # where the distortion counts four times as much, steps are half as large
+            for rate, weight in enumerate(self.weights):
+                self.network.scale[rate] = math.log(weight / self.weights[first]) / 2
+        self.save_hyperparameters()
+        self.plain_hyperparameters(network=asdict(self.network.config))
+        self.network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.AdamW(self.network.parameters(), self.learning_rate, weight_decay=self.weight_decay)
+        return self.scheduled(optimizer)
+
+    def scaling(self) -> int:
+        """The step from which only scales and priors are trained."""
+        most = self.trainer.max_steps
+        last = self.scale_steps * most if self.scale_steps < 1 else self.scale_steps
+        return round(most - last) if most > 0 else most
+
+    def rate(self) -> int:
+        """The rate of this step, the same on all ranks."""
+        if not 0 <= self.scaling() <= self.global_step:
+            return self.first
+        return random.Random(f"{global_seed()} {self.global_step} rate").randrange(self.network.config.rates)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        super().on_train_batch_start(batch, batch_idx)
+        if 0 <= self.scaling() <= self.global_step:
+            self.network.analysis.requires_grad_(False)
+            self.network.synthesis.requires_grad_(False)
+        if self.global_step == self.scaling():
+            self.start_rates()
+
+    @torch.no_grad()
+    def start_rates(self) -> None:
+        """Begins all rates with what the first one has learned, their scales as far from it as at the start."""
+        network, first = self.network, self.first
+        ahead = network.scale - network.scale[first]
+        apart = torch.log(torch.tensor(self.weights, device=ahead.device) / self.weights[first])[:, None] / 2
+        network.scale.copy_(network.scale[first] + apart)
+        network.deviation.copy_(network.deviation[first] + apart[..., None])
+        network.weight.copy_(network.weight[first].expand_as(network.weight))
+
+    def active(self) -> int | None:
+        """How many coefficients there are in this step; None for all."""
+        if self.global_step >= self.growth_steps:
+            return None
+        return 1 + self.network.config.coefficients * self.global_step // self.growth_steps
+
+    def training_step(self, x: Tensor, batch_idx: int) -> Tensor:
+        rate = self.rate()
+        x_hat, nats = self.network(x, rate, self.active())
+        bpp, error = self.bpp(nats, x), self.error(x, x_hat)
+        self.log("train/bpp", bpp, prog_bar=True)
+        self.log("train/rate", float(rate))
+        loss = bpp + self.weights[rate] * error
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    def bpp(self, nats: Tensor, x: Tensor) -> Tensor:
+        """Bits per pixel of images x, from the code lengths of their integers."""
+        return nats.sum() / math.log(2) / (len(x) * x.shape[-2] * x.shape[-1])
+
+    def error(self, x: Tensor, x_hat: Tensor) -> Tensor:
+        """The mean squared error of values in [0, 1]."""
+        return (x - x_hat.float()).square().mean() / 4
+
+    def validation_step(self, x: Tensor, batch_idx: int) -> Validated:
+        height, width = x.shape[-2:]
+        original = to_uint8(x)
+        values: dict[str, float] = {}
+        points, pictures, losses = [], [original], []
+        for rate, weight in enumerate(self.weights):
+            x_hat, nats = self.network(x, rate)
+            bpp = self.bpp(nats, x).item()
+            losses.append(bpp + weight * self.error(x, x_hat).item())
+            decoded = to_uint8(x_hat)
+            metrics: dict[str, Any] = {name: DISTORTIONS[name](original, decoded).mean().item() for name in VALIDATED}
+            values |= {f"{name}_{rate + 1}": value for name, value in metrics.items()} | {f"bpp_{rate + 1}": bpp}
+            points.append(Point("", "", rate + 1, bytes=bpp * height * width / 8, bpp=bpp, **metrics))
+            pictures.append(decoded)
+        scaled = 0 <= self.scaling() <= self.global_step
+        values["loss"] = sum(losses) / len(losses) if scaled else losses[self.first]
+        values |= {"psnr": values[f"psnr_{self.first + 1}"], "bpp": values[f"bpp_{self.first + 1}"]}
+        strip = torch.cat(pictures, dim=-1)[0] if batch_idx == 0 else None
+        return {"values": values, "points": points, "pictures": strip}
+
+    def curve(self, means: Mapping[str, float]) -> list[Point]:
+        rates = range(1, self.network.config.rates + 1)
+        metrics: dict[int, dict[str, Any]] = {k: {name: means[f"{name}_{k}"] for name in VALIDATED} for k in rates}
+        return [Point("mean", "", k, NAN, means[f"bpp_{k}"], **metrics[k]) for k in rates]
