@@ -10,8 +10,8 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import asdict, fields, is_dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -159,13 +159,17 @@ def crops(photos, tmp_path_factory) -> Path:
     return folder
 
 
-def command(photos, folder, *args):
+def arguments(photos, folder, *args):
     return [
-        sys.executable, str(ROOT / "train.py"), "fit", "--config", str(ROOT / "configs" / "debug.yaml"),
+        "fit", "--config", str(ROOT / "configs" / "debug.yaml"),
         "--data.root", str(photos), "--data.cache_dir", str(folder / "cache"), "--data.val_images", "2",
         "--trainer.default_root_dir", str(folder), "--trainer.accelerator", "cpu",
         "--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false", *args,
     ]  # fmt: skip
+
+
+def command(*args):
+    return [sys.executable, str(ROOT / "train.py"), *arguments(*args)]
 
 
 def environment(**values):
@@ -174,6 +178,7 @@ def environment(**values):
 
 
 def run(photos, folder, *args, **values):
+    """A training in its own process."""
     done = subprocess.run(
         command(photos, folder, *args),
         env=environment(**values),
@@ -184,6 +189,17 @@ def run(photos, folder, *args, **values):
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done
+
+
+@pytest.fixture
+def train(monkeypatch):
+    """A training in this process, which need not load everything again."""
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    monkeypatch.setenv("PL_GLOBAL_SEED", "0")  # of the training alone: it is set again after the test
+    return lambda *args: training_cli.main(arguments(*args))
+
+
+small_runs = pytest.mark.filterwarnings("ignore")  # Lightning warns of them, and of averaged weights
 
 
 def probe(folder):
@@ -210,30 +226,26 @@ def test_two_processes_hold_the_same_weights_and_share_no_patch(crops, tmp_path)
     assert len(set(patches[0]) | set(patches[1])) == 96
 
 
-def test_a_killed_run_ends_with_the_weights_of_an_uninterrupted_one(crops, tmp_path):
-    steps = ["--trainer.max_steps", "150", "--trainer.val_check_interval", "20", "--trainer.limit_val_batches", "1"]
-    for name in ("whole", "killed"):
-        (tmp_path / name).mkdir()
-    run(crops, tmp_path / "whole", *steps, *probe(tmp_path / "whole" / "probe"))
+@small_runs
+def test_a_killed_run_ends_with_the_weights_of_an_uninterrupted_one(train, crops, tmp_path):
+    steps = [
+        "--trainer.max_steps", "30", "--trainer.val_check_interval", "10", "--trainer.limit_val_batches", "1",
+        "--model.growth", "{0: 2, 20: 4}", "--data.batch_size", "4",
+    ]  # fmt: skip
+    assert train(crops, tmp_path / "whole", *steps, *probe(tmp_path / "whole" / "probe")) == 0
 
     folder = tmp_path / "killed"
+    folder.mkdir()
     last = folder / "debug" / "last.ckpt"
-    often = ["--checkpoint_minutes", "0.005"]
-    process = subprocess.Popen(
-        command(crops, folder, *steps, *often), env=environment(), cwd=folder,
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
-    )  # fmt: skip
-    try:
-        deadline = time.monotonic() + 200
-        while not last.exists() and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.02)
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)  # the whole session: workers die with it
-    process.wait()
-    step = torch.load(last, weights_only=True)["global_step"]
-    assert 0 < step < 150
+    killed = [
+        "--checkpoint_minutes", "0.0001", "--trainer.callbacks+", "probe.Sender", "--trainer.callbacks.step", "15",
+        "--trainer.callbacks.hook", "on_before_optimizer_step", "--trainer.callbacks.signals", f"[{signal.SIGKILL:d}]",
+    ]  # fmt: skip
+    done = subprocess.run(command(crops, folder, *steps, *killed), env=environment(), cwd=folder, timeout=300)
+    assert done.returncode == -signal.SIGKILL
+    assert 0 < torch.load(last, weights_only=True)["global_step"] <= 15
 
-    run(crops, folder, *steps, "--ckpt_path", str(last), *probe(folder / "probe"))
+    assert train(crops, folder, *steps, "--ckpt_path", str(last), *probe(folder / "probe")) == 0
     whole, resumed = (torch.load(tmp_path / name / "probe" / "weights-0.pt") for name in ("whole", "killed"))
     assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
     averaged = [
@@ -274,10 +286,17 @@ def test_a_run_leaves_metrics_config_checkpoint_and_wandb_files(crops, tmp_path)
     assert list(files.rglob("reconstructions*.png"))
     assert list(files.rglob("*.table.json"))  # whose content test_tracking.py looks at
 
-    refuses(command(crops, tmp_path), tmp_path, "--ckpt_path")  # to start over where a run has been
+
+@small_runs
+def test_a_training_does_not_start_over_where_a_run_has_been(train, crops, tmp_path, capsys):
+    (tmp_path / "debug").mkdir()
+    (tmp_path / "debug" / "last.ckpt").touch()
+    assert train(crops, tmp_path) == 1
+    assert "--ckpt_path" in last_line(capsys)
 
 
-def test_context_models_are_trained_resumed_and_exported(crops, tmp_path):
+@small_runs
+def test_context_models_are_trained_resumed_and_exported(train, crops, tmp_path):
     torch.manual_seed(0)
     path = tmp_path / "codec.safetensors"
     save_weights(path, RecurrentCodec(TINY), "tiny")
@@ -286,9 +305,9 @@ def test_context_models_are_trained_resumed_and_exported(crops, tmp_path):
         "--model.contexts.parallel.channels", "8", "--model.contexts.sequential.channels", "8",
         "--data.patch_size", "64", "--data.tile_size", "64", "--trainer.val_check_interval", "4",
     ]  # fmt: skip
-    run(crops, tmp_path, *small, "--trainer.max_steps", "4")
+    assert train(crops, tmp_path, *small, "--trainer.max_steps", "4") == 0
     last = tmp_path / "context" / "last.ckpt"
-    run(crops, tmp_path, *small, "--trainer.max_steps", "8", "--ckpt_path", str(last))
+    assert train(crops, tmp_path, *small, "--trainer.max_steps", "8", "--ckpt_path", str(last)) == 0
     assert torch.load(last, weights_only=True)["global_step"] == 8
     lines = (tmp_path / "context" / "metrics" / "version_1" / "metrics.csv").read_text().splitlines()
     (row,) = [row for row in csv.DictReader(lines) if row.get("val/bpp")]
@@ -300,16 +319,17 @@ def test_context_models_are_trained_resumed_and_exported(crops, tmp_path):
     assert context.config == ContextConfig(kind="sequential", channels=8)
 
 
-def refuses(arguments, folder, message):
-    """Checks that a command fails with one line that holds the message."""
-    done = subprocess.run(arguments, env=environment(), cwd=folder, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 1
-    assert "Traceback" not in done.stderr
-    assert message in done.stderr.splitlines()[-1]
+def last_line(capsys):
+    """The last line of standard error, in which there is no traceback."""
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    return error.splitlines()[-1]
 
 
-def test_bad_data_is_an_error_of_one_line(tmp_path):
-    refuses(command(tmp_path / "missing", tmp_path), tmp_path, "missing")
+@small_runs
+def test_bad_data_is_an_error_of_one_line(train, tmp_path, capsys):
+    assert train(tmp_path / "missing", tmp_path) == 1
+    assert "missing" in last_line(capsys)
 
 
 SHAPE = LatentConfig(
@@ -322,18 +342,18 @@ LATENT = [
 ]  # fmt: skip
 
 
-def test_a_latent_network_starts_once_and_resumes_to_the_bit(crops, tmp_path):
-    for name in ("whole", "resumed"):
-        (tmp_path / name).mkdir()
-    whole = run(crops, tmp_path / "whole", *LATENT, "--trainer.max_steps", "12", *probe(tmp_path / "whole" / "probe"))
-    assert (whole.stdout + whole.stderr).count("finding principal components") == 1
-    folder = tmp_path / "resumed"
-    run(crops, folder, *LATENT, "--trainer.max_steps", "5")
+@small_runs
+def test_a_latent_network_starts_once_and_resumes_to_the_bit(train, crops, tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr("rnncodec.training.module.rank_zero_info", said.append)
+    folder, six = tmp_path / "resumed", ["--trainer.max_steps", "6"]
     last = folder / "debug" / "last.ckpt"
-    resumed = run(
-        crops, folder, *LATENT, "--trainer.max_steps", "12", "--ckpt_path", str(last), *probe(folder / "probe")
-    )
-    assert "finding principal components" not in resumed.stdout + resumed.stderr
+    assert train(crops, tmp_path / "whole", *LATENT, *six, *probe(tmp_path / "whole" / "probe")) == 0
+    assert said == ["finding principal components and questions"]
+    assert train(crops, folder, *LATENT, "--trainer.max_steps", "3") == 0
+    said.clear()
+    assert train(crops, folder, *LATENT, *six, "--ckpt_path", str(last), *probe(folder / "probe")) == 0
+    assert said == []
     ours, theirs = (torch.load(tmp_path / name / "probe" / "weights-0.pt") for name in ("whole", "resumed"))
     assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
     # A checkpoint holds what the start has found, and the averaged weights are weights that can be exported.
@@ -355,18 +375,17 @@ def test_two_processes_start_from_the_same_principal_components(crops, tmp_path)
     assert weights[0]["network.binarizer.questions.cost"].any()
 
 
-def test_codec_and_grouped_context_model_train_resume_and_are_exported(crops, tmp_path):
-    arguments = [
+@small_runs
+def test_codec_and_grouped_context_model_train_resume_and_are_exported(train, crops, tmp_path):
+    joint = [
         "--model", "rnncodec.training.context.JointTraining", *LATENT, "--model.distortion", "rmse",
         "--model.context_learning_rate", "0.01", "--model.context", '{"kind": "grouped", "channels": 8}',
     ]  # fmt: skip
-    for name in ("whole", "resumed"):
-        (tmp_path / name).mkdir()
-    run(crops, tmp_path / "whole", *arguments, "--trainer.max_steps", "8", *probe(tmp_path / "whole" / "probe"))
-    folder = tmp_path / "resumed"
-    run(crops, folder, *arguments, "--trainer.max_steps", "4")
+    folder, six = tmp_path / "resumed", ["--trainer.max_steps", "6"]
     last = folder / "debug" / "last.ckpt"
-    run(crops, folder, *arguments, "--trainer.max_steps", "8", "--ckpt_path", str(last), *probe(folder / "probe"))
+    assert train(crops, tmp_path / "whole", *joint, *six, *probe(tmp_path / "whole" / "probe")) == 0
+    assert train(crops, folder, *joint, "--trainer.max_steps", "3") == 0
+    assert train(crops, folder, *joint, *six, "--ckpt_path", str(last), *probe(folder / "probe")) == 0
     ours, theirs = (torch.load(tmp_path / name / "probe" / "weights-0.pt") for name in ("whole", "resumed"))
     assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
     # The context model started from the odds that the questions know.
@@ -507,9 +526,19 @@ def test_weights_of_another_network_are_refused(tmp_path):
         CodecTraining(TINY, weights="nothing")
 
 
-@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
 @pytest.mark.filterwarnings("ignore")  # the compiler warns of its own internals
-def test_compiled_steps_train_like_eager_ones():
+@pytest.mark.parametrize(
+    "backend",
+    [
+        "aot_eager",  # captures the steps and their gradients, but makes no machine code
+        pytest.param(
+            "inductor",
+            marks=[pytest.mark.slow, pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")],
+        ),
+    ],
+)
+def test_compiled_steps_train_like_eager_ones(backend, monkeypatch):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     weights = []
     for compiled in (False, True):
         torch.manual_seed(0)
