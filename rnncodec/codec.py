@@ -27,12 +27,12 @@ from rnncodec.files.format import (
     Header,
 )
 from rnncodec.files.images import MAX_PIXELS
-from rnncodec.files.records import pack
-from rnncodec.inputs import Input, read_input
+from rnncodec.imagecodec import ImageCodec, check_targets
+from rnncodec.inputs import Input
 from rnncodec.loop import Loop, Progress
-from rnncodec.network import to_uint8
+from rnncodec.network import RecurrentCodec, to_uint8
 from rnncodec.targets import Allocator
-from rnncodec.tiling import MAX_ITERATIONS, MAX_SIDE
+from rnncodec.tiling import MAX_ITERATIONS
 from rnncodec.weights import Weights, WeightsError
 
 PART = 256  # locations for each part of an iteration; more parts would cost small images too much in headers
@@ -45,7 +45,7 @@ class Compressed(TypedDict):
     shape: tuple[int, int]
 
 
-class Codec:
+class Codec(ImageCodec):
     """A network ready to code images; `rnncodec.load` makes one.
 
     On one device, encoding and decoding t iterations and step t of `network.unroll` reconstruct exactly the same image.
@@ -67,20 +67,15 @@ class Codec:
     def __init__(
         self, weights: Weights, device: str | torch.device = "cpu", tile: int | None = None, bfloat16: bool = False
     ) -> None:
-        if str(device).split(":")[0] not in ("cpu", "cuda"):  # others lack float64, which the entropy coder needs
-            raise ValueError(f"a codec computes on cpu or cuda, not on {device}")
-        self.device = torch.device(device)
-        if self.device.type == "cuda" and not torch.cuda.is_available():
-            raise ValueError("no CUDA device is available")
+        super().__init__(weights, device)
         if tile is not None and tile < 1:
             raise ValueError(f"tile must be at least 1, not {tile}")
         self.context = weights.context and weights.context.to(self.device)
-        self.context_fingerprint = weights.context_fingerprint
+        assert isinstance(weights.network, RecurrentCodec)
         network = weights.network.eval().to(self.device).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         self.network = copy.copy(network)  # shares the parameters, but not `in_bfloat16`
         self.network.in_bfloat16 = bfloat16
         self.config = weights.network.config
-        self.name, self.fingerprint, self.provenance = weights.name, weights.fingerprint, weights.provenance
         self.loop = Loop(self.network, tile)
         self.max_iterations = self.loop.max_iterations
         grouped = self.context is not None and self.context.config.kind == "grouped"
@@ -134,20 +129,12 @@ class Codec:
             ValueError: the image, the target or the records are not as above, the image file cannot be read, or not
                 even the first payload fits bpp or max_bytes.
         """
-        if sum(target is not None for target in (iterations, quality, bpp, max_bytes, psnr)) > 1:
-            raise ValueError("give one of iterations, quality, bpp, max_bytes and psnr, not several")
-        array, own = read_input(image)
-        block = pack(own if records is None else records)
+        array, block = self.read(image, records)
         height, width = array.shape[:2]
-        if max(height, width) > MAX_SIDE:
-            raise ValueError(f"an image has at most {MAX_SIDE} pixels a side, not {width}x{height}")
+        max_bytes = check_targets(
+            height, width, iterations=iterations, quality=quality, bpp=bpp, max_bytes=max_bytes, psnr=psnr
+        )
         pixels = torch.from_numpy(array).permute(2, 0, 1)[None]
-        if bpp is not None:
-            if not bpp > 0:
-                raise ValueError(f"bpp must be positive, not {bpp}")
-            max_bytes = int(min(bpp * height * width / 8 * (1 + 1e-12), 2**62))
-        if quality is not None and not 1 <= quality <= 100:
-            raise ValueError(f"quality must be in 1..100, not {quality}")
         if roi is not None and (roi.dtype != np.uint8 or roi.shape != (height, width)):
             found = f"{roi.dtype} {list(roi.shape)}"
             raise ValueError(f"the region of interest of this image is uint8 [{height}, {width}], not {found}")
@@ -220,12 +207,13 @@ class Codec:
         """
         entries: list[Entry] = []
         payloads: list[bytes] = []
+        shape = {"parts": session.parts, "maps": session.maps}
         version = PARTS_VERSION if session.parts > 1 or session.maps or block else RAW_VERSION
         for coding, payload in (piece for plane in planes for piece in session.encode(plane)):
             entries.append(Entry.of(payload, coding, version))
             payloads.append(payload)
             if max_bytes is not None:
-                header = self._header(height, width, entries, session, block)
+                header = self.header(height, width, entries, block, **shape)
                 if header.sizes[-1] > max_bytes:
                     if len(entries) == 1:
                         raise ValueError(header.above(max_bytes))
@@ -233,7 +221,7 @@ class Codec:
                     break
             if len(payloads) == count:
                 break
-        return format.write(Container(self._header(height, width, entries, session, block), tuple(payloads), block))
+        return format.write(Container(self.header(height, width, entries, block, **shape), tuple(payloads), block))
 
     def decode(
         self,
@@ -262,11 +250,6 @@ class Codec:
         for _, (y, x), x_hat in self.loop.decode(bits, len(bits), header.height, header.width, progress):
             array[y, x] = to_uint8(x_hat)[0].permute(1, 2, 0).cpu().numpy()
         return Image.fromarray(array)
-
-    def decode_tensor(self, data: bytes, iterations: int | None = None, *, max_pixels: int = MAX_PIXELS) -> Tensor:
-        """Decompresses like `decode` to a tensor [3, H, W] in [0, 1], in steps of 1 / 255, on the codec's device."""
-        array = np.asarray(self.decode(data, iterations, max_pixels=max_pixels))
-        return torch.tensor(array, device=self.device).permute(2, 0, 1) / 255
 
     def decode_progressive(
         self, data: bytes, iterations: int | None = None, *, parts: bool = False, max_pixels: int = MAX_PIXELS
@@ -361,7 +344,7 @@ class Codec:
         if iterations is not None:
             self._check_iterations(iterations)
         header = format.read_header(data)
-        self._check_header(header)
+        self.check_header(header)
         payloads = format.read(data, max_pixels=max_pixels, iterations=iterations).payloads
         parts = header.parts
         if not payloads:
@@ -417,33 +400,3 @@ class Codec:
         if not 1 <= iterations <= self.max_iterations:
             raise ValueError(f"iterations must be in 1..{self.max_iterations}, not {iterations}")
         return iterations
-
-    def _header(self, height: int, width: int, entries: Sequence[Entry], session: Session, block: bytes) -> Header:
-        return Header(
-            width=width,
-            height=height,
-            fingerprint=self.fingerprint,
-            weights=self.name,
-            stride=self.config.stride,
-            bits=self.config.bits,
-            entries=tuple(entries),
-            context=self.context_fingerprint if any(entry.coding == CONTEXT for entry in entries) else bytes(8),
-            parts=session.parts,
-            maps=session.maps,
-            records=Entry.of(block) if block else None,
-        )
-
-    def _check_header(self, header: Header) -> None:
-        """Refuses files that this codec cannot decode."""
-        if header.fingerprint != self.fingerprint:
-            raise WeightsError(
-                f"the file needs the weights {header.weights!r} ({header.fingerprint.hex()}), "
-                f"loaded are {self.name!r} ({self.fingerprint.hex()})"
-            )
-        if (header.stride, header.bits) != (self.config.stride, self.config.bits):
-            raise FormatError(
-                f"the header says stride {header.stride} and {header.bits} bits, "
-                f"its weights have stride {self.config.stride} and {self.config.bits} bits"
-            )
-        if header.iterations > self.max_iterations:
-            raise FormatError(f"{header.iterations} iterations, its weights decode up to {self.max_iterations}")

@@ -180,8 +180,6 @@ class Loop:
 
     def encode_to(self, target: float, image: Tensor, progress: Progress | None) -> np.ndarray:
         """Encodes one image like `encode`, with the fewest iterations that reach a PSNR, or all with a warning."""
-        if not target > 0 or math.isinf(target):
-            raise ValueError(f"psnr must be a positive number of dB, not {target}")
         height, width = image.shape[-2:]
         areas = self.tiles(height, width)
         most, best = self.max_iterations, -math.inf

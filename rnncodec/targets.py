@@ -1,6 +1,5 @@
 """What a compressed file is to have: an effort, a number of bytes or a PSNR; and the encoder that comes near it."""
 
-import math
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
@@ -113,16 +112,11 @@ class PsnrTarget(Target):
     Args:
         psnr: in dB.
         values: number of values of the image.
-
-    Raises:
-        ValueError: the PSNR is not a positive number of dB.
     """
 
     judges = True
 
     def __init__(self, psnr: float, values: int) -> None:
-        if not 0 < psnr < math.inf:
-            raise ValueError(f"psnr must be a positive number of dB, not {psnr}")
         self.psnr = psnr
         self.squared = 4 * values * 10 ** (-psnr / 10)  # of values in [-1, 1]
         self.files: list[tuple[float, bytes]] = []

@@ -17,10 +17,18 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from rnncodec.allocation import QUALITIES, Allocation, TuneName
-from rnncodec.entropy import ContextConfig, ContextModel
+from rnncodec.entropy import SCALE, ContextConfig, ContextModel
 from rnncodec.files.format import NAME_PATTERN, Header
 from rnncodec.files.images import atomic_write, one_line
-from rnncodec.network import AnyConfig, LatentConfig, Questions, RecurrentCodec, config_class
+from rnncodec.network import (
+    AnyConfig,
+    CompressiveAutoencoder,
+    CompressiveConfig,
+    LatentConfig,
+    Questions,
+    RecurrentCodec,
+    config_class,
+)
 
 PRETRAINED = Path(__file__).parent / "pretrained"
 DEFAULT_NAME = "small"
@@ -36,7 +44,8 @@ class WeightsError(ValueError):
     """Raised for weights that are missing, damaged or not those that a file needs; the message is one line."""
 
 
-Config = TypeVar("Config", bound=AnyConfig | ContextConfig)
+Network = RecurrentCodec | CompressiveAutoencoder
+Config = TypeVar("Config", bound=AnyConfig | CompressiveConfig | ContextConfig)
 
 
 @dataclass(frozen=True)
@@ -53,7 +62,7 @@ class Weights:
         allocation: what an encoder knows of them to choose the iterations of each location, or None.
     """
 
-    network: RecurrentCodec
+    network: Network
     name: str
     fingerprint: bytes
     provenance: dict[str, str]
@@ -64,7 +73,7 @@ class Weights:
 
 def save_weights(
     path: str | os.PathLike[str],
-    network: RecurrentCodec,
+    network: Network,
     name: str,
     provenance: Mapping[str, str] | None = None,
     context: ContextModel | None = None,
@@ -129,7 +138,7 @@ def load_weights(path_or_name: str | os.PathLike[str] = DEFAULT_NAME) -> Weights
                 allocation = _allocation(json.loads(metadata.get("allocation", "null")), config)
                 context_config = None
                 with torch.device("meta"):
-                    network = RecurrentCodec(config)
+                    network = new_network(config)
                     expected = {
                         key: (tensor.shape, TYPES[tensor.dtype]) for key, tensor in network.state_dict().items()
                     }
@@ -169,7 +178,7 @@ def load_weights(path_or_name: str | os.PathLike[str] = DEFAULT_NAME) -> Weights
     return Weights(network.eval(), metadata["name"], digest, provenance, context, context_digest, allocation)
 
 
-def stored(network: RecurrentCodec) -> dict[str, torch.Tensor]:
+def stored(network: Network) -> dict[str, torch.Tensor]:
     """The tensors of a network as they are in a file."""
     return {
         key: (tensor.half() if tensor.is_floating_point() else tensor).cpu().contiguous()
@@ -177,9 +186,15 @@ def stored(network: RecurrentCodec) -> dict[str, torch.Tensor]:
     }
 
 
-def network_config_of(values: Any) -> AnyConfig:
+def new_network(config: AnyConfig | CompressiveConfig) -> Network:
+    """A network with random weights."""
+    return CompressiveAutoencoder(config) if isinstance(config, CompressiveConfig) else RecurrentCodec(config)
+
+
+def network_config_of(values: Any) -> AnyConfig | CompressiveConfig:
     """Checks the config of a network, of unknown origin."""
-    config = _config(config_class(values if isinstance(values, dict) else {}), values)
+    known = values if isinstance(values, dict) else {}
+    config = _config(CompressiveConfig if "coefficients" in known else config_class(known), values)
     if isinstance(config, LatentConfig) and (
         config.iterations > 255 or config.iterations * config.bits > MAX_QUESTIONS
     ):
@@ -187,9 +202,11 @@ def network_config_of(values: Any) -> AnyConfig:
     return config
 
 
-def context_config_of(values: Any, network: AnyConfig) -> ContextConfig:
+def context_config_of(values: Any, network: AnyConfig | CompressiveConfig) -> ContextConfig:
     """Checks the config of a context model for a network, of unknown origin."""
     config = _config(ContextConfig, values)
+    if isinstance(network, CompressiveConfig):
+        raise ValueError("a compressive autoencoder has priors, and no context model")
     if config.bits != network.bits:
         raise ValueError(f"a context model for {config.bits} bits, where the codec has {network.bits}")
     if config.kind == "grouped" and (not isinstance(network, LatentConfig) or config.groups != network.groups):
@@ -304,7 +321,7 @@ def _config(kind: type[Config], values: Any) -> Config:
     return kind(**checked)
 
 
-def _allocation(values: Any, network: AnyConfig) -> Allocation | None:
+def _allocation(values: Any, network: AnyConfig | CompressiveConfig) -> Allocation | None:
     """Checks what is known for the allocation, of unknown origin."""
     if values is None:
         return None
@@ -330,7 +347,7 @@ def _numbers(values: Any, count: int) -> bool:
     )
 
 
-def _check_values(tensors: Mapping[str, torch.Tensor], source: str, network: RecurrentCodec) -> None:
+def _check_values(tensors: Mapping[str, torch.Tensor], source: str, network: Network) -> None:
     """Refuses values that are not finite, invalid permutations, and questions with numbers out of range."""
     questions = {f"{name}." for name, module in network.named_modules() if isinstance(module, Questions)}
     for key, tensor in tensors.items():
@@ -345,11 +362,14 @@ def _check_values(tensors: Mapping[str, torch.Tensor], source: str, network: Rec
             limit = limits[name]
             if int(tensor.min()) < 0 or int(tensor.max()) >= limit:
                 raise WeightsError(f"{source}: {key} holds numbers beyond 0..{limit - 1}")
+        elif isinstance(network, CompressiveAutoencoder):
+            if int(tensor.min()) < 1 or int(tensor.max()) >= SCALE:
+                raise WeightsError(f"{source}: {key} holds numbers beyond 1..{SCALE - 1}")
         elif not np.array_equal(tensor.sort(-1).values, np.broadcast_to(np.arange(tensor.shape[-1]), tensor.shape)):
             raise WeightsError(f"{source}: {key} does not hold permutations")
 
 
-def described(config: AnyConfig) -> str:
+def described(config: AnyConfig | CompressiveConfig) -> str:
     """The config of a network as it is in a file: without later fields that are 0, so that fingerprints stay."""
     return canonical({name: value for name, value in asdict(config).items() if value or name not in LATER})
 

@@ -4,8 +4,8 @@ Context models compute the probability of each bit, identically on every machine
 coders need no model. Nothing here depends on networks, images or training.
 """
 
-from rnncodec.entropy.alphabets import BITS, INTEGERS, Alphabet, signs
-from rnncodec.entropy.classical import CLASSICAL
+from rnncodec.entropy.alphabets import BITS, INTEGERS, LARGEST, Alphabet, signs
+from rnncodec.entropy.classical import CLASSICAL, PriorSession
 from rnncodec.entropy.coders import ContextSession, PartsSession
 from rnncodec.entropy.context import ContextConfig, ContextModel, ContextName, code_length, code_nats
 from rnncodec.entropy.exact import SCALE, probability
@@ -18,6 +18,7 @@ __all__ = [
     "BITS",
     "CLASSICAL",
     "INTEGERS",
+    "LARGEST",
     "SCALE",
     "Alphabet",
     "ContextConfig",
@@ -26,6 +27,7 @@ __all__ = [
     "ContextSession",
     "EntropyName",
     "PartsSession",
+    "PriorSession",
     "Questions",
     "RangeDecoder",
     "RangeEncoder",

@@ -16,8 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rnncodec.files.codings import DECISIONS
-
 RoundingName = Literal["identity", "noise", "stochastic"]
 
 STRIDE = 8
@@ -26,8 +24,9 @@ SLOPE = 0.2  # of the leaky rectification
 FINE = 4  # levels from one rate to the next
 # Mean and standard deviation of photographs (those of ImageNet), for values in [0, 1].
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-SCALE = 2**16  # of probabilities
+DECISIONS, SCALE = 16, 2**16  # of an integer and of probabilities, as entropy coders expect them
 TAIL = 1e-12  # of a prior, beyond any integer: no decision is certain
+START = 10.0  # scale at which training starts: if all coefficients were rounded to 0, nothing would be learned
 NARROWEST, WIDEST = 0.1, 100.0  # standard deviations at which the mixtures start, in steps of the rounding
 
 
@@ -102,7 +101,6 @@ class CompressiveAutoencoder(nn.Module):
     """
 
     table: Tensor
-    normal: Tensor  # mean and standard deviation of the pixels, [2, 3, 1, 1]
 
     def __init__(self, config: CompressiveConfig) -> None:
         super().__init__()
@@ -127,13 +125,11 @@ class CompressiveAutoencoder(nn.Module):
             nn.PixelShuffle(2),
         )
         shape = config.rates, config.coefficients, config.mixtures
-        self.scale = nn.Parameter(torch.zeros(config.rates, config.coefficients))  # logarithms
+        self.scale = nn.Parameter(torch.full((config.rates, config.coefficients), math.log(START)))  # logarithms
         deviations = torch.linspace(math.log(NARROWEST), math.log(WIDEST), config.mixtures)
         self.deviation = nn.Parameter(deviations.expand(shape).clone())  # logarithms
         self.weight = nn.Parameter(torch.zeros(shape))  # of the Gaussians; logits
         self.register_buffer("table", torch.zeros(config.levels, config.coefficients, DECISIONS, dtype=torch.int32))
-        normal = torch.tensor([[2 * mean - 1, 2 * deviation] for mean, deviation in zip(MEAN, DEVIATION, strict=True)])
-        self.register_buffer("normal", normal.T.reshape(2, 3, 1, 1), persistent=False)
 
     @property
     def margins(self) -> tuple[int, int]:
@@ -150,7 +146,7 @@ class CompressiveAutoencoder(nn.Module):
         """The coefficients of an area of blocks, [B, coefficients, rows, columns], before they are scaled.
 
         Args:
-            x: whole images [B, 3, H, W] in [-1, 1]; they go on in their mirror image, on all sides.
+            x: whole images [B, 3, H, W], in [-1, 1] or uint8; they go on in their mirror image, on all sides.
             rows: of blocks.
             columns: of blocks.
         """
@@ -158,12 +154,13 @@ class CompressiveAutoencoder(nn.Module):
         for dim, cut in ((-2, rows), (-1, columns)):
             places = torch.arange(cut.start * STRIDE - before, cut.stop * STRIDE + after, device=x.device)
             x = x.index_select(dim, mirrored(places, x.shape[dim]))
-        mean, deviation = self.normal
+        x = 2 * x.float() / 255 - 1 if x.dtype == torch.uint8 else x
+        mean, deviation = _normal(x)
         return self.analysis((x - mean) / deviation)
 
     def synthesise(self, y_hat: Tensor) -> Tensor:
         """Images [B, 3, H, W] of whole blocks, in about [-1, 1], from coefficients."""
-        mean, deviation = self.normal
+        mean, deviation = _normal(y_hat)
         return self.synthesis(y_hat) * deviation + mean
 
     def scales(self, level: int) -> Tensor:
@@ -220,6 +217,12 @@ class CompressiveAutoencoder(nn.Module):
             chances = beyond[1:] / beyond[:-1]  # that an integer is k or more away from zero, if it is k - 1 away
             chances = torch.stack([chances[0], torch.full_like(chances[0], 0.5), *chances[1:]], 1)
             self.table[level] = (chances * SCALE).round().clamp(1, SCALE - 1).int()
+
+
+def _normal(like: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the pixels of photographs in [-1, 1], [3, 1, 1]."""
+    mean, deviation = (like.new_tensor(values).view(3, 1, 1) for values in (MEAN, DEVIATION))
+    return 2 * mean - 1, 2 * deviation
 
 
 def normal_below(x: Tensor) -> Tensor:

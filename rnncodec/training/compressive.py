@@ -7,12 +7,13 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rnncodec.metrics.curves import NAN, Point
 from rnncodec.metrics.distortion import DISTORTIONS
 from rnncodec.network import CompressiveAutoencoder, CompressiveConfig, to_uint8
 from rnncodec.training.base import Training, Validated, global_seed
+from rnncodec.training.optim import MuonAdamW
 
 VALIDATED = ("psnr", "ms_ssim")  # metrics of the validation
 
@@ -32,10 +33,11 @@ class CompressiveTraining(Training):
         growth_steps: steps in which the coefficients come one after another, instead of all at once (sec. 2.4).
         scale_steps: the last steps, in which only scales and priors are trained; a number below 1 is a fraction of
             `trainer.max_steps`.
-        learning_rate: of AdamW.
+        learning_rate: of AdamW, for all but the kernels of the convolutions between pixels and integers.
+        muon_learning_rate: of Muon, for these.
         weight_decay: decoupled weight decay.
-        warmup_steps: steps in which the learning rate rises linearly.
-        decay_steps: steps in which it falls linearly to zero, up to `trainer.max_steps`; a number below 1 is a fraction
+        warmup_steps: steps in which the learning rates rise linearly.
+        decay_steps: steps in which they fall linearly to zero, up to `trainer.max_steps`; a number below 1 is a fraction
             of `trainer.max_steps`, and 0 means no fall.
         max_bad_steps: how many steps in a row with non-finite gradients are skipped before training stops.
     """
@@ -49,7 +51,8 @@ class CompressiveTraining(Training):
         first: int = 3,
         growth_steps: int = 0,
         scale_steps: float = 0.2,
-        learning_rate: float = 1e-3,
+        learning_rate: float = 2e-3,
+        muon_learning_rate: float = 5e-3,
         weight_decay: float = 0.0,
         warmup_steps: int = 100,
         decay_steps: float = 0,
@@ -62,18 +65,29 @@ class CompressiveTraining(Training):
         rates = self.network.config.rates
         if len(weights) != rates or not 0 <= first < rates:
             raise ValueError(f"{rates} rates need as many weights of the distortion, and the first is one of them")
+        self.muon_learning_rate = muon_learning_rate
         self.weights, self.first = tuple(weights), first
         self.growth_steps, self.scale_steps = growth_steps, scale_steps
         with torch.no_grad():  # where the distortion counts four times as much, steps are half as large
             for rate, weight in enumerate(self.weights):
-                self.network.scale[rate] = math.log(weight / self.weights[first]) / 2
+                self.network.scale[rate] += math.log(weight / self.weights[first]) / 2
         self.save_hyperparameters()
         self.plain_hyperparameters(network=asdict(self.network.config))
         self.network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
     def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.AdamW(self.network.parameters(), self.learning_rate, weight_decay=self.weight_decay)
-        return self.scheduled(optimizer)
+        network = self.network
+        kernels = [
+            layer.weight
+            for layer in network.modules()
+            if isinstance(layer, nn.Conv2d) and layer not in (network.analysis[0], network.synthesis[-2])
+        ]
+        taken = set(kernels)
+        groups = [
+            {"params": kernels, "gates": 1, "lr": self.muon_learning_rate},
+            {"params": [p for p in network.parameters() if p not in taken], "gates": 0, "lr": self.learning_rate},
+        ]
+        return self.scheduled(MuonAdamW(groups, weight_decay=self.weight_decay))
 
     def scaling(self) -> int:
         """The step from which only scales and priors are trained."""

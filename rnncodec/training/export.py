@@ -12,9 +12,10 @@ import torch
 from rnncodec.codec import Codec
 from rnncodec.entropy import ContextModel
 from rnncodec.files.images import find_images, load_image, one_line
-from rnncodec.network import RecurrentCodec
+from rnncodec.network import CompressiveAutoencoder
 from rnncodec.training.calibration import calibrate
 from rnncodec.weights import (
+    Network,
     WeightsError,
     canonical,
     context_config_of,
@@ -22,6 +23,7 @@ from rnncodec.weights import (
     fingerprint,
     load_weights,
     network_config_of,
+    new_network,
     save_weights,
     stored,
 )
@@ -51,7 +53,7 @@ def add_allocation(source: str | os.PathLike[str], path: str | os.PathLike[str],
     save_weights(path, weights.network, weights.name, weights.provenance, weights.context, allocation)
 
 
-def load_checkpoint(path: str | os.PathLike[str]) -> tuple[RecurrentCodec, dict[str, str]]:
+def load_checkpoint(path: str | os.PathLike[str]) -> tuple[Network, dict[str, str]]:
     """Loads the averaged network and the provenance from a checkpoint of a training.
 
     Raises:
@@ -81,11 +83,13 @@ def _load(path: str | os.PathLike[str]) -> dict[str, Any]:
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def _network(checkpoint: Mapping[str, Any]) -> RecurrentCodec:
+def _network(checkpoint: Mapping[str, Any]) -> Network:
     """The averaged network of a checkpoint."""
     with torch.device("meta"):
-        network = RecurrentCodec(network_config_of(json.loads(json.dumps(checkpoint["hyper_parameters"]["network"]))))
+        network = new_network(network_config_of(json.loads(json.dumps(checkpoint["hyper_parameters"]["network"]))))
     network.load_state_dict(_under(checkpoint, "network."), assign=True)
+    if isinstance(network, CompressiveAutoencoder):
+        network.tabulate()
     return network.eval()
 
 

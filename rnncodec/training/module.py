@@ -91,6 +91,8 @@ class CodecTraining(Training):
         self.network = RecurrentCodec(network_config(network) if isinstance(network, dict) else network)
         if weights is not None:
             start = load_weights(weights)
+            if not isinstance(start.network, RecurrentCodec):
+                raise ValueError(f"{weights}: not a recurrent network")
             try:
                 self.network = widened(start.network, self.network.config)
             except ValueError as error:
