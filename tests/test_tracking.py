@@ -1,4 +1,4 @@
-"""Tests of offline W&B runs of a training and of an evaluation: tables, curves, pictures and artifacts."""
+"""Tests of a training in two processes and of an evaluation, and of what they leave in offline runs of W&B."""
 
 import csv
 import json
@@ -19,6 +19,7 @@ from PIL import Image
 from skimage import data
 from wandb.proto.wandb_internal_pb2 import Record  # pyright: ignore[reportAttributeAccessIssue] - made at run time
 
+from rnncodec.evaluation import evaluate
 from rnncodec.metrics.curves import Point
 from rnncodec.network import NetworkConfig, RecurrentCodec
 from rnncodec.training import tracking
@@ -131,6 +132,7 @@ def photographs(tmp_path_factory):
     Image.fromarray(data.astronaut()[:192, :208]).save(folder / "astronaut.png")
     Image.fromarray(data.coffee()[:180, :200]).save(folder / "coffee.png")
     Image.fromarray(data.chelsea()[:192, :192]).save(folder / "chelsea.png")
+    Image.fromarray(data.rocket()[:192, :192]).save(folder / "rocket.png")
     return folder
 
 
@@ -200,17 +202,29 @@ def test_an_evaluation_leaves_its_files_as_an_artifact(evaluation):
 
 @pytest.fixture(scope="module")
 def training(photographs, tmp_path_factory):
-    """The folder of a training in two processes, which share the validation images."""
+    """The folder of a training in two processes, which share the validation images: one has two, the other one."""
     folder = tmp_path_factory.mktemp("training")
     run(
         folder, ROOT / "train.py", "fit", "--config", ROOT / "configs" / "debug.yaml", "--name", "tiny",
-        "--data.root", photographs, "--data.cache_dir", folder / "cache", "--data.val_images", 2,
+        "--data.root", photographs, "--data.cache_dir", folder / "cache", "--data.val_images", 3,
         "--data.tile_size", 64, "--data.patch_size", 32, "--data.num_workers", 0,
         "--trainer.default_root_dir", folder, "--trainer.accelerator", "cpu", "--trainer.devices", 2,
         "--trainer.strategy", "ddp", "--trainer.max_steps", 4, "--trainer.val_check_interval", 2,
+        "--trainer.limit_val_batches", "1.0", "--model.network.decoder_cell", "associative_lstm",
+        "--trainer.callbacks+", "probe.Probe", "--trainer.callbacks.folder", folder / "probe",
         "--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false",
+        PYTHONPATH=os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]),
     )  # fmt: skip
     return folder / "tiny"
+
+
+def test_two_processes_hold_the_same_weights_and_share_no_patch(training):
+    probe = training.parent / "probe"
+    weights = [torch.load(probe / f"weights-{rank}.pt") for rank in (0, 1)]
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+    patches = [(probe / f"patches-{rank}.txt").read_text().split() for rank in (0, 1)]
+    assert [len(p) for p in patches] == [32, 32]
+    assert len(set(patches[0]) | set(patches[1])) == 64
 
 
 def test_every_validation_leaves_a_table_and_curves(training, photographs):
@@ -223,7 +237,7 @@ def test_every_validation_leaves_a_table_and_curves(training, photographs):
         points = [dict(zip(columns, row, strict=True)) for row in rows]
         # Images of both processes, by name.
         images = sorted({point["image"] for point in points})
-        assert len(images) == 2
+        assert len(images) == 3
         assert [(point["image"], point["codec"], point["setting"]) for point in points] == [
             (image, "tiny", k) for image in images for k in COUNTS
         ]
@@ -255,7 +269,7 @@ def test_every_validation_leaves_reconstructions(training, photographs):
     pictures = offline.pictures("val/reconstructions")
     (first, *_), *_ = offline.tables("val/images")[0][1]
     width, height = size_of(photographs / first)
-    assert [size for _, size in pictures] == [(6 * width, height)] * 2
+    assert [size for _, size in pictures] == [(6 * width, height)] * 2  # of the first image, in both validations
 
 
 def test_a_training_leaves_its_checkpoints_as_an_artifact(training):
@@ -266,12 +280,13 @@ def test_a_training_leaves_its_checkpoints_as_an_artifact(training):
         assert copy.read_bytes() == (training / name).read_bytes()
 
 
-def test_wandb_can_be_turned_off_and_its_errors_are_one_line(evaluation, photographs, tmp_path):
+def test_wandb_can_be_turned_off_and_its_errors_are_one_line(evaluation, photographs, tmp_path, monkeypatch):
     command = [
         ROOT / "evaluate.py", photographs / "astronaut.png", "--weights", evaluation.parent / "tiny.safetensors",
         "--iterations", 2, "--baselines", "--cache-dir", tmp_path / "cache", "--wandb", "a",
     ]  # fmt: skip
-    run(tmp_path, *command, "--output", tmp_path / "off", WANDB_MODE="disabled")
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert evaluate.main([*map(str, command[1:]), "--output", str(tmp_path / "off")]) == 0
     assert (tmp_path / "off" / "points.csv").exists()
     assert not (tmp_path / "off" / "wandb").exists()
     # An online run without a login, and nobody to ask.

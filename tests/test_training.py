@@ -212,20 +212,6 @@ def logged(folder):
     return [row for row in csv.DictReader(lines) if row.get("val/psnr")]
 
 
-def test_two_processes_hold_the_same_weights_and_share_no_patch(crops, tmp_path):
-    run(
-        crops, tmp_path, "--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.max_steps", "6",
-        "--trainer.val_check_interval", "3", "--data.val_images", "3", "--trainer.limit_val_batches", "1.0",
-        "--model.network.decoder_cell", "associative_lstm", *probe(tmp_path / "probe"),
-    )  # fmt: skip
-    assert [int(row["step"]) for row in logged(tmp_path / "debug")] == [2, 5]  # though the ranks have 2 images and 1
-    weights = [torch.load(tmp_path / "probe" / f"weights-{rank}.pt") for rank in (0, 1)]
-    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
-    patches = [(tmp_path / "probe" / f"patches-{rank}.txt").read_text().split() for rank in (0, 1)]
-    assert [len(p) for p in patches] == [48, 48]
-    assert len(set(patches[0]) | set(patches[1])) == 96
-
-
 @small_runs
 def test_a_killed_run_ends_with_the_weights_of_an_uninterrupted_one(train, crops, tmp_path):
     steps = [
