@@ -6,7 +6,7 @@ from typing import TypeVar
 
 from torch import Tensor
 
-MOST = 8  # extra runs of an iteration; each takes as long as an iteration, and widens what a decoder sees
+MOST = 8  # extra runs of an iteration: each takes as long as another iteration, and widens what a decoder sees
 
 State = TypeVar("State")
 

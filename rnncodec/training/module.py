@@ -39,7 +39,8 @@ class CodecTraining(Training):
     Args:
         network: config of the network; None for that of Toderici et al. 2017.
         weights: weights to start from, instead of random ones: name of shipped weights, or path of a .safetensors file.
-            Their network may have fewer channels (see `rnncodec.network.widened`) and another binarizer.
+            Their network may have fewer channels (see `rnncodec.network.widened`), another binarizer, and other priming
+            and diffusion.
         iterations: steps of the unrolled loop, each weighted equally.
         pictures: number of iterations that are reconstructed in a training step, one drawn from each of as many equal
             ranges; 0 for all. A latent network needs few, because reconstruction costs more than an iteration.
@@ -91,10 +92,8 @@ class CodecTraining(Training):
         self.network = RecurrentCodec(network_config(network) if isinstance(network, dict) else network)
         if weights is not None:
             start = load_weights(weights)
-            if not isinstance(start.network, RecurrentCodec):
-                raise ValueError(f"{weights}: not a recurrent network")
             try:
-                self.network = widened(start.network, self.network.config)
+                self.network = widened(start.recurrent, self.network.config)
             except ValueError as error:
                 raise ValueError(f"{weights}: {error}") from error
             self.started_from = start.fingerprint.hex()
