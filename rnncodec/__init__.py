@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import torch
 
     from rnncodec.codec import Codec
+    from rnncodec.compressive import CompressiveCodec
     from rnncodec.evaluation.evaluate import evaluate
 
 __version__ = "0.1.0"
@@ -22,21 +23,31 @@ __all__ = ["Codec", "__version__", "evaluate", "load"]
 
 def load(
     name_or_path: "str | os.PathLike[str]" = "small", device: "str | torch.device" = "cpu", *, bfloat16: bool = False
-) -> "Codec":
+) -> "Codec | CompressiveCodec":
     """Loads trained weights into a codec.
 
     Args:
         name_or_path: the name of weights that come with the package, or the path of a `.safetensors` file.
         device: where to compute, `cpu` or `cuda`.
-        bfloat16: whether to compute in bfloat16 where encoder and decoder need not agree, see `Codec`.
+        bfloat16: whether to compute in bfloat16 where encoder and decoder need not agree, see `Codec`; compressive
+            autoencoders never do.
+
+    Returns:
+        A `Codec` for weights of recurrent networks, such as all that come with the package; a `CompressiveCodec` for
+        those of compressive autoencoders.
 
     Raises:
         ValueError: there are no such weights, they are damaged, or the device is not available.
     """
     from rnncodec.codec import Codec
+    from rnncodec.compressive import CompressiveCodec
+    from rnncodec.network import CompressiveAutoencoder
     from rnncodec.weights import load_weights
 
-    return Codec(load_weights(name_or_path), device, bfloat16=bfloat16)
+    weights = load_weights(name_or_path)
+    if isinstance(weights.network, CompressiveAutoencoder):
+        return CompressiveCodec(weights, device)
+    return Codec(weights, device, bfloat16=bfloat16)
 
 
 def __getattr__(name: str) -> Any:

@@ -24,7 +24,9 @@ from rnncodec.jobs import Job, UsageError, find_files, find_jobs, read, refuse_t
 from rnncodec.threads import use_threads
 
 if TYPE_CHECKING:
-    from rnncodec.codec import Codec  # elsewhere imported only where it is used, because importing torch takes seconds
+    from rnncodec.imagecodec import (
+        ImageCodec,  # elsewhere imported only where it is used, because importing torch takes seconds
+    )
 
 
 TURNED = "turned upright, as the file says"
@@ -126,7 +128,7 @@ def decode(args: argparse.Namespace) -> int:
         raise UsageError(str(error)) from error
     _check_iterations(args, format.MAX_ITERATIONS)
     use_threads(args.threads)
-    codecs: dict[bytes, Codec] = {}
+    codecs: dict[bytes, ImageCodec] = {}
     if args.weights:
         given = _codec(args.weights, args)
         codecs[given.fingerprint] = given
@@ -210,7 +212,7 @@ def rate(args: argparse.Namespace) -> int:
 COMMANDS = {command.__name__: command for command in (encode, decode, info, truncate, export, rate)}
 
 
-def _codec(weights: str, args: argparse.Namespace) -> "Codec":
+def _codec(weights: str, args: argparse.Namespace) -> "ImageCodec":
     import torch
 
     import rnncodec
@@ -221,7 +223,7 @@ def _codec(weights: str, args: argparse.Namespace) -> "Codec":
     return rnncodec.load(weights, device, bfloat16=args.bfloat16)
 
 
-def _codec_for(header: Header, args: argparse.Namespace) -> "Codec":
+def _codec_for(header: Header, args: argparse.Namespace) -> "ImageCodec":
     """Loads the shipped weights that a file names."""
     from rnncodec.weights import WeightsError, shipped_name
 

@@ -30,7 +30,7 @@ from rnncodec.files.images import MAX_PIXELS
 from rnncodec.imagecodec import ImageCodec, check_targets
 from rnncodec.inputs import Input
 from rnncodec.loop import Loop, Progress
-from rnncodec.network import RecurrentCodec, to_uint8
+from rnncodec.network import to_uint8
 from rnncodec.targets import Allocator
 from rnncodec.tiling import MAX_ITERATIONS
 from rnncodec.weights import Weights, WeightsError
@@ -71,11 +71,10 @@ class Codec(ImageCodec):
         if tile is not None and tile < 1:
             raise ValueError(f"tile must be at least 1, not {tile}")
         self.context = weights.context and weights.context.to(self.device)
-        assert isinstance(weights.network, RecurrentCodec)
-        network = weights.network.eval().to(self.device).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        network = weights.recurrent.eval().to(self.device).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         self.network = copy.copy(network)  # shares the parameters, but not `in_bfloat16`
         self.network.in_bfloat16 = bfloat16
-        self.config = weights.network.config
+        self.config = weights.recurrent.config
         self.loop = Loop(self.network, tile)
         self.max_iterations = self.loop.max_iterations
         grouped = self.context is not None and self.context.config.kind == "grouped"

@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from rnncodec.files.codings import CONTEXT
+from rnncodec.allocation import TuneName
+from rnncodec.files.codings import CONTEXT, EntropyName
 from rnncodec.files.errors import FormatError
 from rnncodec.files.header import Entry, Header
 from rnncodec.files.images import MAX_PIXELS
@@ -45,6 +46,24 @@ class ImageCodec(ABC):
         self.config = weights.network.config
         self.name, self.fingerprint, self.provenance = weights.name, weights.fingerprint, weights.provenance
         self.context_fingerprint = weights.context_fingerprint
+
+    @abstractmethod
+    def encode(
+        self,
+        image: Input,
+        iterations: int | None = None,
+        *,
+        quality: float | None = None,
+        bpp: float | None = None,
+        max_bytes: int | None = None,
+        psnr: float | None = None,
+        tune: TuneName = "ms-ssim",
+        roi: np.ndarray | None = None,
+        entropy: EntropyName | None = None,
+        records: Mapping[str, bytes] | None = None,
+        progress: Progress | None = None,
+    ) -> bytes:
+        """Compresses an image."""
 
     @abstractmethod
     def decode(

@@ -17,11 +17,11 @@ from typing import IO, Any
 from PIL import Image, ImageFile
 
 import rnncodec
-from rnncodec.codec import Codec
 from rnncodec.files import format as rnc
 from rnncodec.files.errors import FormatError, ImageWarning
 from rnncodec.files.metadata import PREFIX, read_metadata
 from rnncodec.files.records import EXIF, XMP, unpack
+from rnncodec.imagecodec import ImageCodec
 from rnncodec.jobs import read_open
 from rnncodec.weights import shipped_name
 
@@ -29,11 +29,11 @@ NAME = "RNC"  # of the format, for Pillow
 MAX_PIXELS = 2**32  # Pillow itself refuses or warns of large images
 OPTIONS = "iterations", "quality", "bpp", "max_bytes", "psnr", "tune", "entropy"  # of `save`, as of `Codec.encode`
 
-_readers: dict[bytes, Codec] = {}  # by fingerprint
-_writers: list[Codec] = []  # the one that writes, if it was chosen or needed
+_readers: dict[bytes, ImageCodec] = {}  # by fingerprint
+_writers: list[ImageCodec] = []  # the one that writes, if it was chosen or needed
 
 
-def use(codec: Codec) -> None:
+def use(codec: ImageCodec) -> None:
     """Lets a codec write all files from now on, and read those of its weights."""
     _readers[codec.fingerprint] = codec
     _writers[:] = [codec]

@@ -70,6 +70,13 @@ class Weights:
     context_fingerprint: bytes = bytes(8)
     allocation: Allocation | None = None
 
+    @property
+    def recurrent(self) -> RecurrentCodec:
+        """The network. Raises WeightsError if it is not a recurrent one."""
+        if not isinstance(self.network, RecurrentCodec):
+            raise WeightsError(f"the weights {self.name!r} are not those of a recurrent network")
+        return self.network
+
 
 def save_weights(
     path: str | os.PathLike[str],

@@ -102,7 +102,7 @@ def test_the_frozen_codec_does_not_change_and_is_not_saved(trained, codec_file):
     assert all(key.startswith("contexts.") for key in checkpoint["state_dict"])
     module = ContextTraining.load_from_checkpoint(trained[0], map_location="cpu", weights_only=True)
     x = Patches(1)[0]
-    network = load_weights(codec_file).network
+    network = load_weights(codec_file).recurrent
     with torch.inference_mode():
         expected = torch.stack([step.bits for step in network.unroll(x, 4)])
     module.train()

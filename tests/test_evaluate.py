@@ -523,7 +523,7 @@ def test_coders_are_compared_on_the_same_bits(weights, weights_with_context, com
     assert "parallel" in capsys.readouterr().out
 
     torch.manual_seed(2)
-    save_weights(tmp_path / "other.safetensors", RecurrentCodec(own.network.config), "other")
+    save_weights(tmp_path / "other.safetensors", RecurrentCodec(own.recurrent.config), "other")
     assert evaluate.main([*arguments, "--coders", str(tmp_path / "other.safetensors")]) == 1
     assert "are not those of tiny" in capsys.readouterr().err.splitlines()[-1]
 

@@ -404,7 +404,7 @@ def test_edges_may_be_as_large_as_sums_of_costs(network, tmp_path):
     edges.fill_(2**30)
     save_weights(tmp_path / "busy.safetensors", network, "busy")
     edges.copy_(before)
-    assert (load_weights(tmp_path / "busy.safetensors").network.binarizer.questions.edges == 2**30).all()
+    assert (load_weights(tmp_path / "busy.safetensors").recurrent.binarizer.questions.edges == 2**30).all()
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import rnncodec
 from rnncodec.allocation import TuneName
 from rnncodec.arguments import positive_int
 from rnncodec.codec import MAX_ITERATIONS, Codec
+from rnncodec.compressive import CompressiveCodec
 from rnncodec.console import columns, warnings_told
 from rnncodec.evaluation.baselines import BASELINES
 from rnncodec.evaluation.measure import (
@@ -24,6 +25,7 @@ from rnncodec.evaluation.measure import (
     baseline,
     coded_sizes,
     entropy_coders,
+    levels,
     measured_points,
     ours,
     unique_names,
@@ -35,6 +37,7 @@ from rnncodec.evaluation.steps import write_steps
 from rnncodec.files.format import NAME_PATTERN
 from rnncodec.files.images import find_images, load_image, one_line, save_image
 from rnncodec.home import cache_folder
+from rnncodec.imagecodec import ImageCodec
 from rnncodec.metrics.curves import Point, from_json
 from rnncodec.threads import use_threads
 
@@ -42,14 +45,14 @@ PUBLISHED = Path(__file__).with_name("published")
 
 
 def evaluate(
-    codecs: Codec | Mapping[str, Codec],
+    codecs: ImageCodec | Mapping[str, ImageCodec],
     images: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
     *,
     iterations: int | None = None,
     baselines: Sequence[str] = (),
     overlays: Iterable[str | os.PathLike[str]] = (),
     tunes: Iterable[TuneName] = (),
-    coders: Iterable[Codec] | None = None,
+    coders: Iterable[ImageCodec] | None = None,
     output: str | os.PathLike[str] | None = None,
     save_images: bool = False,
     wandb: str | None = None,
@@ -92,7 +95,7 @@ def evaluate(
         RuntimeError: a codec does not decode its own files correctly, or W&B refuses or cannot be reached.
         OSError: a folder cannot be written.
     """
-    named = {codecs.name: codecs} if isinstance(codecs, Codec) else dict(codecs)
+    named = {codecs.name: codecs} if isinstance(codecs, ImageCodec) else dict(codecs)
     folder, memory_folder = (None if path is None else Path(path) for path in (output, cache))
     if folder is None and (save_images or wandb):
         raise ValueError("saved images and runs of W&B need an output folder")
@@ -101,8 +104,9 @@ def evaluate(
     missing = [name for name in baselines if name not in BASELINES or not BASELINES[name].available]
     if missing:
         raise ValueError(f"this Pillow cannot write {', '.join(missing)}")
-    sources = [ours(codec, counts[name], name) for name, codec in named.items()]
-    sources += [allocated(codec, counts[name], tune, name) for tune in tunes for name, codec in named.items()]
+    sources = [_source(codec, counts[name], name) for name, codec in named.items()]
+    recurrent = {name: codec for name, codec in named.items() if isinstance(codec, Codec)}
+    sources += [allocated(codec, counts[name], tune, name) for tune in tunes for name, codec in recurrent.items()]
     sources += [baseline(BASELINES[name]) for name in baselines]
     codec, count = next(iter(named.values())), next(iter(counts.values()))
     curves = _overlays(overlays, [source.title for source in sources])
@@ -147,7 +151,7 @@ def evaluate(
                         settings = tuple(sorted({*settings, *matched}))
                     measured += measured_points(name, source, settings, x, where, memory, save)
                     bar.advance(task, 1 / len(sources))
-                if compared_coders:
+                if compared_coders and isinstance(codec, Codec):
                     bar.update(task, description=f"{name}: entropy coders")
                     bits = codec.read_bits(codec.encode(x, count, entropy="none"))
                     image_sizes = coded_sizes(compared_coders, bits, *x.shape[:2])
@@ -166,7 +170,7 @@ def evaluate(
             files_of[name] = path
             for coder, each in image_sizes.items():
                 sizes[coder].append(each)
-        if folder is not None and save_images:
+        if folder is not None and save_images and isinstance(codec, Codec):
 
             def tell(image: str) -> None:
                 bar.update(task, description=f"{image}: steps within iterations")
@@ -187,7 +191,7 @@ def evaluate(
     return points
 
 
-def _iterations_of(codecs: Mapping[str, Codec], iterations: int | None) -> dict[str, int]:
+def _iterations_of(codecs: Mapping[str, ImageCodec], iterations: int | None) -> dict[str, int]:
     """The number of iterations to measure of each codec.
 
     Raises:
@@ -203,6 +207,14 @@ def _iterations_of(codecs: Mapping[str, Codec], iterations: int | None) -> dict[
         if not 1 <= result[name] <= codec.max_iterations:
             raise ValueError(f"iterations must be in 1..{codec.max_iterations}, not {iterations}")
     return result
+
+
+def _source(codec: ImageCodec, iterations: int, name: str) -> Source:
+    """A codec of this package as a source."""
+    if isinstance(codec, CompressiveCodec):
+        return levels(codec, name)
+    assert isinstance(codec, Codec)
+    return ours(codec, iterations, name)
 
 
 def _overlays(overlays: Iterable[str | os.PathLike[str]], taken: Iterable[str]) -> dict[str, list[Point]]:
@@ -236,7 +248,7 @@ def _logger() -> Callable[..., None]:
     return log_evaluation
 
 
-def _config(codec: Codec, iterations: int, results: Results) -> dict[str, object]:
+def _config(codec: ImageCodec, iterations: int, results: Results) -> dict[str, object]:
     """The settings on which the results depend, for W&B."""
     return {
         "weights": codec.name,

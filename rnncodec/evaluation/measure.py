@@ -14,13 +14,16 @@ import torch
 
 from rnncodec.allocation import TuneName
 from rnncodec.codec import Codec
+from rnncodec.compressive import CompressiveCodec
 from rnncodec.entropy import CLASSICAL, ContextSession, EntropyName
 from rnncodec.evaluation.baselines import Baseline
 from rnncodec.evaluation.report import TYPES
 from rnncodec.files.format import read_header, truncate
 from rnncodec.files.images import atomic_write
+from rnncodec.imagecodec import ImageCodec
 from rnncodec.metrics.curves import NAN, Point, from_csv, to_csv
 from rnncodec.metrics.distortion import DISTORTIONS, REPORTED_ITERATIONS
+from rnncodec.network import FINE
 
 NAME_BYTES = 200  # longest name of an image, which leaves room for suffixes
 CACHE_VERSION = 1  # measurements of other versions are not used
@@ -125,6 +128,23 @@ def allocated(codec: Codec, iterations: int, tune: TuneName, name: str = "") -> 
     name = f"rnncodec-{name or codec.name}-{tune}"
     settings = tuple(range(2, iterations + 1))
     description = f"{_described(codec)}, at the bytes of 2 to {iterations} iterations, allocated for {tune}"
+    return Source(name, name, description, ".png", settings, run)
+
+
+def levels(codec: CompressiveCodec, name: str = "") -> Source:
+    """A compressive autoencoder as a source, with its rates and one between each two of them."""
+
+    def run(x: np.ndarray, settings: Sequence[float]) -> Iterator[Coded]:
+        for level in settings:
+            start = time.perf_counter()
+            data = codec.encode(x, level=int(level))
+            middle = time.perf_counter()
+            x_hat = np.asarray(codec.decode(data))
+            yield Coded(level, len(data), x_hat, None, NAN, middle - start, time.perf_counter() - middle)
+
+    name = f"rnncodec-{name or codec.name}"
+    settings = tuple(range(0, codec.config.levels, FINE // 2))
+    description = f"weights {codec.name} ({codec.fingerprint.hex()}), levels 0 to {codec.config.levels - 1}"
     return Source(name, name, description, ".png", settings, run)
 
 
@@ -272,7 +292,7 @@ def check_truncated(codec: Codec, data: bytes, pictures: Sequence[np.ndarray]) -
             raise RuntimeError(f"the file cut to {k} iterations decodes to another picture than the whole file")
 
 
-def entropy_coders(codec: Codec, others: Iterable[Codec]) -> dict[str, tuple[Codec, EntropyName]]:
+def entropy_coders(codec: ImageCodec, others: Iterable[ImageCodec]) -> dict[str, tuple[Codec, EntropyName]]:
     """The entropy coders to compare, by name, each with its codec.
 
     Args:
@@ -280,11 +300,13 @@ def entropy_coders(codec: Codec, others: Iterable[Codec]) -> dict[str, tuple[Cod
         others: more codecs of the same network, whose context models are compared too.
 
     Raises:
-        ValueError: one of the others has another network.
+        ValueError: one of the others has another network, or it is not a recurrent one.
     """
+    if not isinstance(codec, Codec):
+        raise ValueError("entropy coders are compared on the bits of recurrent networks")
     coders: dict[str, tuple[Codec, EntropyName]] = {name: (codec, name) for name in CLASSICAL}
     for another in (codec, *others):
-        if another.fingerprint != codec.fingerprint:
+        if another.fingerprint != codec.fingerprint or not isinstance(another, Codec):
             raise ValueError(f"the weights {another.name} ({another.fingerprint.hex()}) are not those of {codec.name}")
         if another.context is not None:
             name = another.context.config.kind

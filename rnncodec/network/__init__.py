@@ -5,7 +5,7 @@ Nothing here depends on files, entropy coding, data or training.
 
 from rnncodec.network.binarizer import Binarizer, BinarizerName, binarize
 from rnncodec.network.cells import CELLS, CellName, GateConv
-from rnncodec.network.compressive import CompressiveAutoencoder, CompressiveConfig
+from rnncodec.network.compressive import FINE, CompressiveAutoencoder, CompressiveConfig
 from rnncodec.network.latent import LatentBinarizer, LatentConfig
 from rnncodec.network.questions import Questions
 from rnncodec.network.recurrent import (
@@ -26,6 +26,7 @@ from rnncodec.network.transforms import Window
 
 __all__ = [
     "CELLS",
+    "FINE",
     "AnyConfig",
     "Binarizer",
     "BinarizerName",

@@ -37,8 +37,8 @@ class CompressiveTraining(Training):
         muon_learning_rate: of Muon, for these.
         weight_decay: decoupled weight decay.
         warmup_steps: steps in which the learning rates rise linearly.
-        decay_steps: steps in which they fall linearly to zero, up to `trainer.max_steps`; a number below 1 is a fraction
-            of `trainer.max_steps`, and 0 means no fall.
+        decay_steps: steps in which they fall linearly to zero, up to `trainer.max_steps`; a number below 1 is a
+            fraction of `trainer.max_steps`, and 0 means no fall.
         max_bad_steps: how many steps in a row with non-finite gradients are skipped before training stops.
     """
 

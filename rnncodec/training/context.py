@@ -97,7 +97,7 @@ class ContextTraining(Training):
         if not contexts or iterations < 1:
             raise ValueError("training a context model needs at least one of them and one iteration")
         coded = load_weights(codec)
-        network = coded.network.requires_grad_(False).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        network = coded.recurrent.requires_grad_(False).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         self._codec = (network,)  # in a tuple it is no submodule, so it is neither averaged nor saved
         configs = {name: _config(config, network.config) for name, config in contexts.items()}
         self.contexts = nn.ModuleDict({name: ContextModel(config) for name, config in configs.items()})
