@@ -323,20 +323,20 @@ def test_weights_without_extra_runs_are_those_of_before(path, tmp_path):
     config = json.loads(parse(path)[0]["__metadata__"]["config"])
     assert not {"priming", "diffusion"} & set(config)
     shipped = load_weights("small")  # older than the fields
-    assert shipped.network.config.extra_runs == ExtraRuns(0, 0)
-    save_weights(tmp_path / "again.safetensors", shipped.network, "again")
+    assert shipped.recurrent.config.extra_runs == ExtraRuns(0, 0)
+    save_weights(tmp_path / "again.safetensors", shipped.recurrent, "again")
     assert load_weights(tmp_path / "again.safetensors").fingerprint == shipped.fingerprint
 
 
 def test_primed_weights_come_back_and_are_others(path, tmp_path):
     plain = load_weights(path)
-    primed = widened(plain.network, replace(plain.network.config, priming=3))
+    primed = widened(plain.recurrent, replace(plain.recurrent.config, priming=3))
     save_weights(tmp_path / "primed.safetensors", primed, "primed")
     loaded = load_weights(tmp_path / "primed.safetensors")
-    assert (loaded.network.config.priming, loaded.network.config.diffusion) == (3, 0)
+    assert (loaded.recurrent.config.priming, loaded.recurrent.config.diffusion) == (3, 0)
     assert loaded.fingerprint != plain.fingerprint
-    for key, tensor in plain.network.state_dict().items():
-        assert torch.equal(loaded.network.state_dict()[key], tensor), key
+    for key, tensor in plain.recurrent.state_dict().items():
+        assert torch.equal(loaded.recurrent.state_dict()[key], tensor), key
 
 
 @pytest.mark.parametrize("value", [MOST + 1, -1, 2**40, True, "3", 1.5, None, [3]])
