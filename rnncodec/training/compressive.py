@@ -21,14 +21,14 @@ VALIDATED = ("psnr", "ms_ssim")  # metrics of the validation
 class CompressiveTraining(Training):
     """Trains a `CompressiveAutoencoder` to minimize rate and distortion (Theis et al. 2017, sec. 2 and 3.2).
 
-        loss = bits per pixel + weight * mean squared error, of values in [0, 1]
+        loss = bits per pixel + weight of the distortion * mean squared error, of values in [0, 1]
 
     All coefficients and transforms are trained for one rate. Then they stay as they are, and the other rates learn
     their scales and priors (sec. 2.5), one rate in each step.
 
     Args:
         network: config of the network; None for that of the paper.
-        weights: of the distortion at each rate, rising.
+        distortion_weights: of each rate, rising.
         first: the number of the rate that is trained first, from 0.
         growth_steps: steps in which the coefficients come one after another, instead of all at once (sec. 2.4).
         scale_steps: the last steps, in which only scales and priors are trained; a number below 1 is a fraction of
@@ -47,7 +47,7 @@ class CompressiveTraining(Training):
     def __init__(
         self,
         network: CompressiveConfig | None = None,
-        weights: tuple[float, ...] = (30.0, 75.0, 190.0, 480.0, 1200.0, 3000.0),
+        distortion_weights: tuple[float, ...] = (30.0, 75.0, 190.0, 480.0, 1200.0, 3000.0),
         first: int = 3,
         growth_steps: int = 0,
         scale_steps: float = 0.2,
@@ -63,14 +63,14 @@ class CompressiveTraining(Training):
             CompressiveConfig(**network) if isinstance(network, dict) else network or CompressiveConfig()
         )
         rates = self.network.config.rates
-        if len(weights) != rates or not 0 <= first < rates:
+        if len(distortion_weights) != rates or not 0 <= first < rates:
             raise ValueError(f"{rates} rates need as many weights of the distortion, and the first is one of them")
         self.muon_learning_rate = muon_learning_rate
-        self.weights, self.first = tuple(weights), first
+        self.distortion_weights, self.first = tuple(distortion_weights), first
         self.growth_steps, self.scale_steps = growth_steps, scale_steps
         with torch.no_grad():  # where the distortion counts four times as much, steps are half as large
-            for rate, weight in enumerate(self.weights):
-                self.network.scale[rate] += math.log(weight / self.weights[first]) / 2
+            for rate, weight in enumerate(self.distortion_weights):
+                self.network.scale[rate] += math.log(weight / self.distortion_weights[first]) / 2
         self.save_hyperparameters()
         self.plain_hyperparameters(network=asdict(self.network.config))
         self.network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
@@ -114,7 +114,12 @@ class CompressiveTraining(Training):
         """Begins all rates with what the first one has learned, their scales as far from it as at the start."""
         network, first = self.network, self.first
         ahead = network.scale - network.scale[first]
-        apart = torch.log(torch.tensor(self.weights, device=ahead.device) / self.weights[first])[:, None] / 2
+        apart = (
+            torch.log(torch.tensor(self.distortion_weights, device=ahead.device) / self.distortion_weights[first])[
+                :, None
+            ]
+            / 2
+        )
         network.scale.copy_(network.scale[first] + apart)
         network.deviation.copy_(network.deviation[first] + apart[..., None])
         network.weight.copy_(network.weight[first].expand_as(network.weight))
@@ -131,7 +136,7 @@ class CompressiveTraining(Training):
         bpp, error = self.bpp(nats, x), self.error(x, x_hat)
         self.log("train/bpp", bpp, prog_bar=True)
         self.log("train/rate", float(rate))
-        loss = bpp + self.weights[rate] * error
+        loss = bpp + self.distortion_weights[rate] * error
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
@@ -148,7 +153,7 @@ class CompressiveTraining(Training):
         original = to_uint8(x)
         values: dict[str, float] = {}
         points, pictures, losses = [], [original], []
-        for rate, weight in enumerate(self.weights):
+        for rate, weight in enumerate(self.distortion_weights):
             x_hat, nats = self.network(x, rate)
             bpp = self.bpp(nats, x).item()
             losses.append(bpp + weight * self.error(x, x_hat).item())

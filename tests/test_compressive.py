@@ -1,0 +1,382 @@
+"""The compressive autoencoder: its network against NumPy, its training, its files."""
+
+import json
+import math
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy.signal import correlate
+from scipy.stats import norm
+
+import rnncodec
+from rnncodec import compressive
+from rnncodec.cli import main
+from rnncodec.codec import Codec
+from rnncodec.entropy import SCALE
+from rnncodec.evaluation.evaluate import evaluate
+from rnncodec.files import codings, format
+from rnncodec.files.errors import FormatError
+from rnncodec.network import CompressiveAutoencoder, CompressiveConfig
+from rnncodec.network import compressive as network_of
+from rnncodec.training.compressive import CompressiveTraining
+from rnncodec.training.export import load_checkpoint
+from rnncodec.weights import WeightsError, load_weights, save_weights
+
+TINY = CompressiveConfig(coefficients=6, channels=(4, 6), blocks=1, mixtures=3, rates=3)
+
+
+@pytest.fixture(scope="module")
+def network():
+    """A network whose integers differ, and whose levels do."""
+    torch.manual_seed(0)
+    made = CompressiveAutoencoder(TINY).eval()
+    with torch.no_grad():
+        made.scale += torch.linspace(0, 3, TINY.rates)[:, None] + torch.rand(TINY.rates, TINY.coefficients)
+        made.weight.normal_()
+        for parameter in made.parameters():  # as files hold them
+            parameter.copy_(parameter.half())
+    made.tabulate()
+    return made
+
+
+@pytest.fixture(scope="module")
+def weights(network, tmp_path_factory):
+    path = tmp_path_factory.mktemp("weights") / "cae.safetensors"
+    save_weights(path, network, "cae")
+    return path
+
+
+@pytest.fixture(scope="module")
+def codec(weights):
+    return rnncodec.load(weights)
+
+
+@pytest.fixture(scope="module")
+def photo():
+    x, y = np.meshgrid(np.arange(61), np.arange(45))
+    return np.stack([4 * x, 5 * y, 128 + 100 * np.sin(x * y / 80)], -1).astype(np.uint8)
+
+
+def test_the_decisions_are_as_many_as_coders_expect():
+    assert (network_of.DECISIONS, network_of.SCALE) == (codings.DECISIONS, SCALE)
+
+
+def test_the_network_of_the_paper():
+    """Theis et al. 2017, fig. 3: 64 and 128 channels, three residual blocks, 96 coefficients for 8x8 pixels."""
+    made = CompressiveAutoencoder(CompressiveConfig())
+    shapes = [tuple(p.shape) for name, p in made.analysis.named_parameters() if name.endswith("weight")]
+    assert shapes == [(64, 3, 5, 5), (128, 64, 5, 5), *[(128, 128, 3, 3)] * 6, (96, 128, 5, 5)]
+    shapes = [tuple(p.shape) for name, p in made.synthesis.named_parameters() if name.endswith("weight")]
+    assert shapes == [(512, 96, 3, 3), *[(128, 128, 3, 3)] * 6, (256, 128, 3, 3), (12, 64, 3, 3)]
+    assert sum(made.margins) == 69
+
+
+def convolved(x, layer, stride=1, padding=0):
+    """A convolution of [C, H, W] by SciPy."""
+    x = np.pad(x, ((0, 0), (padding, padding), (padding, padding)))
+    kernels, bias = layer.weight.detach().numpy(), layer.bias.detach().numpy()
+    found = [correlate(x, kernel, "valid")[0] + shift for kernel, shift in zip(kernels, bias, strict=True)]
+    return np.stack(found)[:, ::stride, ::stride]
+
+
+def leaky(x):
+    return np.where(x > 0, x, 0.2 * x)
+
+
+def shuffled(x):
+    """Depth to space: channels 4 c + 2 y + x become pixels."""
+    channels, rows, cols = x.shape
+    return (
+        x.reshape(channels // 4, 2, 2, rows, cols).transpose(0, 3, 1, 4, 2).reshape(channels // 4, 2 * rows, 2 * cols)
+    )
+
+
+def test_analysis_and_synthesis_in_numpy(network, photo):
+    x = photo.transpose(2, 0, 1) / 127.5 - 1
+    mean, deviation = (np.array(values)[:, None, None] for values in (network_of.MEAN, network_of.DEVIATION))
+    before, after = network.margins
+    sides = [(before, 48 - 45 + after), (before, 64 - 61 + after)]
+    padded = np.pad((x - 2 * mean + 1) / (2 * deviation), ((0, 0), *sides), mode="reflect")
+    first, _, second, _, block, last = network.analysis
+    y = leaky(convolved(leaky(convolved(padded, first, 2)), second, 2))
+    y = y[:, 2:-2, 2:-2] + convolved(leaky(convolved(y, block.first)), block.second)
+    y = convolved(y, last, 2)
+    with torch.no_grad():
+        found = network.analyse(torch.from_numpy(photo).permute(2, 0, 1)[None], slice(0, 6), slice(0, 8))
+    np.testing.assert_allclose(found[0], y, atol=2e-5)
+
+    first, _, block, second, _, _, last, _ = network.synthesis
+    z = shuffled(convolved(y, first, padding=1))
+    z = z + convolved(leaky(convolved(z, block.first, padding=1)), block.second, padding=1)
+    z = shuffled(leaky(convolved(z, second, padding=1)))
+    z = shuffled(convolved(z, last, padding=1)) * 2 * deviation + 2 * mean - 1
+    with torch.no_grad():
+        np.testing.assert_allclose(network.synthesise(found)[0], z, atol=2e-5)
+
+
+def test_scales_of_the_rates_and_between_them(network):
+    logarithms = network.scale.detach().numpy()
+    for level, expected in ((0, logarithms[0]), (4, logarithms[1]), (5, 0.75 * logarithms[1] + 0.25 * logarithms[2])):
+        found = network.scales(level).detach().numpy()
+        np.testing.assert_allclose(found, np.exp(expected)[:, None, None], rtol=1e-5)
+
+
+def bins(network, rate, values):
+    """The probability of integers by coefficient, [coefficients, values], by SciPy."""
+    deviation, logits = (p[rate].detach().double().numpy() for p in (network.deviation, network.weight))
+    share = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    edges = values[None, :, None] + np.array([-0.5, 0.5])[:, None, None, None]
+    below = norm.cdf(edges / np.exp(deviation)[None, :, None])
+    return (share[:, None] * (below[1] - below[0])).sum(-1)
+
+
+def test_code_lengths_are_those_of_the_mixtures(network):
+    values = np.arange(-7, 8)
+    planes = torch.tensor(values, dtype=torch.float).expand(1, 6, 1, -1)
+    expected = -np.log(bins(network, 1, values))
+    with torch.no_grad():
+        np.testing.assert_allclose(network.nats(planes, 1)[0, :, 0], expected, rtol=1e-3)
+
+
+def test_tables_are_those_of_the_mixtures(network):
+    """The product of the decisions of an integer is its probability, up to the rounding of each to 1 / 65536."""
+    found = network.table[4 * 2].numpy() / SCALE
+    values = np.arange(-6, 7)
+    expected = bins(network, 2, values)
+    for column, value in enumerate(values):
+        chance = 1 - found[:, 0] if not value else found[:, 0] * 0.5
+        for least in range(2, abs(value) + 2 if value else 0):
+            chance = chance * (found[:, least] if abs(value) >= least else 1 - found[:, least])
+        np.testing.assert_allclose(chance, expected[:, column], rtol=2e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("rounding", ["identity", "noise", "stochastic"])
+def test_rounding_and_its_gradient(rounding):
+    """Theis et al. 2017, sec. 2.1: the gradient is 1; noise is uniform; stochastic rounding is right on average."""
+    torch.manual_seed(0)
+    y = torch.full((20000,), 2.3, requires_grad=True)
+    found = network_of.rounded(y, rounding, training=True)
+    found.sum().backward()
+    assert y.grad is not None
+    assert (y.grad == 1).all()
+    values = found.detach().numpy()
+    if rounding == "identity":
+        assert (values == 2).all()
+    elif rounding == "noise":
+        assert values.min() >= 1.8
+        assert values.max() <= 2.8
+        assert values.std() == pytest.approx(math.sqrt(1 / 12), rel=0.02)
+    else:
+        np.testing.assert_allclose(values, np.round(values), atol=1e-6)
+        assert values.mean() == pytest.approx(2.3, abs=0.02)
+    assert (network_of.rounded(y, rounding, training=False) == 2).all()
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 40])
+def test_mirrored_places_are_those_of_numpy(size):
+    places = torch.arange(-60, size + 60)
+    expected = np.pad(np.arange(size), (60, 60), mode="reflect")
+    np.testing.assert_array_equal(network_of.mirrored(places, size), expected)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (8, 8), (3, 70), (45, 61)])
+@pytest.mark.parametrize("entropy", ["prior", "none", "huffman", "static", "adaptive"])
+def test_files_decode_to_the_same_picture(codec, network, size, entropy):
+    x = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
+    data = codec.encode(x, level=5, entropy=entropy)
+    assert format.read_header(data).level == 5
+    rows, cols = (math.ceil(side / 8) for side in size)
+    with torch.no_grad():
+        scale = network.scales(5)
+        y = network.analyse(torch.from_numpy(x).permute(2, 0, 1)[None], slice(0, rows), slice(0, cols))
+        x_hat = network.synthesise((y * scale).round() / scale)[0, :, : size[0], : size[1]]
+    expected = ((x_hat.clamp(-1, 1) + 1) * 127.5).round().permute(1, 2, 0).numpy()
+    found = np.asarray(codec.decode(data)).astype(int)
+    assert np.abs(found - expected).max() <= 1  # sums in another order
+    np.testing.assert_array_equal(codec.integers(x, 5), (y * scale).round()[0])
+
+
+def test_windows_leave_no_trace(codec, photo, monkeypatch):
+    whole = codec.encode(photo, level=8)
+    picture = np.asarray(codec.decode(whole)).astype(int)
+    monkeypatch.setattr(compressive, "WINDOW", 2)
+    assert codec.encode(photo, level=8) == whole
+    assert np.abs(np.asarray(codec.decode(whole)) - picture).max() <= 1
+
+
+def test_targets(codec, photo):
+    sizes = [len(codec.encode(photo, level=level)) for level in range(codec.config.levels)]
+    limit = (sizes[3] + sizes[4]) // 2
+    assert len(codec.encode(photo, max_bytes=limit)) == max(size for size in sizes if size <= limit)
+    assert len(codec.encode(photo, bpp=8 * limit / (45 * 61))) == max(size for size in sizes if size <= limit)
+    assert codec.encode(photo, quality=1) == codec.encode(photo, level=0)
+    assert codec.encode(photo, quality=100) == codec.encode(photo, level=8)
+    assert codec.encode(photo) == codec.encode(photo, level=4)
+    with pytest.raises(ValueError, match="the smallest file takes"):
+        codec.encode(photo, max_bytes=50)
+
+    def decibel(data):
+        return 10 * np.log10(255**2 / np.mean((np.asarray(codec.decode(data)) - photo.astype(float)) ** 2))
+
+    reached = [decibel(codec.encode(photo, level=level)) for level in range(codec.config.levels)]
+    with pytest.warns(UserWarning, match="^90 dB are out of reach, the image has"):
+        codec.encode(photo, psnr=90)
+    least = min(reached) - 0.1
+    assert decibel(codec.encode(photo, psnr=least)) >= least
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"iterations": 2}, "one iteration"),
+        ({"level": 9}, "level must be in 0..8, not 9"),
+        ({"level": 1, "quality": 3}, "give one of level, quality, bpp, max_bytes and psnr, not several"),
+        ({"entropy": "context"}, "entropy is one of prior, none"),
+        ({"roi": np.zeros((45, 61), np.uint8)}, "no region of interest"),
+    ],
+)
+def test_wrong_options(codec, photo, options, message):
+    with pytest.raises(ValueError, match=message):
+        codec.encode(photo, **options)
+
+
+def test_files_of_others_are_refused(codec, tiny, photo):
+    theirs = rnncodec.load(tiny)
+    assert isinstance(theirs, Codec)
+    with pytest.raises(WeightsError, match="the file needs the weights 'tiny'"):
+        codec.decode(theirs.encode(photo, 1))
+    with pytest.raises(WeightsError, match="the file needs the weights 'cae'"):
+        theirs.decode(codec.encode(photo))
+    data = codec.encode(photo)
+    for cut in range(len(data)):
+        with pytest.raises(FormatError):
+            codec.decode(data[:cut])
+
+
+def test_weights_come_back(network, weights):
+    loaded = load_weights(weights)
+    assert isinstance(loaded.network, CompressiveAutoencoder)
+    assert loaded.network.config == TINY
+    torch.testing.assert_close(loaded.network.table, network.table)
+    with pytest.raises(WeightsError, match="not those of a recurrent network"):
+        _ = loaded.recurrent
+
+
+@pytest.mark.parametrize("value", [0, -3, SCALE])
+def test_tables_out_of_range_are_refused(network, tmp_path, value):
+    before = network.table[0, 0, 0].item()
+    network.table[0, 0, 0] = value
+    with pytest.raises(WeightsError, match=r"numbers beyond 1\.\.65535"):
+        save_weights(tmp_path / "bad.safetensors", network, "bad")
+    network.table[0, 0, 0] = before
+
+
+def test_the_command_line(weights, photo, tmp_path, capsys):
+    Image.fromarray(photo).save(tmp_path / "a.png")
+    files = [str(tmp_path / name) for name in ("a.png", "a.rnc", "b.png")]
+    assert main(["encode", *files[:2], "--quality", "80", "--weights", str(weights)]) == 0
+    capsys.readouterr()
+    assert main(["info", files[1], "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["weights"] == "cae"
+    assert main(["decode", *files[1:], "--weights", str(weights)]) == 0
+    with Image.open(files[2]) as image:
+        assert image.size == (61, 45)
+    assert main(["decode", *files[1:], "--force"]) == 1
+    assert "the file needs the weights cae" in capsys.readouterr().err
+
+
+def test_evaluation_measures_every_rate(codec, photo, tmp_path):
+    big = np.tile(photo, (4, 3, 1))
+    Image.fromarray(big).save(tmp_path / "a.png")
+    points = evaluate(codec, tmp_path / "a.png")
+    assert [point.setting for point in points] == [0, 2, 4, 6, 8]
+    for point in points:
+        data = codec.encode(big, level=int(point.setting))
+        assert point.bytes == len(data)
+        error = np.mean((np.asarray(codec.decode(data)) - big.astype(float)) ** 2)
+        assert point.psnr == pytest.approx(10 * math.log10(255**2 / error), abs=1e-3)
+
+
+class Patches(torch.utils.data.Dataset):
+    """Smooth random patches."""
+
+    def __len__(self):
+        return 12
+
+    def __getitem__(self, step):
+        x = torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(step)) * 2 - 1
+        return torch.nn.functional.interpolate(x, size=(32, 32), mode="bilinear")
+
+
+def test_training_learns_one_rate_and_then_the_others(tmp_path):
+    torch.manual_seed(0)
+    module = CompressiveTraining(TINY, (100.0, 400.0, 1600.0), first=1, scale_steps=4, growth_steps=3)
+    before = module.network.scale.detach().clone()
+    seen = []
+
+    class Watch(L.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            seen.append((module.network.scale.detach().clone(), module.network.analysis[0].weight.detach().clone()))
+
+    trainer = L.Trainer(
+        max_steps=12,
+        default_root_dir=tmp_path,
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[Watch()],
+        limit_val_batches=0,
+    )
+    trainer.fit(module, torch.utils.data.DataLoader(Patches(), batch_size=None))
+    scales, kernels = zip(*seen, strict=True)
+    # For eight steps only the first rate; then only scales and priors.
+    torch.testing.assert_close(scales[7][[0, 2]], before[[0, 2]])
+    assert not torch.equal(scales[7][1], before[1])
+    assert not torch.equal(kernels[7], kernels[6])
+    assert all(torch.equal(kernel, kernels[7]) for kernel in kernels[8:])
+    # All begin with what the first has learned; at a fourth of the weight, steps are twice as large.
+    apart = (scales[8] - scales[7][1]) / math.log(2)
+    np.testing.assert_allclose(apart.mean(1), [-1, 0, 1], atol=0.1)
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    # The checkpoint of this bare trainer has neither data module nor averages.
+    checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True) | {"PatchDataModule": {}, "seed": 0}
+    torch.save(checkpoint, tmp_path / "last.ckpt")
+    network, _ = load_checkpoint(tmp_path / "last.ckpt")
+    assert isinstance(network, CompressiveAutoencoder)
+    assert int(network.table.min()) > 0
+
+
+def test_the_loss_is_rate_and_distortion(network):
+    module = CompressiveTraining(TINY, (100.0, 400.0, 1600.0), first=1)
+    module.network = network
+    x = Patches()[0]
+    with torch.no_grad():
+        x_hat, nats = network(x, 2)
+    scale = network.scales(8).detach()
+    with torch.no_grad():
+        integers = (network.analyse(x, slice(0, 4), slice(0, 4)) * scale).round()
+    chances = bins(network, 2, np.arange(-400, 401))
+    length = -np.log2(chances[np.arange(6)[None, :, None, None], integers.int().numpy() + 400]).sum()
+    assert module.bpp(nats, x).item() == pytest.approx(length / (2 * 32 * 32), rel=1e-2)
+    assert module.error(x, x_hat).item() == pytest.approx((((x - x_hat) / 2) ** 2).mean().item(), rel=1e-5)
+
+
+def test_coefficients_come_one_after_another(network):
+    x = Patches()[0]
+    with torch.no_grad():
+        _, nats = network(x, 1, active=2)
+    assert (nats[:, 2:] == 0).all()
+    assert nats[:, :2].sum() > 0
+
+
+@pytest.mark.parametrize(
+    "options", [{"distortion_weights": (1.0, 2.0)}, {"distortion_weights": (1.0, 2.0, 3.0), "first": 3}]
+)
+def test_rates_need_weights(options):
+    with pytest.raises(ValueError, match="3 rates need as many weights"):
+        CompressiveTraining(TINY, **options)
