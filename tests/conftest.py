@@ -54,6 +54,12 @@ def photos(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Evaluations with empty figures, which take most of the time of a quick one, for tests of their other results."""
+    monkeypatch.setattr("rnncodec.evaluation.results.rendered", lambda drawing, format: b"")
+
+
 @pytest.fixture(scope="session")
 def browser(tmp_path_factory):
     """Chromium without a window; its logs hold what went wrong and what was requested."""

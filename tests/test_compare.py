@@ -1,14 +1,17 @@
 """Tests of the comparison of variants, with real trainings of a few steps, one of which is resumed and one fails."""
 
 import csv
+import io
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -19,6 +22,7 @@ import compare
 from compare import Variant
 from rnncodec.files.images import load_image, save_image
 from rnncodec.network import NetworkConfig
+from rnncodec.training.cli import main as train
 from rnncodec.weights import load_weights
 
 ROOT = Path(__file__).parent.parent
@@ -103,12 +107,37 @@ def quiet(monkeypatch):
     """What the trainings find in their environment."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("WANDB_MODE", "disabled")
+    monkeypatch.setenv("PL_GLOBAL_SEED", "0")  # which a training in this process sets
     for name in [name for name in os.environ if name.startswith("SLURM_")]:
         monkeypatch.delenv(name)
 
 
+def here(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+    """As `subprocess.run` of train.py, but in this process, which need not load everything again."""
+    assert command[:2] == [sys.executable, str(ROOT / "train.py")]
+    with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as error:
+        try:
+            status = train(command[2:])
+        except SystemExit as end:
+            status = cast(int, end.code)
+    return subprocess.CompletedProcess(command, status, out.getvalue(), error.getvalue())
+
+
+@pytest.mark.filterwarnings("ignore")  # Lightning warns of small runs
+@pytest.mark.usefixtures("undrawn")
 def test_one_fails_the_others_go_on_and_nothing_is_done_twice(crops, tmp_path, quiet, capsys, monkeypatch):
     output = tmp_path / "out"
+    run = compare.run
+
+    def run_or_train_here(command, log, variables):
+        if broken.parent in log.parents:
+            return run(command, log, variables)
+        done = here(command)
+        log.write_text(done.stderr)
+        assert done.returncode == 0
+        return ""
+
+    monkeypatch.setattr(compare, "run", run_or_train_here)
     broken = output / "lstm-additive-noise" / "last.ckpt"
     broken.parent.mkdir(parents=True)
     broken.write_bytes(b"no checkpoint")
@@ -389,7 +418,8 @@ def test_errors_are_one_line_before_anything_is_trained(crops, tmp_path, simulat
     assert not (tmp_path / "out").exists()
 
 
-def test_options_that_train_py_refuses_are_refused_at_once(crops, tmp_path, quiet, capsys):
+def test_options_that_train_py_refuses_are_refused_at_once(crops, tmp_path, quiet, capsys, monkeypatch):
+    monkeypatch.setattr(subprocess, "run", here)
     assert compare.main([*command(crops, tmp_path), "--trainer.max_stepss", "3"]) == 1
     assert capsys.readouterr().err.splitlines() == [
         "compare: error: train.py: error: unrecognized arguments: --trainer.max_stepss 3"
@@ -397,7 +427,8 @@ def test_options_that_train_py_refuses_are_refused_at_once(crops, tmp_path, quie
     assert not (tmp_path / "out").exists()
 
 
-def test_a_network_without_cells_to_compare_is_refused(crops, tmp_path, quiet, capsys):
+def test_a_network_without_cells_to_compare_is_refused(crops, tmp_path, quiet, capsys, monkeypatch):
+    monkeypatch.setattr(subprocess, "run", here)
     images, config = [str(crops / "coffee.png")], str(ROOT / "configs" / "latent.yaml")
     arguments = [*images, "--root", str(crops), "--config", config, "--output", str(tmp_path / "out")]
     assert compare.main([*arguments, "--", "--trainer.max_steps", "1"]) == 1

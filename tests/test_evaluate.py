@@ -228,6 +228,7 @@ def test_a_folder_with_an_unreadable_image(command, tmp_path, capsys):
         assert results["bpp"][0] == pytest.approx(np.mean([point.bpp for point in first]))
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_saved_pictures_change_no_curve(command, tmp_path):
     """Curves leave out the settings at which other codecs are measured to match the bytes of single files."""
     options, output = command
@@ -239,6 +240,7 @@ def test_saved_pictures_change_no_curve(command, tmp_path):
     assert {name: (output / name).read_text() for name in names} == before
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_what_images_lost_is_said_once(command, tmp_path, capsys):
     """In the words and the form of `rnncodec encode`, even where an image is read several times."""
     options, _ = command
@@ -251,6 +253,7 @@ def test_what_images_lost_is_said_once(command, tmp_path, capsys):
     assert [line for line in capsys.readouterr().err.splitlines() if "arning" in line] == [said]
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize(("codec", "side"), [("jpeg", 65535), ("webp", 16384)])
 def test_an_image_that_another_codec_cannot_hold_is_named(command, tmp_path, capsys, codec, side):
     options, output = command
@@ -263,6 +266,7 @@ def test_an_image_that_another_codec_cannot_hold_is_named(command, tmp_path, cap
     assert {point.image for point in from_csv((output / "points.csv").read_text())} == {"astronaut", "coffee"}
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_what_was_measured_is_remembered(command, tmp_path, monkeypatch):
     options, output = command
     folder = photographs(tmp_path / "photos")
@@ -314,6 +318,7 @@ def comparable(points, **changes):
     return to_csv(replace(point, bytes=float(point.bytes), **changes) for point in points)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_function_gives_the_points_of_the_command_line(weights_with_context, command, tmp_path):
     options, output = command
     folder = photographs(tmp_path / "photos")
@@ -334,6 +339,7 @@ def test_the_function_gives_the_points_of_the_command_line(weights_with_context,
     )
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_function_writes_and_prints_nothing_unless_asked(weights, command, tmp_path, monkeypatch, capfd):
     options, output = command
     folder = photographs(tmp_path / "photos")
@@ -350,6 +356,7 @@ def test_the_function_writes_and_prints_nothing_unless_asked(weights, command, t
     assert comparable(points, **timeless) == comparable(from_csv((output / "points.csv").read_text()), **timeless)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_codecs_by_name_are_measured_beside_each_other(weights, weights_with_context, tmp_path):
     """Two codecs with the same bits, raw and coded, give the same points as each alone."""
     folder, output = photographs(tmp_path / "photos"), tmp_path / "results"
@@ -504,6 +511,7 @@ def test_the_comparison_shows_the_middle_of_both_pictures_at_the_same_bytes(tmp_
     assert not (sheet == colors["jpeg", 20]).all(-1).any()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_coders_are_compared_on_the_same_bits(weights, weights_with_context, command, tmp_path, capsys):
     options, output = command
     own, folder = load_weights(weights), tmp_path / "photos"
