@@ -380,6 +380,104 @@ class PartsReference:
         return plane
 
 
+class IntegersReference:
+    """Decodes payloads of integers, one decision at a time.
+
+    Args:
+        channels, rows, cols: shape of the integers.
+    """
+
+    def __init__(self, channels, rows, cols):
+        self.shape = channels, rows, cols
+
+    def decode(self, coding, payload, table=None):
+        """Integers [channels, rows, cols]; `table` is that of the weights at the level of the file."""
+        channels, rows, cols = self.shape
+        count = channels * rows * cols
+        if coding == 0:
+            found = [int.from_bytes(payload[2 * i : 2 * i + 2], "big", signed=True) for i in range(count)]
+        elif coding == 2:
+            found = self._huffman(payload, count)
+        elif coding == 4:
+            return self._adaptive(RangeReader(payload))
+        else:
+            ks = [[*map(int, row), 32768] for row in table] if coding == 5 else []
+            place = 0
+            while len(ks) < channels:
+                u = payload[place]
+                assert 1 <= u <= 16
+                ks.append([256 * s for s in payload[place + 1 : place + 1 + u]] + [32768] * (17 - u))
+                place += 1 + u
+            reader, found = RangeReader(payload[place:]), []
+            for first in range(0, count, 512 * channels):
+                some = min(512 * channels, count - first)
+                found += self._decide(lambda i, d: reader.read(ks[i % channels][d]), some)
+            reader.finish()
+        return np.array(found).reshape(rows, cols, channels).transpose(2, 0, 1)
+
+    def _decide(self, answer, count):
+        """The integers, from the answer to a decision of each."""
+        size, sign, r = [0] * count, [1] * count, {}
+        going = [i for i in range(count) if answer(i, 0)]
+        for i in going:
+            size[i] = 1
+            sign[i] = -1 if answer(i, 1) else 1
+        for least in range(2, 16):
+            going = [i for i in going if answer(i, least)]
+            for i in going:
+                size[i] = least
+        left, longer = dict.fromkeys(going, 0), going
+        for more in range(1, 16):
+            longer = [i for i in longer if answer(i, 16)]
+            for i in longer:
+                left[i] = more
+        r = dict.fromkeys(going, 1)
+        for digit in range(15, 0, -1):
+            for i in going:
+                if left[i] >= digit:
+                    r[i] = 2 * r[i] + answer(i, 16)
+        return [s * (r[i] + 14 if i in r else n) for i, (s, n) in enumerate(zip(sign, size, strict=True))]
+
+    def _huffman(self, payload, count):
+        m = int.from_bytes(payload[:2], "big")
+        bits = "".join(f"{byte:08b}" for byte in payload[2:])
+        lengths = [int(bits[4 * i : 4 * i + 4], 2) for i in range(2 * m + 1)]
+        codes, code, before = {}, 0, 0
+        for length, symbol in sorted((n, symbol) for symbol, n in enumerate(lengths) if n):
+            code <<= length - before
+            codes[f"{code:0{length}b}"] = symbol
+            code, before = code + 1, length
+        rest, found = bits[math.ceil((2 * m + 1) / 2) * 8 :], []
+        while len(found) < count:
+            length = next(n for n in range(1, 16) if rest[:n] in codes)
+            found.append(codes[rest[:length]] - m)
+            rest = rest[length:]
+        assert rest == "0" * (len(rest) % 8)
+        return found
+
+    def _adaptive(self, reader):
+        channels, rows, cols = self.shape
+        counts = {}
+        found = np.zeros((channels, rows, cols), int)
+        for y, x in np.ndindex(rows, cols):
+            near = [
+                [min(2, abs(found[c, v, u])) if v >= 0 and u >= 0 else 0 for v, u in ((y - 1, x), (y, x - 1))]
+                for c in range(channels)
+            ]
+
+            def answer(c, decision):
+                if decision == 16:
+                    return reader.read(32768)
+                yes, all_answers = counts.get((c, decision, *near[c]), (0, 0))  # noqa: B023
+                bit = reader.read(min(65535, max(1, 65536 * (2 * yes + 1) // (2 * all_answers + 2))))
+                counts[c, decision, *near[c]] = yes + bit, all_answers + 1  # noqa: B023
+                return bit
+
+            found[:, y, x] = self._decide(answer, channels)
+        reader.finish()
+        return found
+
+
 def order(kind, groups, shape):
     """The bits (channel, row, column) of a plane in the order of coding."""
     bits, rows, cols = shape

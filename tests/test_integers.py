@@ -5,6 +5,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+from reference import IntegersReference
 
 from rnncodec.entropy import CLASSICAL, INTEGERS, LARGEST, SCALE, PriorSession
 from rnncodec.entropy.classical import LONGEST, from_huffman, huffman, huffman_lengths
@@ -62,6 +63,23 @@ def test_decisions_of_an_integer(value):
 
     assert INTEGERS.walk(tell, 1) == [value]
     assert next(answers, None) is None
+
+
+def test_payloads_decode_by_the_text_of_the_format():
+    """FORMAT.md's decoder, one decision after another, reads what each coder writes; in two pieces of locations."""
+    values = plane(11, (4, 27, 20))
+    values[1, 5, 6] = -32767
+    small = np.clip(values, -30, 30)
+    table = np.random.default_rng(1).integers(1000, SCALE - 1000, (4, DECISIONS))
+    sessions = {name: CLASSICAL[name](*values.shape, INTEGERS) for name in CLASSICAL}
+    sessions["prior"] = PriorSession(*values.shape, table)
+    for name, session in sessions.items():
+        given = small if name == "huffman" else values
+        ((coding, payload),) = session.encode(given)
+        assert name in ("none", "prior") or coding != RAW
+        reference = IntegersReference(*values.shape)
+        coding, payload = session.coding, payload if coding != RAW or name == "none" else session._encode(given)
+        np.testing.assert_array_equal(reference.decode(coding, payload, table), given)
 
 
 @pytest.mark.parametrize("coder", CLASSICAL)
