@@ -359,7 +359,10 @@ def test_the_function_writes_and_prints_nothing_unless_asked(weights, command, t
 @pytest.mark.usefixtures("undrawn")
 def test_codecs_by_name_are_measured_beside_each_other(weights, weights_with_context, tmp_path):
     """Two codecs with the same bits, raw and coded, give the same points as each alone."""
-    folder, output = photographs(tmp_path / "photos"), tmp_path / "results"
+    folder, output = tmp_path / "photos", tmp_path / "results"
+    folder.mkdir()
+    for name, side in (("a.png", 48), ("b.png", 30)):
+        Image.fromarray(data.coffee()[:side, :40]).save(folder / name)
     codecs = {"raw": rnncodec.load(weights), "coded": rnncodec.load(weights_with_context)}
     points = rnncodec.evaluate(codecs, folder, output=output)
     for name, codec in codecs.items():
