@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rnncodec.entropy.alphabets import signs
 from rnncodec.entropy.context import ContextModel, Memory, Read
-from rnncodec.entropy.exact import SCALE, STEP, probability
+from rnncodec.entropy.exact import SCALE, STEP, blank, probability
 from rnncodec.entropy.grouped import Pass, Questions, grid
 from rnncodec.entropy.ranges import Piece, RangeDecoder, RangeEncoder, RawDecoder, Session
 from rnncodec.entropy.stops import StopMap
@@ -81,7 +81,7 @@ class PlainBand(Band):
         pending, self.pending = self.pending, []
         for plane in pending:
             self.state = self.model.history(self._signs(plane), self.state)
-        return self.model.history.look(self.state, self._signs(np.zeros(self.shape, np.int8)))
+        return self.model.history.look(self.state, self.model.history.prior.weight.new_zeros(1).expand(1, *self.shape))
 
     def _signs(self, plane: np.ndarray) -> Tensor:
         return torch.from_numpy(plane).to(self.model.history.prior.weight)[None]
@@ -173,7 +173,7 @@ class GroupedBand(Band):
     def _walk(self, answer: Answer, living: np.ndarray | None = None) -> Pass:
         """Computes the next iteration, with bits from `answer`, and what follows from it, `after`."""
         (bits, rows, cols), groups = self.shape, self.model.config.groups
-        found = torch.zeros(groups, rows * cols, bits // groups, device=self.device)
+        found = blank((groups, rows * cols, bits // groups), self.model.grouped.odds)
         alive = None if living is None else torch.from_numpy(living.ravel()).to(self.device)
 
         def of_group(group: int, case: Tensor) -> Tensor:

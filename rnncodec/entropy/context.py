@@ -171,7 +171,7 @@ class Parallel(Layer):
     Each pass knows the bits of all earlier passes at all locations.
     """
 
-    STRIP = 2**14  # locations, four megapixels
+    STRIP = 2**13  # locations, two megapixels
     REACH = 1  # rows that the first pass, which knows no bits, sees above and below
 
     def __init__(self, config: ContextConfig) -> None:
@@ -199,9 +199,9 @@ class Parallel(Layer):
         self.turn.copy_(integers["turn"] * STEP)
 
     def turns(self, bits: int, height: int, width: int) -> Tensor:
-        """The pass in which each bit becomes known, int [bits, H, W]."""
-        color = (torch.arange(height)[:, None] + torch.arange(width)) % 2
-        return torch.arange(bits)[:, None, None] // (bits // self.groups) * 2 + color
+        """The pass in which each bit becomes known, int16 [bits, H, W]."""
+        color = ((torch.arange(height)[:, None] + torch.arange(width)) % 2).short()
+        return torch.arange(bits).short()[:, None, None] // (bits // self.groups) * 2 + color
 
     def _pass(self, turn: int, known: Tensor, from_prior: Tensor) -> Tensor:
         """Logits of all bits given the known ones; 0 stands for an unknown bit."""
@@ -236,7 +236,7 @@ class Parallel(Layer):
         known = prior.new_zeros(height, width, bits)
         from_prior = prior.new_empty(prior.shape)
         for turn in range(2 * self.groups):
-            rows, reach = (height, 0) if turn else (max(8, self.STRIP // width), self.REACH)
+            rows, reach = (height, 0) if turn else (max(2, self.STRIP // width), self.REACH)
             found = []
             for top in range(0, height, rows):
                 first, last = max(0, top - reach), min(top + rows + reach, height)

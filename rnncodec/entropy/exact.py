@@ -39,6 +39,11 @@ SIGMOID = table(_sigmoid, 1 / STEP)
 PROBABILITY = table(lambda x: np.round(_sigmoid(x) * SCALE), 1).to(torch.int32)  # 22 to SCALE - 22
 
 
+def blank(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """Zeros of the type and on the device of a tensor; on a CPU they take no memory before something is written."""
+    return torch.from_numpy(np.zeros(shape, like.new_empty(0, device="cpu").numpy().dtype)).to(like.device)
+
+
 def halves(whole: Tensor) -> Tensor:
     """Splits whole numbers within +-2^8 into int8 [2, ...]: a fourth of them, rounded down, and the remainder."""
     high = (whole / 4).floor_()

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rnncodec.entropy.exact import MANTISSA, SIGMOID, SPAN, STEP, Layer, halves, product, snap
+from rnncodec.entropy.exact import MANTISSA, SIGMOID, SPAN, STEP, Layer, blank, halves, product, snap
 
 CASES = 75  # of a question
 UNIT = int(1 / STEP)
@@ -70,7 +70,7 @@ class Grid(NamedTuple):
 @lru_cache(maxsize=8)
 def grid(batch: int, height: int, width: int, device: torch.device) -> Grid:
     """The grid of planes of a given size."""
-    number = torch.arange(batch * height * width).view(batch, height, width)
+    number = torch.arange(batch * height * width, dtype=torch.int32).view(batch, height, width)
     padded = F.pad(number, [SIDE // 2] * 4, value=number.numel())
     around = padded.unfold(1, SIDE, 1).unfold(2, SIDE, 1).reshape(-1, SIDE * SIDE)
     white = ((torch.arange(height)[:, None] + torch.arange(width)) % 2).expand_as(number).flatten()
@@ -299,11 +299,11 @@ class Pass:
         self.known = known.view(model.groups, SIDE * SIDE, model.size, width)
         self.middle, self.output = model.middle.whole(t), model.output.whole(t)
         self.other = _other_color(self.known)
-        self.sums = [self.odds.new_zeros(len(squares), width) for squares in self.grid.squares]
+        self.sums = [blank((len(squares), width), self.odds) for squares in self.grid.squares]
         # `halves` of the surprises of all groups, and of the last group known on each square. The last row is for
         # locations beyond the border.
-        self.surprises = known.new_zeros(2, count + 1, model.groups, model.size)
-        self.recent = known.new_zeros(2, count + 1, model.size)
+        self.surprises = blank((2, count + 1, model.groups, model.size), known)
+        self.recent = blank((2, count + 1, model.size), known)
         self.logits: list[Tensor] = []  # of each group, black squares first
         self.prior = None
         if memory is not None:

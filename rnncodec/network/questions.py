@@ -14,6 +14,7 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -79,7 +80,8 @@ class Questions(nn.Module):
     def start(self, like: Tensor) -> Known:
         """What is known before the first pass, for latents [B, C, H, W]."""
         batch, _, height, width = like.shape
-        history = torch.zeros(batch, self.channels, height, width, dtype=torch.uint8, device=like.device)
+        # From NumPy, zeros take no memory before something is written: a code that is too short is noticed before.
+        history = torch.from_numpy(np.zeros((batch, self.channels, height, width), np.uint8)).to(like.device)
         activity = torch.zeros(batch, 1, height, width, dtype=torch.double, device=like.device)
         return Known(history, activity)
 
