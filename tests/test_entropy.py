@@ -415,7 +415,7 @@ def test_hostile_payloads_with_right_checksums_are_an_error_or_some_image(codec,
 
 def test_the_shipped_context_model_shrinks_photographs():
     codec = Codec(load_weights())
-    x = data.coffee()[:256, 100:484]
+    x = data.coffee()[:176, 100:356]
     raw = format.read(codec.encode(x, 4, entropy="none"), max_pixels=10**6)
     file = codec.encode(x, 4)
     coded = format.read(file, max_pixels=10**6)

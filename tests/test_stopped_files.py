@@ -214,26 +214,31 @@ def random_maps(data, rng):
 
 
 def measured(codec, files):
-    """How each file ends, the seconds of all, and the peak of what they take."""
+    """How each file ends, the seconds of all, and the most memory that one of them takes."""
+    found, peak = [], 0
     tracemalloc.start()
     start = time.perf_counter()
-    found = [outcome(lambda file=file: codec.decode(file)) for file in files]
-    seconds, peak = time.perf_counter() - start, tracemalloc.get_traced_memory()[1]
+    for file in files:
+        tracemalloc.reset_peak()
+        before, _ = tracemalloc.get_traced_memory()
+        found.append(outcome(lambda file=file: codec.decode(file)))
+        peak = max(peak, tracemalloc.get_traced_memory()[1] - before)
+    seconds = time.perf_counter() - start
     tracemalloc.stop()
     return found, seconds, peak
 
 
 def test_hostile_maps_are_an_error_or_some_image_and_take_no_longer(codec, data):
     rng = np.random.default_rng(5)
-    honest, seconds, peak = measured(codec, [data] * 80)
+    honest, seconds, peak = measured(codec, [data] * 10)
     assert not any(isinstance(image, str) for image in honest)
     for make in (random_payloads, random_maps):
-        found, longest, most = measured(codec, [make(data, rng) for _ in range(80)])
+        found, longest, most = measured(codec, [make(data, rng) for _ in range(40)])
         for image in found:
             assert image.isprintable() if isinstance(image, str) else image.shape == (HEIGHT, WIDTH, 3)
         errors = sum(isinstance(image, str) for image in found)
-        assert errors == 0 if make == random_maps else errors > 60
-        assert longest < 3 * seconds
+        assert errors == 0 if make == random_maps else errors > 30
+        assert longest < 3 * 4 * seconds
         assert most < 2 * peak
 
 
