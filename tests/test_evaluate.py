@@ -403,11 +403,11 @@ def test_what_the_function_refuses(weights, tmp_path, options, message):
 def test_the_package_loads_the_evaluation_when_it_is_wanted():
     code = (
         "import sys, rnncodec, rnncodec.evaluation.report\n"
-        "print(*{'torch', 'lightning', 'wandb', 'matplotlib'} & sys.modules.keys())\n"
-        "assert rnncodec.evaluate.__module__ == 'rnncodec.evaluation.evaluate'"
+        "print(*{'torch', 'lightning', 'wandb', 'matplotlib', 'rnncodec.evaluation.evaluate'} & sys.modules.keys())"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""
+    assert rnncodec.evaluate.__module__ == "rnncodec.evaluation.evaluate"
 
 
 def test_only_runs_of_wandb_need_it(weights, tmp_path, monkeypatch):
