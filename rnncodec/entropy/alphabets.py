@@ -155,6 +155,8 @@ class Integers(Alphabet):
 
         def those(number: int, places: np.ndarray, answers: np.ndarray) -> np.ndarray:
             """The places whose answer is yes."""
+            if not len(places):  # of few values, most decisions have none, and asking takes its time
+                return places
             return places[ask(number, places, None if values is None else answers[places])]
 
         found, negative = np.zeros(count, np.int64), np.zeros(count, bool)
