@@ -217,6 +217,7 @@ def test_a_killed_run_ends_with_the_weights_of_an_uninterrupted_one(train, crops
     steps = [
         "--trainer.max_steps", "30", "--trainer.val_check_interval", "10", "--trainer.limit_val_batches", "1",
         "--model.growth", "{0: 2, 20: 4}", "--data.batch_size", "4",
+        "--model.network.encoder_channels", "[4, 4, 4, 4]", "--model.network.decoder_channels", "[4, 4, 4, 4, 4]",
     ]  # fmt: skip
     assert train(crops, tmp_path / "whole", *steps, *probe(tmp_path / "whole" / "probe")) == 0
 
@@ -244,11 +245,11 @@ def test_a_killed_run_ends_with_the_weights_of_an_uninterrupted_one(train, crops
 
 def test_a_run_leaves_metrics_config_checkpoint_and_wandb_files(crops, tmp_path):
     run(
-        crops, tmp_path, "--trainer.max_steps", "20", "--trainer.val_check_interval", "10",
+        crops, tmp_path, "--trainer.max_steps", "10", "--trainer.val_check_interval", "5",
         "--trainer.log_every_n_steps", "5", WANDB_MODE="offline",
     )  # fmt: skip
     folder = tmp_path / "debug"
-    assert [int(row["step"]) for row in logged(folder)] == [9, 19]
+    assert [int(row["step"]) for row in logged(folder)] == [4, 9]
     assert yaml.safe_load((folder / "config.yaml").read_text())["model"]["init_args"]["iterations"] == 4
 
     # What was logged is what the averaged weights, which a checkpoint holds, do to the held-out images.
