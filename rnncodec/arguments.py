@@ -9,6 +9,8 @@ from typing import get_args
 from rnncodec.files import images
 from rnncodec.files.codings import EntropyName
 
+BASELINES = ("jpeg", "jpeg444", "jpeg2000", "webp", "avif", "jxl")  # of `rnncodec.evaluation.baselines`, with settings
+
 PATHS = """\
 Exactly two paths, the second of which is '-' or ends in {suffix}, are one input and its output, which is
 overwritten if it exists. Otherwise every path is an input, and a folder stands for all {kind} below it.
@@ -24,6 +26,13 @@ ENCODE = PATHS.format(
 Images that differ only in their suffixes keep them: a.jpg and a.png become a.jpg.rnc and a.png.rnc.""",
     skipped=" or a picture in a folder was skipped,\nbecause it is of a format that is not supported or not installed",
 )
+BUDGET = """\
+The bytes of all files together, headers included, are at most so many bits per pixel of all images, and nearly as many
+where the files allow it. Each image gets the bytes that make the error of the whole set small. Files leave out EXIF and
+XMP. Each is decoded again and measured: the PSNR is that of all pixels of all images together, MS-SSIM the mean over
+the images. The files of other codecs go to folders of their names below that of the outputs.
+
+The exit status is 0 if all is done, 1 if a file failed or was skipped, 2 for wrong usage, 130 if interrupted."""
 DECODE = PATHS.format(suffix="the suffix of an image format", kind=".rnc files", more="", skipped="")
 
 
@@ -83,9 +92,12 @@ def command_line(version: str) -> argparse.ArgumentParser:
         sub.set_defaults(command=command)
         return sub
 
-    def add_coding(sub: argparse.ArgumentParser) -> None:
-        sub.add_argument("paths", nargs="+", metavar="PATH", help="inputs, or one input and its output; see below")
-        sub.add_argument("--output-dir", metavar="DIR", type=Path, help="folder for outputs, made if it does not exist")
+    def add_coding(sub: argparse.ArgumentParser, paths: str = "", apart: bool = False) -> None:
+        """Adds the arguments of a command that codes files, whose outputs may have to be in a folder apart."""
+        paths = paths or "inputs, or one input and its output; see below"
+        sub.add_argument("paths", nargs="+", metavar="PATH", help=paths)
+        folder = "folder for outputs, made if it does not exist"
+        sub.add_argument("--output-dir", metavar="DIR", type=Path, required=apart, help=folder)
         sub.add_argument("--force", action="store_true", help="replace existing outputs whose names were not given")
         sub.add_argument("--quiet", action="store_true", help="show only errors")
         sub.add_argument("--weights", metavar="W", help="name of shipped weights, or path of a .safetensors file")
@@ -150,6 +162,26 @@ def command_line(version: str) -> argparse.ArgumentParser:
     sub.add_argument("--iterations", metavar="K", type=positive_int, help="decode only this many (default: all)")
     sub.add_argument("--format", metavar="F", help="image format, as a suffix (default: that of the output, or png)")
     sub.add_argument("--strip", action="store_true", help="leave out EXIF and XMP")
+
+    sub = add("budget", "compress images so that all files together keep to a rate, and measure them", BUDGET)
+    add_coding(sub, "image files and folders", apart=True)
+    sub.add_argument(
+        "--bpp", metavar="B", type=positive, default=0.15, help="bits per pixel of all images (default: %(default)s)"
+    )
+    sub.add_argument(
+        "--tune",
+        choices=("psnr", "ms-ssim"),
+        default="psnr",
+        help="what is to be high: the PSNR of all pixels, or the mean MS-SSIM (default: %(default)s)",
+    )
+    sub.add_argument(
+        "--baselines",
+        nargs="+",
+        choices=BASELINES,
+        default=[],
+        metavar="CODEC",
+        help=f"codecs that do the same on the same images: {', '.join(BASELINES)}",
+    )
 
     sub = add("info", "show size, weights, and bytes and bits per pixel of each iteration")
     sub.add_argument("paths", nargs="+", metavar="FILE", help=".rnc files, or '-'")

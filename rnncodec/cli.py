@@ -1,4 +1,4 @@
-"""The command line: `rnncodec encode`, `decode`, `info`, `truncate`, `export`, `rate`, `train` and `evaluate`."""
+"""The command line: the commands of `rnncodec`, and the rooms that have commands with their own parsers."""
 
 import argparse
 import sys
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -49,7 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     prepare()
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments and arguments[0] in ROOMS:
-        return _enter(arguments[0], arguments[1:])
+        room = _room(arguments[0], *ROOMS[arguments[0]])
+        return room.main(arguments[1:], program=f"rnncodec {arguments[0]}") if room else 1
     parser = command_line(__version__)
     args = parser.parse_args(arguments)
     try:
@@ -70,17 +72,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
-def _enter(command: str, arguments: list[str]) -> int:
-    """Runs a command of ROOMS, or names the package that it lacks."""
-    module, extra = ROOMS[command]
+def _room(command: str, module: str, extra: str) -> ModuleType | None:
+    """Imports what a command needs of an extra, or names the package that is not installed."""
     try:
-        run = import_module(module).main
+        return import_module(module)
     except ModuleNotFoundError as error:
         if str(error.name).startswith("rnncodec"):
             raise
         complain(f"error: {command} needs {error.name}, which is not installed: pip install 'rnncodec[{extra}]'")
-        return 1
-    return run(arguments, program=f"rnncodec {command}")
+        return None
 
 
 def encode(args: argparse.Namespace) -> int:
@@ -146,6 +146,13 @@ def decode(args: argparse.Namespace) -> int:
     return do_each(jobs, work, args.quiet)
 
 
+def budget(args: argparse.Namespace) -> int:
+    """Compresses images so that all files together keep to a rate, and measures them."""
+    use_threads(args.threads)
+    room = _room("budget", "rnncodec.budget", "eval")
+    return room.run(args, lambda: _codec(args.weights or "small", args)) if room else 1
+
+
 def info(args: argparse.Namespace) -> int:
     """Shows the headers of files, and which iterations are complete."""
 
@@ -209,7 +216,7 @@ def rate(args: argparse.Namespace) -> int:
     return 0
 
 
-COMMANDS = {command.__name__: command for command in (encode, decode, info, truncate, export, rate)}
+COMMANDS = {command.__name__: command for command in (encode, decode, budget, info, truncate, export, rate)}
 
 
 def _codec(weights: str, args: argparse.Namespace) -> "ImageCodec":
