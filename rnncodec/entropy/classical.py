@@ -267,22 +267,23 @@ class AdaptiveSession(Session):
         """Codes the values location by location, row by row; gives them."""
         channels, rows, cols = self.shape
         kinds = self.FAR + 1
-        # Of each decision, channel and context: twice how often the answer was yes, plus 1; twice how often, plus 2.
-        shape = self.alphabet.decisions, channels, kinds * kinds
+        # Of each decision, and channel and context: twice how often the answer was yes, plus 1; twice how often, plus 2.
+        shape = self.alphabet.decisions, channels * kinds * kinds
         yes, total = np.ones(shape, np.int64), np.full(shape, 2, np.int64)
         plane = np.zeros((rows + 1, cols + 1, channels), np.int64)
+        firsts = kinds * kinds * np.arange(channels)
         for y in range(1, rows + 1):
             for x in range(1, cols + 1):
                 above, left = (np.minimum(np.abs(beside), self.FAR) for beside in (plane[y - 1, x], plane[y, x - 1]))
-                context = kinds * above + left
+                context = firsts + kinds * above + left
 
                 def ask(number: int, places: np.ndarray, answers: np.ndarray | None) -> np.ndarray:
                     if number >= len(yes):
                         return code(even(len(places)), answers)
-                    counts = number, places, context[places]  # noqa: B023 - called at once
-                    found = code(np.clip(yes[counts] * SCALE // total[counts], 1, SCALE - 1), answers)
-                    yes[counts] += 2 * found
-                    total[counts] += 2
+                    affirmed, asked, here = yes[number], total[number], context[places]  # noqa: B023 - called at once
+                    found = code(np.maximum(affirmed[here] * SCALE // asked[here], 1), answers)
+                    affirmed[here] += 2 * found
+                    asked[here] += 2
                     return found
 
                 given = None if values is None else values[:, y - 1, x - 1]
