@@ -267,7 +267,7 @@ class AdaptiveSession(Session):
         """Codes the values location by location, row by row; gives them."""
         channels, rows, cols = self.shape
         kinds = self.FAR + 1
-        # Of each decision, and channel and context: twice how often the answer was yes, plus 1; twice how often, plus 2.
+        # Of each decision, channel and context: twice how often the answer was yes, plus 1; twice how often, plus 2.
         shape = self.alphabet.decisions, channels * kinds * kinds
         yes, total = np.ones(shape, np.int64), np.full(shape, 2, np.int64)
         plane = np.zeros((rows + 1, cols + 1, channels), np.int64)
