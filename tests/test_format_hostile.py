@@ -15,13 +15,14 @@ from test_entropy import context_model, make_weights, picture
 from test_format import crc, fixed, forge
 from test_grouped import asked, model
 
+import rnncodec
 from rnncodec import cli
 from rnncodec.codec import Codec
 from rnncodec.entropy import CLASSICAL, ContextSession, PartsSession, RangeDecoder, RangeEncoder, signs
 from rnncodec.files import format
 from rnncodec.files.codings import ADAPTIVE, CONTEXT, HUFFMAN, RAW, STATIC
 from rnncodec.files.format import Entry, FormatError, Header
-from rnncodec.weights import load_weights
+from rnncodec.weights import PRETRAINED, load_weights
 
 # Coding, rows and columns of locations, bits, iterations, parts, stop maps, and the least of the last payload.
 LEAST = [
@@ -193,8 +194,16 @@ def test_a_word_holds_no_more_than_32_even_bits(words, fits):
 
 # What hostile files cost
 
-WORKER = """
-import json, os, resource, sys, time, warnings
+# The most memory of a process in KiB. What `resource` gives begins with that of the process which has started it.
+MOST = """
+def most():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
+"""
+
+WORKER = (
+    MOST
+    + """
+import json, os, sys, time, warnings
 import torch
 from rnncodec.codec import Codec
 from rnncodec.weights import load_weights
@@ -202,16 +211,17 @@ warnings.simplefilter("ignore")
 torch.set_num_threads(1)
 codec = Codec(load_weights(sys.argv[1]))
 codec.decode(open(sys.argv[2], "rb").read())
-start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+start = most()
 for path in sys.argv[2:]:
     data, begun = open(path, "rb").read(), time.process_time()
     try:
         found = list(codec.decode(data).size)
     except Exception as error:
         found = type(error).__name__ + ": " + str(error)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - start
+    peak = most() - start
     print(json.dumps([found, time.process_time() - begun, peak / 1024]), flush=True)
 """
+)
 
 
 @pytest.fixture(scope="module")
@@ -303,6 +313,63 @@ def test_hostile_files_cost_little(codec, weights, tmp_path):
 @pytest.mark.slow
 def test_a_thousand_hostile_files_cost_little(codec, weights, tmp_path):
     check_costs(codec, weights, tmp_path, 1000, 2)
+
+
+def announced(codec, rows, cols, payload):
+    """A file of one iteration, which is as large as its header says only if its payload says nothing."""
+    size = min(65535, rows * 16), min(65535, cols * 16)
+    header = codec.header(*size, [Entry.of(payload, CONTEXT, 2)], b"", parts=1, maps=False)
+    return format.write(format.Container(header, (payload,)))
+
+
+def test_large_bands_of_the_shipped_weights_cost_little(tmp_path):
+    """33 and 268 megapixels in the fewest bytes that their headers allow, at random."""
+    shipped, rng = rnncodec.load("small"), np.random.default_rng(0)
+    hostile = [announced(shipped, 256, 512, rng.bytes(256)), announced(shipped, 256, 4096, rng.bytes(2032))]
+    first, *found = costs(PRETRAINED / "small.safetensors", shipped.encode(picture(64, 64), 2), hostile, tmp_path)
+    for outcome, seconds, peak in found:
+        assert outcome.startswith("FormatError: an entropy-coded payload is")
+        assert seconds < max(1.0, first[1])
+        assert peak < 100
+
+
+GROUPED = (
+    MOST
+    + """
+import sys, time
+import numpy as np
+import torch
+from rnncodec.entropy import ContextConfig, ContextModel, new_session
+from rnncodec.files.errors import FormatError
+from rnncodec.network import Questions
+torch.set_num_threads(1)
+bits, groups, channels = 64, 16, 384  # as in configs/latent.yaml
+torch.manual_seed(0)
+model = ContextModel(ContextConfig("grouped", bits, 64, 2, groups)).quantize()
+questions = Questions(channels, 2, bits, groups)
+for group in range(groups):
+    questions.channel[0, group] = torch.randperm(channels)[: bits // groups]
+rng = np.random.default_rng(0)
+start = None
+for rows, cols, size in ((16, 16, 2048), (256, 512, 512), (256, 4096, 4064)):
+    begun = time.process_time()
+    try:
+        new_session("context", (bits, rows, cols), model, questions).decode([(1, rng.bytes(size))])
+    except FormatError:
+        pass
+    peak = most()
+    start = start or peak
+    print((peak - start) / 1024, time.process_time() - begun, flush=True)
+"""
+)
+
+
+@pytest.mark.slow
+def test_large_bands_of_latent_networks_cost_little():
+    found = subprocess.run([sys.executable, "-c", GROUPED], capture_output=True, text=True, check=True).stdout.split()
+    for peak, seconds in zip(found[2::2], found[3::2], strict=True):
+        assert float(peak) < 100
+        assert float(seconds) < 1
 
 
 def test_short_payloads_are_refused_before_weights_are_loaded(codec, tmp_path, capsys, monkeypatch):

@@ -189,7 +189,7 @@ class GroupedBand(Band):
             current = Pass(self.model.grouped, self.iteration, self.memory, (1, rows, cols), alive)
             number = torch.tensor(self.model.grouped.index(self.iteration), device=self.device)
             before = self.known or self.questions.start(torch.empty(1, 0, rows, cols, device=self.device))
-            planes, _, known = self.questions.walk(number, before, of_group)
+            planes, _, known = self.questions.walk(number, before, of_group, spare=self.known is None)
             memory = current.remember()
         self.after = planes[0].to(torch.int8).cpu().numpy(), known, memory
         return current

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rnncodec.entropy.exact import SPAN, STEP, Conv, Layer, probability, snap
+from rnncodec.entropy.exact import SPAN, STEP, Conv, Layer, blank, probability, snap
 from rnncodec.entropy.grouped import Grouped
 
 ContextName = Literal["sequential", "parallel", "grouped"]
@@ -171,7 +171,7 @@ class Parallel(Layer):
     Each pass knows the bits of all earlier passes at all locations.
     """
 
-    STRIP = 2**13  # locations, two megapixels
+    STRIP = 2**12  # locations, a megapixel
     REACH = 1  # rows that the first pass, which knows no bits, sees above and below
 
     def __init__(self, config: ContextConfig) -> None:
@@ -200,8 +200,7 @@ class Parallel(Layer):
 
     def turns(self, bits: int, height: int, width: int) -> Tensor:
         """The pass in which each bit becomes known, int16 [bits, H, W]."""
-        color = ((torch.arange(height)[:, None] + torch.arange(width)) % 2).short()
-        return torch.arange(bits).short()[:, None, None] // (bits // self.groups) * 2 + color
+        return torch.arange(bits).short()[:, None, None] // (bits // self.groups) * 2 + _colors(height, width)
 
     def _pass(self, turn: int, known: Tensor, from_prior: Tensor) -> Tensor:
         """Logits of all bits given the known ones; 0 stands for an unknown bit."""
@@ -232,10 +231,12 @@ class Parallel(Layer):
         The first pass is computed in strips of rows, so that a code that holds nothing is noticed before much is.
         """
         height, width = prior.shape[2:]
-        turns = self.turns(bits, height, width).to(prior.device).permute(1, 2, 0)
-        known = prior.new_zeros(height, width, bits)
+        size = bits // self.groups
+        colors = _colors(height, width).to(prior.device)
+        known = blank((height, width, bits), prior)
         from_prior = prior.new_empty(prior.shape)
         for turn in range(2 * self.groups):
+            squares, own = colors == turn % 2, slice(turn // 2 * size, (turn // 2 + 1) * size)
             rows, reach = (height, 0) if turn else (max(2, self.STRIP // width), self.REACH)
             found = []
             for top in range(0, height, rows):
@@ -245,10 +246,16 @@ class Parallel(Layer):
                     around = self.prior(prior[:, :, edge : last + 1])
                     from_prior[:, :, first:last] = around[:, :, first - edge : last - edge]
                 logits = self._pass(turn, known[first:last].permute(2, 0, 1)[None], from_prior[:, :, first:last])[0]
-                own = logits.permute(1, 2, 0)[top - first :][:rows]
-                found.append(read(probability(own[turns[top : top + rows] == turn]).cpu().numpy()))
-            known[turns == turn] = torch.from_numpy(np.concatenate(found)).to(known) * 2 - 1
+                asked = logits[own, top - first :][:, :rows].permute(1, 2, 0)[squares[top : top + rows]]
+                found.append(read(probability(asked.flatten()).cpu().numpy()))
+            told = torch.from_numpy(np.concatenate(found)).to(known) * 2 - 1
+            known[..., own][squares] = told.view(-1, size)
         return known.permute(2, 0, 1)[None]
+
+
+def _colors(height: int, width: int) -> Tensor:
+    """The colors of a checkerboard: 0 for black and 1 for white, int16 [height, width]."""
+    return ((torch.arange(height)[:, None] + torch.arange(width)) % 2).short()
 
 
 class ContextModel(nn.Module):

@@ -21,7 +21,7 @@ SPAN = 8.0  # limit of tables and memories: there, tanh and sigmoid have reached
 MANTISSA = 24  # bits that a float32 holds exactly
 WEIGHT = 2**11  # largest weight in units of its grid, which even TF32 represents exactly
 SCALE = 2**16  # probabilities are integers over this
-BAND = 2**22  # values of the unfolded input of a convolution at once, which bounds its memory
+BAND = 2**20  # values of the unfolded input of a convolution at once, which bounds its memory
 
 
 def table(function: Callable[[np.ndarray], np.ndarray], scale: float) -> Tensor:

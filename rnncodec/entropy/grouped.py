@@ -43,9 +43,11 @@ class Questions(Protocol):
         ...
 
     def walk(
-        self, iteration: Tensor, known: Any, answer: Callable[[int, Tensor], Tensor]
+        self, iteration: Tensor, known: Any, answer: Callable[[int, Tensor], Tensor], spare: bool = False
     ) -> tuple[Tensor, Tensor, Any]:
         """Asks the groups of a pass in order; `answer` takes a group's number and cases and gives its bits.
+
+        If `known` is `spare`, nobody needs it any more.
 
         Returns:
             Bits [B, K, H, W], their cases, uint8 of the same shape, and what is known after the pass.

@@ -103,18 +103,22 @@ class Questions(nn.Module):
             known.activity + (spent * counted).sum(1, keepdim=True),
         )
 
-    def walk(self, iteration: Tensor, known: Known, answer: Answer) -> tuple[Tensor, Tensor, Known]:
+    def walk(
+        self, iteration: Tensor, known: Known, answer: Answer, spare: bool = False
+    ) -> tuple[Tensor, Tensor, Known]:
         """Asks all groups of a pass in order.
 
         Args:
             iteration: number of the pass, from 0, a long scalar.
             known: what is known before the pass.
             answer: gives bits of -1 and +1, and 0 where nothing was sent.
+            spare: whether nobody needs `known` any more, which saves memory.
 
         Returns:
             Bits [B, K, H, W], their cases, uint8 of the same shape, and what is known after the pass.
         """
-        bits, cases, known = [], [], known._replace(history=known.history.clone())
+        bits, cases = [], []
+        known = known if spare else known._replace(history=known.history.clone())
         for group in range(self.groups):
             case = self.case(iteration, group, known)
             found = answer(group, case)
