@@ -33,8 +33,9 @@ class CompressiveTraining(Training):
         growth_steps: steps in which the coefficients come one after another, instead of all at once (sec. 2.4).
         scale_steps: the last steps, in which only scales and priors are trained; a number below 1 is a fraction of
             `trainer.max_steps`.
-        learning_rate: of AdamW, for all but the kernels of the convolutions between pixels and integers.
-        muon_learning_rate: of Muon, for these.
+        learning_rate: of AdamW.
+        prior_learning_rate: of AdamW for scales and priors, which are logarithms and have far to go.
+        muon_learning_rate: of Muon, for the kernels of all convolutions but the first and the last.
         weight_decay: decoupled weight decay.
         warmup_steps: steps in which the learning rates rise linearly.
         decay_steps: steps in which they fall linearly to zero, up to `trainer.max_steps`; a number below 1 is a
@@ -52,6 +53,7 @@ class CompressiveTraining(Training):
         growth_steps: int = 0,
         scale_steps: float = 0.2,
         learning_rate: float = 2e-3,
+        prior_learning_rate: float = 0.03,
         muon_learning_rate: float = 5e-3,
         weight_decay: float = 0.0,
         warmup_steps: int = 100,
@@ -65,7 +67,7 @@ class CompressiveTraining(Training):
         rates = self.network.config.rates
         if len(distortion_weights) != rates or not 0 <= first < rates:
             raise ValueError(f"{rates} rates need as many weights of the distortion, and the first is one of them")
-        self.muon_learning_rate = muon_learning_rate
+        self.prior_learning_rate, self.muon_learning_rate = prior_learning_rate, muon_learning_rate
         self.distortion_weights, self.first = tuple(distortion_weights), first
         self.growth_steps, self.scale_steps = growth_steps, scale_steps
         with torch.no_grad():  # where the distortion counts four times as much, steps are half as large
@@ -82,9 +84,11 @@ class CompressiveTraining(Training):
             for layer in network.modules()
             if isinstance(layer, nn.Conv2d) and layer not in (network.analysis[0], network.synthesis[-2])
         ]
-        taken = set(kernels)
+        priors = [network.scale, network.deviation, network.weight]
+        taken = {*kernels, *priors}
         groups = [
             {"params": kernels, "gates": 1, "lr": self.muon_learning_rate},
+            {"params": priors, "gates": 0, "lr": self.prior_learning_rate},
             {"params": [p for p in network.parameters() if p not in taken], "gates": 0, "lr": self.learning_rate},
         ]
         return self.scheduled(MuonAdamW(groups, weight_decay=self.weight_decay))
