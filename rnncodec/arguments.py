@@ -15,7 +15,8 @@ PATHS = """\
 Exactly two paths, the second of which is '-' or ends in {suffix}, are one input and its output, which is
 overwritten if it exists. Otherwise every path is an input, and a folder stands for all {kind} below it.
 Outputs are written beside their inputs or, with --output-dir, to that folder and the same folders below it;
-existing files are replaced only with --force. '-' is standard input or output; alone, it is both.{more}
+existing files are replaced only with --force, and left as they are with --skip-existing. '-' is standard
+input or output; alone, it is both.{more}
 
 The exit status is 0 if all is done, 1 if a file failed{skipped}, 2 for wrong usage, 130 if interrupted."""
 
@@ -98,7 +99,13 @@ def command_line(version: str) -> argparse.ArgumentParser:
         sub.add_argument("paths", nargs="+", metavar="PATH", help=paths)
         folder = "folder for outputs, made if it does not exist"
         sub.add_argument("--output-dir", metavar="DIR", type=Path, required=apart, help=folder)
-        sub.add_argument("--force", action="store_true", help="replace existing outputs whose names were not given")
+        existing = sub.add_mutually_exclusive_group()
+        existing.add_argument(
+            "--force", action="store_true", help="replace existing outputs whose names were not given"
+        )
+        existing.add_argument(
+            "--skip-existing", action="store_true", help="do nothing where such an output exists, instead of failing"
+        )
         sub.add_argument("--quiet", action="store_true", help="show only errors")
         sub.add_argument("--weights", metavar="W", help="name of shipped weights, or path of a .safetensors file")
         sub.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="device to compute on")

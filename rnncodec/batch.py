@@ -19,6 +19,7 @@ def do_each(
     work: Callable[[str, str, Report], str | None],
     quiet: bool = False,
     skipped: Mapping[Path, str] | None = None,
+    keep: bool = False,
 ) -> int:
     """Does all jobs, even if some of them fail, and gives the exit status, 1 if a file failed or was skipped.
 
@@ -27,14 +28,18 @@ def do_each(
         work: does one of them, and gives what is said of it.
         quiet: whether only errors are shown.
         skipped: files that were left out, and why.
+        keep: whether an existing output means that its job is done, instead of that it fails.
     """
     skipped = skipped or {}
-    failed = before = after = 0
+    failed = kept = before = after = 0
     lost: dict[str, list[str]] = {}  # inputs by what was lost of them
     with progress(len(jobs), quiet) as start:
         for job in jobs:
             try:
                 if not job.overwrite and os.path.lexists(job.target):
+                    if keep:
+                        kept += 1
+                        continue
                     raise ValueError(f"{job.target} exists; --force replaces it")
                 if job.target not in ("", "-"):
                     Path(job.target).parent.mkdir(parents=True, exist_ok=True)
@@ -67,8 +72,9 @@ def do_each(
         complain(f"skipped: {listed(paths, NAMED)}: {why}")
     total = len(jobs) + len(skipped)
     if total > 1 and any(job.target for job in jobs) and not quiet:
-        counts = [f"{count} {what}" for count, what in ((failed, "failed"), (len(skipped), "skipped")) if count]
-        say("; ".join([f"{len(jobs) - failed} of {total} files: {before} bytes became {after}", *counts]))
+        numbers = (kept, "existed"), (failed, "failed"), (len(skipped), "skipped")
+        counts = [f"{count} {what}" for count, what in numbers if count]
+        say("; ".join([f"{len(jobs) - failed - kept} of {total} files: {before} bytes became {after}", *counts]))
     return int(bool(failed or skipped))
 
 

@@ -53,6 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         room = _room(arguments[0], *ROOMS[arguments[0]])
         return room.main(arguments[1:], program=f"rnncodec {arguments[0]}") if room else 1
     parser = command_line(__version__)
+    if not arguments:
+        parser.print_help()
+        return 0
     args = parser.parse_args(arguments)
     try:
         status = COMMANDS[args.command](args)
@@ -110,7 +113,7 @@ def encode(args: argparse.Namespace) -> int:
         header = format.read_header(data)
         return f"{len(header.entries) / header.parts:g} iterations, {len(data)} bytes, {header.bpp[-1]:.4f} bpp"
 
-    return do_each(jobs, work, args.quiet, skipped)
+    return do_each(jobs, work, args.quiet, skipped, args.skip_existing)
 
 
 def decode(args: argparse.Namespace) -> int:
@@ -143,7 +146,7 @@ def decode(args: argparse.Namespace) -> int:
         images.save_image(np.asarray(image), stdout() if target == "-" else target, args.format, records)
         return f"{image.width}x{image.height}"
 
-    return do_each(jobs, work, args.quiet)
+    return do_each(jobs, work, args.quiet, keep=args.skip_existing)
 
 
 def budget(args: argparse.Namespace) -> int:

@@ -301,3 +301,33 @@ def test_encode_takes_a_path(tiny):
     ):
         with pytest.raises(ValueError, match=message):
             codec.encode(wrong)  # pyright: ignore[reportArgumentType]
+
+
+def test_existing_outputs_can_be_left_as_they_are(capsys):
+    for number in range(3):
+        save(f"in/{number}.png", picture(number))
+    Path("in/1.rnc").write_bytes(b"mine")
+    out, err = run(capsys, "encode", "in", "--skip-existing", *FAST)
+    assert Path("in/1.rnc").read_bytes() == b"mine"
+    assert err == []
+    sizes = [Path(f"in/{number}.{suffix}").stat().st_size for suffix in ("png", "rnc") for number in (0, 2)]
+    assert out[-1] == f"2 of 3 files: {sum(sizes[:2])} bytes became {sum(sizes[2:])}; 1 existed"
+    assert sorted(line.split(":")[0] for line in out[:-1]) == ["in/0.rnc", "in/2.rnc"]
+    Path("in/1.rnc").unlink()
+    assert run(capsys, "encode", "in", "--skip-existing", *FAST)[0][-1].endswith("; 2 existed")
+    assert run(capsys, "encode", "in", *FAST, status=1)[1][0] == "error: in/0.png: in/0.rnc exists; --force replaces it"
+
+
+def test_outputs_are_replaced_or_left_but_not_both(capsys):
+    save("a.png")
+    with pytest.raises(SystemExit, match="2"):
+        main(["encode", "a.png", "--force", "--skip-existing"])
+    assert "not allowed with argument --force" in capsys.readouterr().err
+
+
+def test_without_a_command_the_help_is_shown(capsys):
+    assert main([]) == 0
+    found = capsys.readouterr()
+    assert found.out.startswith("usage: rnncodec")
+    assert "compress images to .rnc files" in found.out
+    assert found.err == ""
