@@ -159,7 +159,7 @@ def compress(
     status = do_each([Job(job.source, "", True) for job in jobs], survey, args.quiet, skipped)
     if not pictures:
         raise ValueError("there is no image to compress")
-    limit = int(args.bpp * sum(picture.pixels for picture in pictures.values()) / 8 * (1 + 1e-12))
+    limit = int(min(args.bpp * sum(picture.pixels for picture in pictures.values()) / 8 * (1 + 1e-12), 2**62))
 
     def choose(least: int = 0) -> None:
         tables = [[(option.size, option.error) for option in picture.options] for picture in pictures.values()]

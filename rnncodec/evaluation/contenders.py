@@ -90,8 +90,7 @@ class Prefixes(Contender):
 
     def options(self, x: np.ndarray, size: float, progress: Progress | None = None) -> list[Option]:
         rows, cols = self.codec.loop.grid(*x.shape[:2])
-        count = math.ceil(8 * size / (self.codec.config.bits * rows * cols))
-        count = min(max(count, 1), self.codec.max_iterations)
+        count = math.ceil(min(8 * size / (self.codec.config.bits * rows * cols), self.codec.max_iterations))
         return self._cuts(x, self.codec.encode(x, count, records={}, progress=progress))
 
     def last(self, options: Sequence[Option]) -> bool:
