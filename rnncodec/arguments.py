@@ -103,9 +103,12 @@ def command_line(version: str) -> argparse.ArgumentParser:
         existing.add_argument(
             "--force", action="store_true", help="replace existing outputs whose names were not given"
         )
-        existing.add_argument(
-            "--skip-existing", action="store_true", help="do nothing where such an output exists, instead of failing"
-        )
+        if not apart:  # files that share a budget are made together
+            existing.add_argument(
+                "--skip-existing",
+                action="store_true",
+                help="do nothing where such an output exists, instead of failing",
+            )
         sub.add_argument("--quiet", action="store_true", help="show only errors")
         sub.add_argument("--weights", metavar="W", help="name of shipped weights, or path of a .safetensors file")
         sub.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="device to compute on")
