@@ -281,7 +281,7 @@ def test_refused_before_any_work(command, message, capsys):
 @pytest.mark.parametrize(
     "command",
     [
-        [],
+        ["--nothing"],
         ["encode"],
         ["shrink", "a.png"],
         ["encode", "a.png", "--iterations", "0"],
