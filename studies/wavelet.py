@@ -1,7 +1,7 @@
 r"""Compares the entropy coders on wavelet images, for which Song 2007 describes them.
 
-    pip install 'rnncodec[studies]'
-    python studies/wavelet.py KODAK                          # an hour for 24 images on one core
+    pip install 'rnncodec[eval,studies]'
+    python studies/wavelet.py KODAK                          # a quarter of an hour of processor time
     python studies/wavelet.py PHOTO --steps 16 --output photo.csv
 
 A small codec of its own, of the three stages of the paper: decomposition, quantization, entropy coding.
@@ -265,9 +265,8 @@ def save(rows: Sequence[Row], path: Path) -> None:
     atomic_write(path, file.getvalue().encode())
 
 
-def table(rows: Sequence[Row]) -> Table:
-    """The means of all images, a line for each step."""
-    count = len({row.image for row in rows})
+def table(rows: Sequence[Row], count: int) -> Table:
+    """The means of so many images, a line for each step."""
     result = Table(title=f"bits per pixel of gray wavelet images, mean of {count}")
     for column in ("step", "PSNR, dB", "entropy", *CLASSICAL):
         result.add_column(column, justify="right")
@@ -300,7 +299,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, RuntimeError, OSError, MemoryError) as error:
         print(f"wavelet: error: {one_line(error)}", file=sys.stderr)
         return 1
-    Console().print(table(rows))
+    except KeyboardInterrupt:
+        print("wavelet: interrupted", file=sys.stderr)
+        return 130
+    Console().print(table(rows, len(paths)))
     return 0
 
 
