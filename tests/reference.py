@@ -390,7 +390,7 @@ class IntegersReference:
     def __init__(self, channels, rows, cols):
         self.shape = channels, rows, cols
 
-    def decode(self, coding, payload, table=None):
+    def decode(self, coding, payload, table=()):
         """Integers [channels, rows, cols]; `table` is that of the weights at the level of the file."""
         channels, rows, cols = self.shape
         count = channels * rows * cols

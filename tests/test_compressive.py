@@ -34,7 +34,7 @@ def network():
     torch.manual_seed(0)
     made = CompressiveAutoencoder(TINY).eval()
     with torch.no_grad():
-        made.scale += torch.linspace(0, 3, TINY.rates)[:, None] + torch.rand(TINY.rates, TINY.coefficients)
+        made.scale.add_(torch.linspace(0, 3, TINY.rates)[:, None] + torch.rand(TINY.rates, TINY.coefficients))
         made.weight.normal_()
         for parameter in made.parameters():  # as files hold them
             parameter.copy_(parameter.half())
@@ -320,7 +320,9 @@ def test_training_learns_one_rate_and_then_the_others(tmp_path):
 
     class Watch(L.Callback):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-            seen.append((module.network.scale.detach().clone(), module.network.analysis[0].weight.detach().clone()))
+            seen.append(
+                (module.network.scale.detach().clone(), next(module.network.analysis.parameters()).detach().clone())
+            )
 
     trainer = L.Trainer(
         max_steps=12,

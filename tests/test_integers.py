@@ -2,6 +2,7 @@
 
 import struct
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -71,8 +72,8 @@ def test_payloads_decode_by_the_text_of_the_format():
     values[1, 5, 6] = -32767
     small = np.clip(values, -30, 30)
     table = np.random.default_rng(1).integers(1000, SCALE - 1000, (4, DECISIONS))
-    sessions = {name: CLASSICAL[name](*values.shape, INTEGERS) for name in CLASSICAL}
-    sessions["prior"] = PriorSession(*values.shape, table)
+    sessions = {name: CLASSICAL[name](*values.shape, alphabet=INTEGERS) for name in CLASSICAL}
+    sessions["prior"] = PriorSession(*values.shape, prior=table)
     for name, session in sessions.items():
         given = small if name == "huffman" else values
         ((coding, payload),) = session.encode(given)
@@ -85,8 +86,8 @@ def test_payloads_decode_by_the_text_of_the_format():
 @pytest.mark.parametrize("coder", CLASSICAL)
 @pytest.mark.parametrize("values", [plane(), plane(1, (6, 1, 1)), np.zeros(SHAPE, np.int16), plane() // 50])
 def test_what_is_coded_is_decoded(coder, values):
-    ((coding, payload),) = CLASSICAL[coder](*values.shape, INTEGERS).encode(values)
-    found = CLASSICAL[coder](*values.shape, INTEGERS).decode([(coding, payload)])
+    ((coding, payload),) = CLASSICAL[coder](*values.shape, alphabet=INTEGERS).encode(values)
+    found = CLASSICAL[coder](*values.shape, alphabet=INTEGERS).decode([(coding, payload)])
     np.testing.assert_array_equal(found, values)
     assert found.dtype == np.int16
     assert len(payload) <= 2 * values.size
@@ -94,7 +95,7 @@ def test_what_is_coded_is_decoded(coder, values):
 
 def test_raw_integers_are_big_endian_location_by_location():
     values = plane()
-    ((coding, payload),) = CLASSICAL["none"](*SHAPE, INTEGERS).encode(values)
+    ((coding, payload),) = CLASSICAL["none"](*SHAPE, alphabet=INTEGERS).encode(values)
     expected = b"".join(
         struct.pack(">h", values[c, y, x]) for y in range(SHAPE[1]) for x in range(SHAPE[2]) for c in range(SHAPE[0])
     )
@@ -106,7 +107,7 @@ def test_coders_come_near_the_entropy(coder):
     """Each channel's own entropy for the range coders, that of all values together for the one code book."""
     shape = 6, 64, 64
     values = plane(3, shape)[:4]  # whose integers are rarely beyond 15
-    ((_, payload),) = CLASSICAL[coder](*values.shape, INTEGERS).encode(values)
+    ((_, payload),) = CLASSICAL[coder](*values.shape, alphabet=INTEGERS).encode(values)
 
     def entropy(found):
         counts = np.unique(found, return_counts=True)[1]
@@ -123,7 +124,7 @@ def test_coders_come_near_the_entropy(coder):
 def test_a_static_payload_by_hand():
     """Two channels: one of zeros, whose share of yes is at least 1 / 256; one of 0, 1, 1, -2."""
     values = np.array([[[0, 0, 0, 0]], [[0, 1, 1, -2]]], np.int16)
-    ((coding, payload),) = CLASSICAL["static"](2, 30, 4, INTEGERS).encode(np.tile(values, (1, 30, 1)))
+    ((coding, payload),) = CLASSICAL["static"](2, 30, 4, alphabet=INTEGERS).encode(np.tile(values, (1, 30, 1)))
     assert coding == STATIC
     # A channel's number of decisions and their shares of yes: 3/4 are not 0, 1/3 of them negative, 1/3 at least 2, ...
     assert payload[:2] == bytes([1, 1])
@@ -152,21 +153,21 @@ def test_huffman_codes_have_at_most_fifteen_bits():
 
 def test_too_many_symbols_are_not_coded():
     values = np.arange(-LARGEST, LARGEST + 1, dtype=np.int16)[None, None, : 2**15 + 2]
-    ((coding, payload),) = CLASSICAL["huffman"](*values.shape, INTEGERS).encode(values)
+    ((coding, payload),) = CLASSICAL["huffman"](*values.shape, alphabet=INTEGERS).encode(values)
     assert (coding, len(payload)) == (RAW, 2 * values.size)
 
 
 @pytest.mark.parametrize("values", [np.full(SHAPE, -(2**15), np.int16), plane().astype(np.int32)])
 def test_other_integers_are_refused(values):
     with pytest.raises(ValueError, match="integers are int16 from -32767 to 32767"):
-        CLASSICAL["static"](*SHAPE, INTEGERS).encode(values)
+        CLASSICAL["static"](*SHAPE, alphabet=INTEGERS).encode(values)
 
 
 def test_a_prior_gives_each_decision_its_probability():
     """The length of the code is the information of the decisions, by the table."""
     values = plane(5, (6, 32, 32))
     table = np.random.default_rng(0).integers(1, SCALE, (6, DECISIONS))
-    ((coding, payload),) = PriorSession(*values.shape, table).encode(values)
+    ((coding, payload),) = PriorSession(*values.shape, prior=table).encode(values)
     bits = 0.0
     for channel, found in zip(table, values, strict=True):
         chances = np.append(channel / SCALE, 0.5)
@@ -176,12 +177,21 @@ def test_a_prior_gives_each_decision_its_probability():
         assert len(payload) == pytest.approx(bits / 8, abs=8)
     else:
         assert bits / 8 > 2 * values.size - 8
-    np.testing.assert_array_equal(PriorSession(*values.shape, table).decode([(coding, payload)]), values)
+    np.testing.assert_array_equal(PriorSession(*values.shape, prior=table).decode([(coding, payload)]), values)
 
 
 def header(coding=PRIOR, length=100, **changes):
-    fields = {"width": 64, "height": 40, "fingerprint": bytes(8), "weights": "w", "stride": 8, "bits": 6, "level": 3}
-    return Header(**fields | {"entries": (Entry(coding, length, 0),)} | changes)
+    fields: dict[str, Any] = {
+        "width": 64,
+        "height": 40,
+        "fingerprint": bytes(8),
+        "weights": "w",
+        "stride": 8,
+        "bits": 6,
+    }
+    fields |= {"level": 3, "entries": (Entry(coding, length, 0),)}
+    fields |= changes
+    return Header(**fields)
 
 
 def test_a_header_of_integers_by_hand():
@@ -219,7 +229,7 @@ def test_impossible_headers_of_integers_are_refused(changes, message):
 @pytest.mark.parametrize("coder", CODERS)
 def test_damaged_payloads_give_an_error_or_integers(coder):
     values = np.clip(plane(7), -20, 20)
-    ((coding, payload),) = CLASSICAL[coder](*SHAPE, INTEGERS).encode(values)
+    ((coding, payload),) = CLASSICAL[coder](*SHAPE, alphabet=INTEGERS).encode(values)
     assert coding != RAW
     generator = np.random.default_rng(1)
     for _ in range(60):
@@ -227,7 +237,7 @@ def test_damaged_payloads_give_an_error_or_integers(coder):
         damaged[generator.integers(len(damaged))] ^= 1 << generator.integers(8)
         cut = bytes(damaged[: generator.integers(len(damaged) + 1)] if generator.random() < 0.3 else damaged)
         try:
-            found = CLASSICAL[coder](*SHAPE, INTEGERS).decode([(coding, cut)])
+            found = CLASSICAL[coder](*SHAPE, alphabet=INTEGERS).decode([(coding, cut)])
         except FormatError:
             continue
         assert found.shape == SHAPE

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from dataclasses import asdict, fields, is_dataclass, replace
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -30,7 +31,7 @@ from rnncodec.files.images import load_image, save_image
 from rnncodec.metrics.distortion import ms_ssim
 from rnncodec.network import LatentConfig, NetworkConfig, RecurrentCodec, network_config, to_uint8
 from rnncodec.training import cli as training_cli
-from rnncodec.training import context as context_training
+from rnncodec.training.compressive import CompressiveTraining
 from rnncodec.training.export import add_context, load_checkpoint
 from rnncodec.training.module import CodecTraining
 from rnncodec.weights import WeightsError, load_weights, save_weights
@@ -345,6 +346,7 @@ def test_a_latent_network_starts_once_and_resumes_to_the_bit(train, crops, tmp_p
     assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
     # A checkpoint holds what the start has found, and the averaged weights are weights that can be exported.
     network, _ = load_checkpoint(last)
+    assert isinstance(network, RecurrentCodec)
     assert isinstance(network.config, LatentConfig)
     assert network.binarizer.questions.cost.any()
     save_weights(tmp_path / "latent.safetensors", network, "latent")
@@ -441,14 +443,21 @@ def test_every_config_opens_with_its_purpose_and_builds(config, capsys, monkeypa
     parsed = yaml.safe_load(capsys.readouterr().out)
     assert parsed["name"] == config.stem
     # What a config does not say is as if the class were called from Python.
-    kind = getattr(context_training, parsed["model"]["class_path"].split(".")[-1])
-    parameters = inspect.signature(CodecTraining).parameters | inspect.signature(kind).parameters
+    module, _, name = parsed["model"]["class_path"].rpartition(".")
+    kind = getattr(import_module(module), name)
+    parameters = inspect.signature(kind).parameters
+    if issubclass(kind, CodecTraining):
+        parameters = inspect.signature(CodecTraining).parameters | parameters
     for name, value in parsed["model"]["init_args"].items():
         if name not in model.get("init_args", model) and not is_dataclass(parameters[name].default):
-            assert value == parameters[name].default, name
+            default = parameters[name].default
+            assert value == (list(default) if isinstance(default, tuple) else default), name
     with torch.device("meta"):
-        network = CodecTraining(network_config(network)).network
         x = torch.zeros(1, 3, 32, 32)
+        if kind is CompressiveTraining:
+            assert CompressiveTraining().network(x, 0)[0].shape == x.shape
+            return
+        network = CodecTraining(network_config(network)).network
         assert [network.picture(step.state).shape for step in network.unroll(network.analyse(x), 2)] == [x.shape] * 2
 
 
@@ -489,13 +498,14 @@ def test_training_starts_from_given_weights_and_the_checkpoint_says_from_which(t
     moved, provenance = load_checkpoint(tmp_path / "a.ckpt")
     assert provenance["started_from"] == start.fingerprint.hex()
     assert json.loads(provenance["settings"])["weights"] == "a.safetensors"  # no folder of this machine
-    assert not torch.equal(moved.decoder.output.weight, start.network.decoder.output.weight)
+    assert isinstance(moved, RecurrentCodec)
+    assert not torch.equal(moved.decoder.output.weight, start.recurrent.decoder.output.weight)
     assert "started_from" not in load_checkpoint(tmp_path / "b.ckpt")[1]
 
 
 def test_a_wider_network_starts_as_the_narrower_one(tmp_path):
     save_weights(tmp_path / "a.safetensors", RecurrentCodec(TINY), "a")
-    start = load_weights(tmp_path / "a.safetensors").network
+    start = load_weights(tmp_path / "a.safetensors").recurrent
     wider = replace(TINY, binarizer="sign", encoder_channels=(8, 8, 8, 16), decoder_channels=(8, 12, 8, 8, 8))
     module = CodecTraining(wider, weights=str(tmp_path / "a.safetensors"), iterations=2)
     assert module.network.config == wider
