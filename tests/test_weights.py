@@ -66,7 +66,7 @@ def test_round_trip(network, path):
 
 
 def test_a_loaded_network_can_be_trained_further(path):
-    network = load_weights(path).network.train()
+    network = load_weights(path).recurrent.train()
     step = network(y=torch.rand(1, 3, 32, 32) * 2 - 1)
     step.state.y_hat.sum().backward()
     assert network.decoder.output.weight.grad is not None
