@@ -6,9 +6,9 @@ r"""Compares the entropy coders on wavelet images, for which Song 2007 describes
 
 A small codec of its own, of the three stages of the paper: decomposition, quantization, entropy coding.
 
-1. The image becomes gray (luma of BT.601). Coefficients of chroma are almost all 0 and tell coders little apart. The
-   biorthogonal wavelet 4.4 (CDF 9/7), of PyWavelets, decomposes it five times, small images as often as the filters fit
-   in. Borders are periodized, so that there are as many coefficients as pixels.
+1. The image becomes gray (luma of BT.601), as coders treat all components alike, and three take three times as long.
+   The biorthogonal wavelet 4.4 (CDF 9/7), of PyWavelets, decomposes it five times, small images as often as the filters
+   fit in. Borders are periodized, so that there are as many coefficients as pixels if its sides are multiples of 32.
 2. All subbands have one quantizer with the same step, a whole number. The interval around 0 is twice as wide as all
    others (a dead zone), and coefficients are put back into the middle of theirs.
 3. Each subband of each level is coded by itself with one of the coders without a context model: `none` (16 bits for
