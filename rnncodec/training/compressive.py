@@ -99,15 +99,19 @@ class CompressiveTraining(Training):
         last = self.scale_steps * most if self.scale_steps < 1 else self.scale_steps
         return round(most - last) if most > 0 else most
 
+    def scaled(self) -> bool:
+        """Whether only scales and priors are trained in this step."""
+        return 0 <= self.scaling() <= self.global_step
+
     def rate(self) -> int:
         """The rate of this step, the same on all ranks."""
-        if not 0 <= self.scaling() <= self.global_step:
+        if not self.scaled():
             return self.first
         return random.Random(f"{global_seed()} {self.global_step} rate").randrange(self.network.config.rates)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_start(batch, batch_idx)
-        if 0 <= self.scaling() <= self.global_step:
+        if self.scaled():
             self.network.analysis.requires_grad_(False)
             self.network.synthesis.requires_grad_(False)
         if self.global_step == self.scaling():
@@ -166,8 +170,7 @@ class CompressiveTraining(Training):
             values |= {f"{name}_{rate + 1}": value for name, value in metrics.items()} | {f"bpp_{rate + 1}": bpp}
             points.append(Point("", "", rate + 1, bytes=bpp * height * width / 8, bpp=bpp, **metrics))
             pictures.append(decoded)
-        scaled = 0 <= self.scaling() <= self.global_step
-        values["loss"] = sum(losses) / len(losses) if scaled else losses[self.first]
+        values["loss"] = sum(losses) / len(losses) if self.scaled() else losses[self.first]
         values |= {"psnr": values[f"psnr_{self.first + 1}"], "bpp": values[f"bpp_{self.first + 1}"]}
         strip = torch.cat(pictures, dim=-1)[0] if batch_idx == 0 else None
         return {"values": values, "points": points, "pictures": strip}
