@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rnncodec.entropy.exact import SPAN, STEP, Conv, Layer, blank, probability, snap
+from rnncodec.entropy.exact import SPAN, STEP, Conv, Layer, blank, checkerboard, probability, snap
 from rnncodec.entropy.grouped import Grouped
 
 ContextName = Literal["sequential", "parallel", "grouped"]
@@ -200,7 +200,7 @@ class Parallel(Layer):
 
     def turns(self, bits: int, height: int, width: int) -> Tensor:
         """The pass in which each bit becomes known, int16 [bits, H, W]."""
-        return torch.arange(bits).short()[:, None, None] // (bits // self.groups) * 2 + _colors(height, width)
+        return torch.arange(bits).short()[:, None, None] // (bits // self.groups) * 2 + checkerboard(height, width)
 
     def _pass(self, turn: int, known: Tensor, from_prior: Tensor) -> Tensor:
         """Logits of all bits given the known ones; 0 stands for an unknown bit."""
@@ -232,7 +232,7 @@ class Parallel(Layer):
         """
         height, width = prior.shape[2:]
         size = bits // self.groups
-        colors = _colors(height, width).to(prior.device)
+        colors = checkerboard(height, width).to(prior.device)
         known = blank((height, width, bits), prior)
         from_prior = prior.new_empty(prior.shape)
         for turn in range(2 * self.groups):
@@ -251,11 +251,6 @@ class Parallel(Layer):
             told = torch.from_numpy(np.concatenate(found)).to(known) * 2 - 1
             known[..., own][squares] = told.view(-1, size)
         return known.permute(2, 0, 1)[None]
-
-
-def _colors(height: int, width: int) -> Tensor:
-    """The colors of a checkerboard: 0 for black and 1 for white, int16 [height, width]."""
-    return ((torch.arange(height)[:, None] + torch.arange(width)) % 2).short()
 
 
 class ContextModel(nn.Module):

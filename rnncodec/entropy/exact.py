@@ -44,6 +44,11 @@ def blank(shape: tuple[int, ...], like: Tensor) -> Tensor:
     return torch.from_numpy(np.zeros(shape, like.new_empty(0, device="cpu").numpy().dtype)).to(like.device)
 
 
+def checkerboard(height: int, width: int) -> Tensor:
+    """The colors of squares: 0 for black and 1 for white, int16 [height, width]; the first is black."""
+    return ((torch.arange(height)[:, None] + torch.arange(width)) % 2).short()
+
+
 def halves(whole: Tensor) -> Tensor:
     """Splits whole numbers within +-2^8 into int8 [2, ...]: a fourth of them, rounded down, and the remainder."""
     high = (whole / 4).floor_()

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rnncodec.entropy.exact import MANTISSA, SIGMOID, SPAN, STEP, Layer, blank, halves, product, snap
+from rnncodec.entropy.exact import MANTISSA, SIGMOID, SPAN, STEP, Layer, blank, checkerboard, halves, product, snap
 
 CASES = 75  # of a question
 UNIT = int(1 / STEP)
@@ -75,7 +75,7 @@ def grid(batch: int, height: int, width: int, device: torch.device) -> Grid:
     number = torch.arange(batch * height * width, dtype=torch.int32).view(batch, height, width)
     padded = F.pad(number, [SIDE // 2] * 4, value=number.numel())
     around = padded.unfold(1, SIDE, 1).unfold(2, SIDE, 1).reshape(-1, SIDE * SIDE)
-    white = ((torch.arange(height)[:, None] + torch.arange(width)) % 2).expand_as(number).flatten()
+    white = checkerboard(height, width).expand_as(number).flatten()
     squares = [(white == color).nonzero().flatten() for color in range(2)]
     around = torch.stack([around, around + len(around) + 1])
     return Grid([here.to(device) for here in squares], [around[:, here].to(device) for here in squares])
@@ -214,7 +214,7 @@ class Grouped(Layer):
         # What a location sees of each group on its own color and on the other; white squares see the latter at once.
         same, other = (by_group[..., i::2, :].flatten(-2) @ kernel[:, :, i::2].flatten(2, 3) for i in range(2))
         total = same + other
-        white = ((torch.arange(height)[:, None] + torch.arange(width)) % 2).to(self.turn)
+        white = checkerboard(height, width).to(self.turn)
         white = white.expand(batch, -1, -1).reshape(-1, 1)
         turn = self.turn[own].view(count, groups, 2, 1, -1)
         x = total.cumsum(1) - total + white * other + torch.lerp(turn[:, :, 0], turn[:, :, 1], white)
