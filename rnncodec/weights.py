@@ -60,6 +60,7 @@ class Weights:
         context: exact context model for entropy coding, or None.
         context_fingerprint: 8 bytes that decide whether a compressed file was made with this model; zeros for None.
         allocation: what an encoder knows of them to choose the iterations of each location, or None.
+        path: the file that they were loaded from, or None.
     """
 
     network: Network
@@ -69,6 +70,7 @@ class Weights:
     context: ContextModel | None = None
     context_fingerprint: bytes = bytes(8)
     allocation: Allocation | None = None
+    path: Path | None = None
 
     @property
     def recurrent(self) -> RecurrentCodec:
@@ -174,7 +176,7 @@ def load_weights(path_or_name: str | os.PathLike[str] = DEFAULT_NAME) -> Weights
         {key: tensor.float() if tensor.is_floating_point() else tensor for key, tensor in tensors.items()}, assign=True
     )
     if context_config is None:
-        return Weights(network.eval(), metadata["name"], digest, provenance)
+        return Weights(network.eval(), metadata["name"], digest, provenance, path=path)
     context_digest = fingerprint(metadata["context"], integers)
     if metadata.get("context_fingerprint") != context_digest.hex():
         raise WeightsError(f"{path}: damaged, the context model does not match its fingerprint")
@@ -182,7 +184,7 @@ def load_weights(path_or_name: str | os.PathLike[str] = DEFAULT_NAME) -> Weights
         context = ContextModel.from_integers(context_config, integers)
     except ValueError as error:
         raise WeightsError(f"{path}: {error}") from error
-    return Weights(network.eval(), metadata["name"], digest, provenance, context, context_digest, allocation)
+    return Weights(network.eval(), metadata["name"], digest, provenance, context, context_digest, allocation, path)
 
 
 def stored(network: Network) -> dict[str, torch.Tensor]:
