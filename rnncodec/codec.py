@@ -2,19 +2,16 @@
 
 import copy
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TypedDict
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
 from rnncodec import threads  # noqa: F401 - its hook lets forked processes compute
 from rnncodec.allocation import TuneName, region_weights
-from rnncodec.entropy import EntropyName, Session, new_session, signs
+from rnncodec.entropy import EntropyName, Session, new_session
 from rnncodec.files import format
-from rnncodec.files.fields import pack_bits, unpack_bits
 from rnncodec.files.format import (
     CODINGS,
     CONTEXT,
@@ -36,13 +33,6 @@ from rnncodec.tiling import MAX_ITERATIONS
 from rnncodec.weights import Weights, WeightsError
 
 PART = 256  # locations for each part of an iteration; more parts would cost small images too much in headers
-
-
-class Compressed(TypedDict):
-    """Payloads of a batch: a string for each image and iteration, and the height and width of the images."""
-
-    strings: list[list[bytes]]
-    shape: tuple[int, int]
 
 
 class Codec(ImageCodec):
@@ -275,58 +265,6 @@ class Codec(ImageCodec):
                 yield arrays.pop(i)
                 if parts and i + 1 == found:  # the last iteration may lack parts
                     return
-
-    def compress(self, x: Tensor, iterations: int = MAX_ITERATIONS) -> Compressed:
-        """Codes a batch to raw payloads, without header and checksums.
-
-        Args:
-            x: [B, 3, H, W] in [0, 1].
-            iterations: 1 to `max_iterations`.
-
-        Raises:
-            ValueError: x or iterations is not as above.
-        """
-        if x.ndim != 4 or x.shape[1] != 3 or 0 in x.shape or not x.is_floating_point():
-            raise ValueError(f"a batch is floating-point [B, 3, H, W], not {x.dtype} {list(x.shape)}")
-        if not bool(((x >= 0) & (x <= 1)).all()):
-            raise ValueError("a batch holds values in [0, 1]")
-        planes = np.stack(list(self.loop.encode(x.detach(), self._check_iterations(iterations), None)))
-        strings = [[pack_bits(plane > 0) for plane in planes[:, i]] for i in range(len(x))]
-        return {"strings": strings, "shape": (x.shape[2], x.shape[3])}
-
-    def decompress(
-        self, strings: Sequence[Sequence[bytes]], shape: tuple[int, int], iterations: int | None = None
-    ) -> Tensor:
-        """Decodes what `compress` gave: [B, 3, H, W] in [0, 1], on the codec's device.
-
-        Args:
-            strings: the payloads of each image; there may be fewer than were coded.
-            shape: height and width of the images.
-            iterations: how many to decode; None decodes all.
-
-        Raises:
-            ValueError: the payloads do not fit the shape, or are fewer than asked for.
-        """
-        counts = {len(payloads) for payloads in strings}
-        if len(counts) != 1 or counts == {0}:
-            raise ValueError("every image of a batch needs the same number of payloads, at least one")
-        iterations = self._check_iterations(counts.pop() if iterations is None else iterations)
-        if iterations > len(strings[0]):
-            raise ValueError(f"there are {len(strings[0])} iterations, not {iterations}")
-        height, width = shape
-        if height < 1 or width < 1:
-            raise ValueError(f"not the shape of an image: {shape}")
-        rows, columns = self.loop.grid(height, width)
-        planes = np.stack(
-            [
-                signs(np.stack([unpack_bits(payloads[t], self.config.bits, rows, columns) for payloads in strings]))
-                for t in range(iterations)
-            ]
-        )
-        x = torch.empty(len(strings), 3, height, width, device=self.device)
-        for _, (rows_px, columns_px), x_hat in self.loop.decode(planes, iterations, height, width, None):
-            x[..., rows_px, columns_px] = (x_hat.clamp(-1, 1) + 1) / 2
-        return x
 
     def read_bits(self, data: bytes, iterations: int | None = None, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
         """Reads the bits of a file, which may have been cut.

@@ -3,6 +3,8 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from itertools import accumulate, pairwise, zip_longest
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -10,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from rnncodec.allocation import TuneName
+from rnncodec.files import format
 from rnncodec.files.codings import CONTEXT, EntropyName
 from rnncodec.files.errors import FormatError
 from rnncodec.files.header import Entry, Header
@@ -19,6 +22,22 @@ from rnncodec.inputs import Input, read_input
 from rnncodec.loop import Progress
 from rnncodec.tiling import MAX_SIDE
 from rnncodec.weights import Weights, WeightsError
+
+
+class Compressed(TypedDict):
+    """A batch as CompressAI's models give it: strings[t][i] is iteration t of image i; height and width of the images.
+
+    The strings of an image, one after the other, are its file.
+    """
+
+    strings: list[list[bytes]]
+    shape: tuple[int, int]
+
+
+class Decompressed(TypedDict):
+    """A batch as CompressAI's models give it: the images [B, 3, H, W] in [0, 1]."""
+
+    x_hat: Tensor
 
 
 class ImageCodec(ABC):
@@ -45,7 +64,7 @@ class ImageCodec(ABC):
             raise ValueError("no CUDA device is available")
         self.config = weights.network.config
         self.name, self.fingerprint, self.provenance = weights.name, weights.fingerprint, weights.provenance
-        self.context_fingerprint = weights.context_fingerprint
+        self.context_fingerprint, self.path = weights.context_fingerprint, weights.path
 
     @abstractmethod
     def encode(
@@ -80,6 +99,50 @@ class ImageCodec(ABC):
         """Decompresses like `decode` to a tensor [3, H, W] in [0, 1], in steps of 1 / 255, on the codec's device."""
         array = np.asarray(self.decode(data, iterations, max_pixels=max_pixels))
         return torch.tensor(array, device=self.device).permute(2, 0, 1) / 255
+
+    def compress(self, x: Tensor, **how: Any) -> Compressed:
+        """Compresses a batch of images, with the interface of CompressAI's models.
+
+        Args:
+            x: floating-point [B, 3, H, W] in [0, 1], rounded to 8 bits.
+            how: arguments of `encode`, such as `iterations`, for all images.
+
+        Returns:
+            The strings of each image in turn; where files have different numbers of iterations, the last are empty.
+
+        Raises:
+            ValueError: the batch is empty or not as above, or an argument is invalid.
+        """
+        if x.ndim != 4 or not len(x):
+            raise ValueError(f"a batch is floating-point [B, 3, H, W], not {x.dtype} {list(x.shape)}")
+        strings = list(zip_longest(*(_iterations(self.encode(image, **how)) for image in x), fillvalue=b""))
+        return {"strings": list(map(list, strings)), "shape": (x.shape[2], x.shape[3])}
+
+    def decompress(self, strings: Sequence[Sequence[bytes]], shape: tuple[int, int]) -> Decompressed:
+        """Decompresses a batch from `compress`, with the interface of CompressAI's models.
+
+        Args:
+            strings: all, or those of the first iterations.
+            shape: height and width of the images.
+
+        Returns:
+            The images, in steps of 1 / 255, on the codec's device.
+
+        Raises:
+            ValueError: there are no images, they are not of this shape, or `decode` refuses one.
+        """
+        height, width = shape
+        images = []
+        for own in zip(*strings, strict=True):
+            data = b"".join(own)
+            header = format.read_header(data)
+            if (header.height, header.width) != (height, width):
+                raise ValueError(f"an image of {header.width}x{header.height} in a batch of {width}x{height}")
+            cut = len(data) < header.size + sum(entry.length for entry in header.entries)
+            images.append(self.decode_tensor(data, len(own) if cut else None, max_pixels=height * width))
+        if not images:
+            raise ValueError("a batch has at least one image, and one string of it")
+        return {"x_hat": torch.stack(images)}
 
     def read(self, image: Input, records: Mapping[str, bytes] | None) -> tuple[np.ndarray, bytes]:
         """An image to encode, uint8 [H, W, 3], and its block of records.
@@ -129,6 +192,13 @@ class ImageCodec(ABC):
             )
         if header.iterations > self.max_iterations:
             raise FormatError(f"{header.iterations} iterations, its weights decode up to {self.max_iterations}")
+
+
+def _iterations(data: bytes) -> list[bytes]:
+    """The iterations of a file, the first one with all that comes before it."""
+    header = format.read_header(data)
+    offsets = list(accumulate((entry.length for entry in header.entries), initial=header.size))
+    return [data[start:end] for start, end in pairwise([0, *(offsets[end] for end in header.ends)])]
 
 
 def check_targets(

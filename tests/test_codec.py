@@ -17,7 +17,7 @@ from rnncodec.files import format
 from rnncodec.files.fields import unpack_bits
 from rnncodec.files.format import Container, Entry, FormatError
 from rnncodec.loop import Loop, exact
-from rnncodec.network import CELLS, NetworkConfig, RecurrentCodec
+from rnncodec.network import CELLS, NetworkConfig, RecurrentCodec, to_uint8
 from rnncodec.tiling import activation_bytes, receptive_field
 from rnncodec.weights import Weights, WeightsError, load_weights, save_weights
 
@@ -419,12 +419,6 @@ def test_too_long_sides_are_refused_before_any_work(codec):
     assert not started
 
 
-def test_compress_refuses_values_out_of_range(codec):
-    for value in (-0.1, 1.1, float("nan")):
-        with pytest.raises(ValueError, match="0, 1"):
-            codec.compress(torch.full((1, 3, 16, 16), value))
-
-
 def test_decode_tensor_is_the_decoded_image(codec, data):
     tensor = codec.decode_tensor(data, 3)
     assert tensor.shape == (3, 40, 50)
@@ -436,50 +430,62 @@ def ends(header):
     return list(header.size + np.cumsum([iteration.length for iteration in header.entries]))
 
 
-def test_compress_gives_the_payloads_of_files(codec):
-    images = [noise(20, 35, seed) for seed in range(3)]
-    x = torch.stack([tensor_of(image) for image in images]) / 255
-    compressed = codec.compress(x, iterations=4)
-    assert compressed["shape"] == (20, 35)
-    assert len(compressed["strings"]) == 3
-    single = codec.compress(x[:1], iterations=4)["strings"]
-    assert tuple(single[0]) == format.read(codec.encode(images[0], 4), max_pixels=10**6).payloads
+def batch_of(*images):
+    return torch.stack([tensor_of(image) for image in images]) / 255
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_decompress_is_the_reconstruction(codecs, name):
+def test_batches_are_files(codecs, name):
+    """As CompressAI has it: strings[t][i] is of image i, and the first k strings are its first k iterations."""
     codec = codecs[name]
-    torch.manual_seed(0)
-    x = torch.rand(2, 3, 33, 48)
-    compressed = codec.compress(x, iterations=5)
-    padded = torch.nn.functional.pad(x, (0, -48 % codec.config.stride, 0, -33 % codec.config.stride), mode="replicate")
-    with torch.no_grad():
-        steps = list(codec.network.unroll((2 * padded - 1).contiguous(memory_format=torch.channels_last), 5))
-    for t in (1, 5):
-        expected = (steps[t - 1].state.y_hat.clamp(-1, 1) + 1) / 2
-        found = codec.decompress(**compressed, iterations=t)
-        assert torch.equal(found, expected[..., :33, :48])
-    assert torch.equal(codec.decompress(**compressed), found)
-    assert not found.is_inference()
+    images = [noise(20, 35, seed) for seed in range(3)]
+    compressed = codec.compress(batch_of(*images), iterations=4)
+    strings, shape = compressed["strings"], compressed["shape"]
+    assert (len(strings), {len(own) for own in strings}, shape) == (4, {3}, (20, 35))
+    for i, image in enumerate(images):
+        data = codec.encode(image, 4)
+        assert b"".join(own[i] for own in strings) == data
+        assert [own[i] for own in strings[1:]] == list(format.read(data, max_pixels=10**6).payloads[1:])
+    for count in (1, 3, 4):
+        (x_hat,) = codec.decompress(strings[:count], shape).values()
+        expected = np.stack([np.asarray(codec.decode(codec.encode(image, count))) for image in images])
+        assert x_hat.dtype == torch.float
+        assert np.array_equal((x_hat * 255).round().permute(0, 2, 3, 1).numpy(), expected)
+
+
+def test_images_of_a_batch_may_differ_in_iterations(codec):
+    images = [np.full((32, 32, 3), color, np.uint8) for color in ((128, 128, 128), (255, 0, 0))]
+    how = {"psnr": 7}
+    files = [codec.encode(image, **how) for image in images]
+    counts = [len(format.read(data, max_pixels=10**6).payloads) for data in files]
+    assert counts[0] != counts[1]
+    compressed = codec.compress(batch_of(*images), **how)
+    assert [b"".join(own) for own in zip(*compressed["strings"], strict=True)] == files
+    assert len(compressed["strings"]) == max(counts)
+    x_hat = codec.decompress(**compressed)["x_hat"]
+    assert torch.equal((x_hat * 255).round().byte(), torch.stack([tensor_of(codec.decode(data)) for data in files]))
 
 
 def test_wrong_batches(codec):
-    compressed = codec.compress(torch.rand(2, 3, 16, 16), iterations=2)
-    strings = compressed["strings"]
-    for arguments, message in (
-        (([], (16, 16)), "at least one"),
-        (([[], []], (16, 16)), "at least one"),
-        (([strings[0], strings[1][:1]], (16, 16)), "same number"),
-        ((strings, (16, 33)), "cannot hold"),
-        ((strings, (0, 16)), "shape"),
-        ((strings, (16, 16), 3), "there are 2 iterations, not 3"),
-        ((strings, (16, 16), 0), "iterations must be"),
+    strings = codec.compress(torch.rand(2, 3, 16, 16), iterations=2)["strings"]
+    for wrong, shape, message in (
+        ([], (16, 16), "at least one"),
+        ([[], []], (16, 16), "at least one"),
+        ([strings[0], strings[1][:1]], (16, 16), "shorter"),
+        (strings, (16, 33), "16x16 in a batch of 33x16"),
+        (strings[1:], (16, 16), "not an rnc file"),
+        ([strings[0], [b"", strings[1][1]]], (16, 16), "1 complete iterations, not 2"),
     ):
         with pytest.raises(ValueError, match=message):
-            codec.decompress(*arguments)
-    for x in (torch.rand(3, 16, 16), torch.rand(1, 1, 16, 16), torch.zeros(1, 3, 16, 16, dtype=torch.uint8)):
-        with pytest.raises(ValueError, match="a batch is"):
+            codec.decompress(wrong, shape)
+    for x in (torch.rand(3, 16, 16), torch.rand(0, 3, 16, 16), torch.rand(1, 1, 16, 16), torch.rand(1, 3, 0, 16)):
+        with pytest.raises(ValueError, match=r"is (floating-point|uint8) \["):
             codec.compress(x)
+    with pytest.raises(ValueError, match="floating-point"):
+        codec.compress(torch.zeros(1, 3, 16, 16, dtype=torch.uint8))
+    for value in (-0.1, 1.1, float("nan")):
+        with pytest.raises(ValueError, match="0, 1"):
+            codec.compress(torch.full((1, 3, 16, 16), value))
 
 
 def test_arguments_of_the_codec(codec):
@@ -509,11 +515,11 @@ def test_package_interface(codec, tmp_path):
 def test_encoder_and_decoder_agree_on_a_gpu(codecs, name):
     weights = Weights(make_network(CONFIGS[name]), name, bytes(8), {})
     codec = Codec(weights, "cuda")
-    x = torch.rand(1, 3, 64, 96)
-    compressed = codec.compress(x, iterations=16)
+    image = noise(64, 96)
+    x = tensor_of(image)[None].cuda()
     with torch.no_grad(), exact():
-        steps = list(codec.network.unroll((2 * x.cuda() - 1).contiguous(memory_format=torch.channels_last), 16))
-    assert torch.equal(codec.decompress(**compressed), (steps[-1].state.y_hat.clamp(-1, 1) + 1) / 2)
+        steps = list(codec.network.unroll((2 * x / 255 - 1).contiguous(memory_format=torch.channels_last), 16))
+    assert torch.equal(tensor_of(codec.decode(codec.encode(image))), to_uint8(steps[-1].state.y_hat)[0].cpu())
 
 
 @pytest.mark.parametrize("device", ["mps", "xpu:0", "nonsense", torch.device("meta")])

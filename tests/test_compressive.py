@@ -199,6 +199,16 @@ def test_files_decode_to_the_same_picture(codec, network, size, entropy):
     np.testing.assert_array_equal(codec.integers(x, 5), (y * scale).round()[0])
 
 
+def test_batches_are_files(codec):
+    x = torch.randint(0, 256, (2, 3, 21, 30), dtype=torch.uint8)
+    compressed = codec.compress(x / 255, level=3)
+    files = [codec.encode(image.permute(1, 2, 0).numpy(), level=3) for image in x]
+    assert compressed == {"strings": [files], "shape": (21, 30)}
+    x_hat = codec.decompress(**compressed)["x_hat"]
+    expected = np.stack([np.asarray(codec.decode(data)) for data in files])
+    assert np.array_equal((x_hat * 255).round().permute(0, 2, 3, 1).numpy(), expected)
+
+
 def test_windows_leave_no_trace(codec, photo, monkeypatch):
     whole = codec.encode(photo, level=8)
     picture = np.asarray(codec.decode(whole)).astype(int)
