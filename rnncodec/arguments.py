@@ -6,10 +6,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import get_args
 
+import shtab
+
 from rnncodec.files import images
 from rnncodec.files.codings import EntropyName
 
 BASELINES = ("jpeg", "jpeg444", "jpeg2000", "webp", "avif", "jxl")  # of `rnncodec.evaluation.baselines`, with settings
+
+FILES = {"CHECKPOINT", "DIR", "FILE", "IN", "MASK", "OUT", "PAGE", "PATH", "PHOTOS", "RESULTS", "W"}  # what are files
 
 PATHS = """\
 Exactly two paths, the second of which is '-' or ends in {suffix}, are one input and its output, which is
@@ -34,7 +38,16 @@ XMP. Each is decoded again and measured: the PSNR is that of all pixels of all i
 the images. The files of other codecs go to folders of their names below that of the outputs.
 
 The exit status is 0 if all is done, 1 if a file failed or was skipped, 2 for wrong usage, 130 if interrupted."""
-DECODE = PATHS.format(suffix="the suffix of an image format", kind=".rnc files", more="", skipped="")
+DECODE = PATHS.format(
+    suffix="the suffix of an image format",
+    kind=".rnc files",
+    more="""
+With --all-iterations DIR every input is a folder of its own: photo.rnc becomes DIR/photo/01.png, 02.png, ...""",
+    skipped="",
+)
+VIEW = """\
+The page needs no other files. It has a slider for the iterations, and shows the bytes and bits per pixel of each. Its
+pictures are those that decode gives, up to a megapixel without loss, larger ones as JPEG of quality 95."""
 
 
 def positive(text: str) -> float:
@@ -76,10 +89,18 @@ def weights_file(text: str) -> str:
     return text
 
 
+def page_file(text: str) -> str:
+    """A path that a browser opens as a page."""
+    if Path(text).suffix.lower() not in (".html", ".htm"):
+        raise argparse.ArgumentTypeError(f"must end in .html, not {text}")
+    return text
+
+
 def command_line(version: str) -> argparse.ArgumentParser:
     """The parser of the command line, which gives the name of a command as `command`, and its arguments."""
     parser = argparse.ArgumentParser("rnncodec", description="A recurrent progressive image codec.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {version}")
+    shtab.add_argument_to(parser, help="print a script that lets a shell complete commands, options and files")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", title="commands")
 
     def add(command: str, help: str, epilog: str = "") -> argparse.ArgumentParser:
@@ -93,23 +114,8 @@ def command_line(version: str) -> argparse.ArgumentParser:
         sub.set_defaults(command=command)
         return sub
 
-    def add_coding(sub: argparse.ArgumentParser, paths: str = "", apart: bool = False) -> None:
-        """Adds the arguments of a command that codes files, whose outputs may have to be in a folder apart."""
-        paths = paths or "inputs, or one input and its output; see below"
-        sub.add_argument("paths", nargs="+", metavar="PATH", help=paths)
-        folder = "folder for outputs, made if it does not exist"
-        sub.add_argument("--output-dir", metavar="DIR", type=Path, required=apart, help=folder)
-        existing = sub.add_mutually_exclusive_group()
-        existing.add_argument(
-            "--force", action="store_true", help="replace existing outputs whose names were not given"
-        )
-        if not apart:  # files that share a budget are made together
-            existing.add_argument(
-                "--skip-existing",
-                action="store_true",
-                help="do nothing where such an output exists, instead of failing",
-            )
-        sub.add_argument("--quiet", action="store_true", help="show only errors")
+    def add_machine(sub: argparse.ArgumentParser) -> None:
+        """Adds the arguments of a command that runs a network."""
         sub.add_argument("--weights", metavar="W", help="name of shipped weights, or path of a .safetensors file")
         sub.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="device to compute on")
         sub.add_argument(
@@ -130,6 +136,30 @@ def command_line(version: str) -> argparse.ArgumentParser:
             default=images.MAX_PIXELS,
             help="refuse larger images (default: %(default)s)",
         )
+
+    def add_coding(
+        sub: argparse.ArgumentParser, paths: str = "", apart: bool = False
+    ) -> argparse._MutuallyExclusiveGroup:
+        """Adds the arguments of a command that codes files, whose outputs may have to be in a folder apart."""
+        paths = paths or "inputs, or one input and its output; see below"
+        sub.add_argument("paths", nargs="+", metavar="PATH", help=paths)
+        folders = sub.add_mutually_exclusive_group(required=apart)
+        folders.add_argument(
+            "--output-dir", metavar="DIR", type=Path, help="folder for outputs, made if it does not exist"
+        )
+        existing = sub.add_mutually_exclusive_group()
+        existing.add_argument(
+            "--force", action="store_true", help="replace existing outputs whose names were not given"
+        )
+        if not apart:  # files that share a budget are made together
+            existing.add_argument(
+                "--skip-existing",
+                action="store_true",
+                help="do nothing where such an output exists, instead of failing",
+            )
+        sub.add_argument("--quiet", action="store_true", help="show only errors")
+        add_machine(sub)
+        return folders
 
     sub = add("encode", "compress images to .rnc files", ENCODE)
     add_coding(sub)
@@ -168,10 +198,25 @@ def command_line(version: str) -> argparse.ArgumentParser:
     sub.add_argument("--strip", action="store_true", help="leave out EXIF and XMP")
 
     sub = add("decode", "decompress .rnc files", DECODE)
-    add_coding(sub)
+    folders = add_coding(sub)
+    folders.add_argument(
+        "--all-iterations", metavar="DIR", type=Path, help="the pictures after 1, 2, ... iterations, in folders here"
+    )
     sub.add_argument("--iterations", metavar="K", type=positive_int, help="decode only this many (default: all)")
     sub.add_argument("--format", metavar="F", help="image format, as a suffix (default: that of the output, or png)")
     sub.add_argument("--strip", action="store_true", help="leave out EXIF and XMP")
+
+    sub = add("view", "write a page with a slider through the iterations of a file, and open it", VIEW)
+    sub.add_argument("input", metavar="FILE", help="an .rnc file, or '-'")
+    sub.add_argument(
+        "page",
+        metavar="PAGE",
+        nargs="?",
+        type=page_file,
+        help="the page, overwritten if it exists (default: a new one)",
+    )
+    sub.add_argument("--no-open", action="store_true", help="only write the page")
+    add_machine(sub)
 
     sub = add("budget", "compress images so that all files together keep to a rate, and measure them", BUDGET)
     add_coding(sub, "image files and folders", apart=True)
@@ -243,6 +288,14 @@ def command_line(version: str) -> argparse.ArgumentParser:
     sub.add_argument("--scores", action="store_true", help="show the scores from the votes, serve nothing")
     sub.add_argument("--json", action="store_true", help="show the scores as one JSON object")
 
-    commands.add_parser("train", help="train a codec or a context model: `rnncodec train fit --config small ...`")
-    commands.add_parser("evaluate", help="measure codecs on images: tables, curves, pictures, a report")
+    train = commands.add_parser(
+        "train", help="train a codec or a context model: `rnncodec train fit --config small ...`"
+    )
+    evaluate = commands.add_parser("evaluate", help="measure codecs on images: tables, curves, pictures, a report")
+    for sub in (train, evaluate):  # which parse their arguments themselves: so that a shell completes files
+        sub.add_argument("paths", nargs="*", metavar="PATH")
+    for sub in commands.choices.values():
+        for action in sub._actions:
+            if action.metavar in FILES:
+                action.complete = shtab.FILE  # pyright: ignore[reportAttributeAccessIssue]
     return parser

@@ -5,6 +5,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -15,13 +16,13 @@ from PIL import Image
 
 from rnncodec import __version__
 from rnncodec.arguments import command_line
-from rnncodec.batch import FAILURES, do_each
+from rnncodec.batch import FAILURES, Done, do_each
 from rnncodec.console import Report, complain, prepare, printable, silence, stdin, stdout
 from rnncodec.display import show_file, show_scores
 from rnncodec.files import format, images
 from rnncodec.files.errors import ImageError, ImageWarning, one_line
 from rnncodec.files.format import Header
-from rnncodec.jobs import Job, UsageError, find_files, find_jobs, read, refuse_terminal, write
+from rnncodec.jobs import Job, UsageError, find_files, find_jobs, pending, read, refuse_terminal, write
 from rnncodec.threads import use_threads
 
 if TYPE_CHECKING:
@@ -56,8 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not arguments:
         parser.print_help()
         return 0
-    args = parser.parse_args(arguments)
     try:
+        args = parser.parse_args(arguments)
         status = COMMANDS[args.command](args)
         if sys.stdout:
             sys.stdout.flush()
@@ -94,59 +95,93 @@ def encode(args: argparse.Namespace) -> int:
     jobs = find_jobs(args, ".rnc", {".rnc"}, lambda folder: images.find_images([folder]), skipped)
     if args.roi and len(jobs) > 1:
         raise UsageError("--roi goes with one image")
+    jobs, existed = pending(jobs, args.skip_existing)
     use_threads(args.threads)
-    codec = _codec(args.weights or "small", args)
-    _check_iterations(args, codec.max_iterations)
+
+    @cache
+    def codec() -> "ImageCodec":
+        return _codec(args.weights or "small", args)
+
+    if jobs:  # or loading it would take most of the time of a batch that is done
+        _check_iterations(args, codec().max_iterations)
     roi = None
     if args.roi:
         roi = images.read_photograph(args.roi, args.max_pixels, strip=True).pixels.mean(2).round().astype(np.uint8)
 
-    def work(source: str, target: str, report: Report) -> str:
+    def work(source: str, target: str, report: Report) -> Done:
         file = stdin() if source == "-" else source
         photograph = images.read_photograph(file, args.max_pixels, args.strip)
         for line in photograph.lost + [TURNED] * photograph.turned:
             warnings.warn(line, ImageWarning, stacklevel=2)
         target_of = {"quality": args.quality, "bpp": args.bpp, "max_bytes": args.bytes, "psnr": args.psnr}
         how = {"tune": args.tune, "roi": roi, "entropy": args.entropy, "records": photograph.records}
-        data = codec.encode(photograph.pixels, args.iterations, **target_of, **how, progress=report)
+        data = codec().encode(photograph.pixels, args.iterations, **target_of, **how, progress=report)
         write(target, data)
         header = format.read_header(data)
-        return f"{len(header.entries) / header.parts:g} iterations, {len(data)} bytes, {header.bpp[-1]:.4f} bpp"
+        made = f"{len(header.entries) / header.parts:g} iterations, {len(data)} bytes, {header.bpp[-1]:.4f} bpp"
+        return Done(made, header.width * header.height)
 
-    return do_each(jobs, work, args.quiet, skipped, args.skip_existing)
+    return do_each(jobs, work, args.quiet, skipped, existed)
 
 
 def decode(args: argparse.Namespace) -> int:
-    """Decompresses files."""
+    """Decompresses files, each to a picture, or to a folder with the pictures of all iterations."""
     Image.init()
     suffixes = {s for s, name in Image.registered_extensions().items() if name in images.FORMATS and name in Image.SAVE}
     suffix = f".{'png' if args.format is None else args.format}".lower()
     if suffix not in suffixes:
         raise UsageError(f"unknown --format {args.format!r}")
-    jobs = find_jobs(args, suffix, suffixes, find_files)
+    each = args.all_iterations is not None
+    if each:  # every input becomes a folder
+        args.output_dir = args.all_iterations
+    jobs, existed = pending(find_jobs(args, "" if each else suffix, suffixes, find_files), args.skip_existing)
+    named = {Path(job.target).suffix for job in jobs} - {""}
     try:
-        for written in {Path(job.target).suffix for job in jobs} - {""} if args.format is None else {suffix}:
+        for written in named if args.format is None and not each else {suffix}:
             images.format_name(written)
     except ImageError as error:
         raise UsageError(str(error)) from error
     _check_iterations(args, format.MAX_ITERATIONS)
     use_threads(args.threads)
-    codecs: dict[bytes, ImageCodec] = {}
-    if args.weights:
-        given = _codec(args.weights, args)
-        codecs[given.fingerprint] = given
+    codec_for = _Codecs(args)
 
-    def work(source: str, target: str, report: Report) -> str:
+    def work(source: str, target: str, report: Report) -> Done:
         header, data = read(source)
-        if header.fingerprint not in codecs:
-            codecs[header.fingerprint] = _codec_for(header, args)
-        codec = codecs[header.fingerprint]
+        codec = codec_for(header)
         records = None if args.strip else format.read_records(data)
-        image = codec.decode(data, args.iterations, max_pixels=args.max_pixels, progress=report)
-        images.save_image(np.asarray(image), stdout() if target == "-" else target, args.format, records)
-        return f"{image.width}x{image.height}"
+        what = f"{header.width}x{header.height}"
+        if each:
+            number = 0
+            pictures = codec.decode_progressive(data, args.iterations, max_pixels=args.max_pixels)
+            with images.atomic_folder(target) as folder:
+                for number, picture in enumerate(pictures, 1):
+                    images.save_image(picture, folder / f"{number:02}{suffix}", None, records)
+                    report(number, args.iterations or header.iterations)
+            what = f"{number} pictures, {what}"
+        else:
+            image = codec.decode(data, args.iterations, max_pixels=args.max_pixels, progress=report)
+            images.save_image(np.asarray(image), stdout() if target == "-" else target, args.format, records)
+        return Done(what, header.width * header.height)
 
-    return do_each(jobs, work, args.quiet, keep=args.skip_existing)
+    return do_each(jobs, work, args.quiet, existed=existed)
+
+
+def view(args: argparse.Namespace) -> int:
+    """Writes a page that shows all iterations of a file, and opens it."""
+    from rnncodec.view import open_page, page_path, write_page
+
+    use_threads(args.threads)
+    codec_for = _Codecs(args)
+
+    def work(source: str, target: str, report: Report) -> Done:
+        header, data = read(source)
+        count = write_page(target, Path(source).name, codec_for(header), data, args.max_pixels, report)
+        if not (args.no_open or open_page(target)):
+            warnings.warn("no browser can be started; open the page in one", stacklevel=2)
+        return Done(f"{count} iterations, {Path(target).stat().st_size} bytes")
+
+    with page_path(args.page, args.input) as page:
+        return do_each([Job(args.input, page, True)], work)
 
 
 def budget(args: argparse.Namespace) -> int:
@@ -168,11 +203,11 @@ def info(args: argparse.Namespace) -> int:
 def truncate(args: argparse.Namespace) -> int:
     """Shortens a file."""
 
-    def work(source: str, target: str, report: Report) -> str:
+    def work(source: str, target: str, report: Report) -> Done:
         data = format.truncate(read(source)[1], iterations=args.iterations, max_bytes=args.bytes, strip=args.strip)
         write(target, data)
         header = format.read_header(data)
-        return f"{len(header.entries) / header.parts:g} iterations, {len(data)} bytes"
+        return Done(f"{len(header.entries) / header.parts:g} iterations, {len(data)} bytes")
 
     refuse_terminal(args.output)
     return do_each([Job(args.input, args.output, True)], work)
@@ -183,7 +218,7 @@ def export(args: argparse.Namespace) -> int:
     from rnncodec.training.export import add_allocation, add_context, load_checkpoint
     from rnncodec.weights import load_weights, save_weights
 
-    def work(source: str, target: str, report: Report) -> str:
+    def work(source: str, target: str, report: Report) -> Done:
         if args.context is not None:
             add_context(source, target, args.context)
         elif args.allocation is not None:
@@ -193,7 +228,7 @@ def export(args: argparse.Namespace) -> int:
             save_weights(target, network, args.name, provenance)
         weights = load_weights(target)
         context = f", context model {weights.context_fingerprint.hex()}" if weights.context else ""
-        return f"weights {weights.name} ({weights.fingerprint.hex()}){context}"
+        return Done(f"weights {weights.name} ({weights.fingerprint.hex()}){context}")
 
     return do_each([Job(args.checkpoint, args.output, True)], work)
 
@@ -219,7 +254,7 @@ def rate(args: argparse.Namespace) -> int:
     return 0
 
 
-COMMANDS = {command.__name__: command for command in (encode, decode, budget, info, truncate, export, rate)}
+COMMANDS = {command.__name__: command for command in (encode, decode, view, budget, info, truncate, export, rate)}
 
 
 def _codec(weights: str, args: argparse.Namespace) -> "ImageCodec":
@@ -233,15 +268,32 @@ def _codec(weights: str, args: argparse.Namespace) -> "ImageCodec":
     return rnncodec.load(weights, device, bfloat16=args.bfloat16)
 
 
-def _codec_for(header: Header, args: argparse.Namespace) -> "ImageCodec":
-    """Loads the shipped weights that a file names."""
-    from rnncodec.weights import WeightsError, shipped_name
+class _Codecs:
+    """Gives the codec for a file: of the weights that the user names, or of the shipped ones that the file names."""
 
-    try:
-        return _codec(shipped_name(header), args)
-    except WeightsError as error:
-        others = f"{args.weights} are others" if args.weights else "--weights gives others"
-        raise WeightsError(f"{error}; {others}") from error
+    def __init__(self, args: argparse.Namespace) -> None:
+        self._args = args
+        self._known: dict[bytes, ImageCodec] = {}
+        if args.weights:
+            given = _codec(args.weights, args)
+            self._known[given.fingerprint] = given
+
+    def __call__(self, header: Header) -> "ImageCodec":
+        """The codec for a file with this header.
+
+        Raises:
+            WeightsError: there are no such weights.
+        """
+        from rnncodec.weights import WeightsError, shipped_name
+
+        if header.fingerprint not in self._known:
+            try:
+                self._known[header.fingerprint] = _codec(shipped_name(header), self._args)
+            except WeightsError as error:
+                named = self._args.weights
+                others = f"{named} are others" if named else "--weights gives others"
+                raise WeightsError(f"{error}; {others}") from error
+        return self._known[header.fingerprint]
 
 
 def _check_iterations(args: argparse.Namespace, most: int) -> None:

@@ -9,7 +9,17 @@ from contextlib import contextmanager
 from typing import BinaryIO, Literal
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
 
 from rnncodec.files.errors import ImageWarning
 
@@ -93,29 +103,57 @@ def printable(text: str) -> str:
 
 
 def columns() -> tuple[ProgressColumn, ...]:
-    """The columns of a progress bar: description, bar, count and remaining time."""
-    return TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    """The columns of a progress bar: description, bar, count, time taken and time left."""
+    description = TextColumn("{task.description}", markup=False)
+    return description, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
+
+
+class Speed(ProgressColumn):
+    """A column with the megapixels per second of a task that has `pixels`."""
+
+    def render(self, task: Task) -> Text:
+        pixels = task.fields.get("pixels")
+        return Text(f"{pixels / 1e6 / task.elapsed:.2f} MP/s" if pixels and task.elapsed else "")
+
+
+class Bars:
+    """A progress bar of jobs, if there are several, and one of the steps of the current job.
+
+    Args:
+        display: where they are; None shows nothing.
+        jobs: how many there are.
+    """
+
+    def __init__(self, display: Progress | None, jobs: int) -> None:
+        self._display = display
+        if display:
+            self._jobs = display.add_task("files", total=jobs, visible=jobs > 1, pixels=0)
+            self._steps = display.add_task("", total=None)
+
+    def start(self, source: str) -> Report:
+        """Begins the bar of a job's steps; gives what is told of them."""
+        display = self._display
+        if not display:
+            return lambda done, total: None
+        display.reset(self._steps, description=printable(source), total=None)
+        return lambda done, total: display.update(self._steps, completed=done, total=total)
+
+    def end(self, pixels: int) -> None:
+        """Counts a job that ended, and the pixels of its image."""
+        if self._display:
+            before = self._display.tasks[self._jobs].fields["pixels"]
+            self._display.update(self._jobs, advance=1, pixels=before + pixels)
 
 
 @contextmanager
-def progress(jobs: int, quiet: bool = False) -> Iterator[Callable[[str], Report]]:
-    """Shows progress bars on standard error if it is a terminal; gives a function that starts the bar of a job."""
+def progress(jobs: int, quiet: bool = False) -> Iterator[Bars]:
+    """Shows progress bars on standard error if it is a terminal."""
     if quiet or not (sys.stderr and sys.stderr.isatty()):
-        yield lambda source: lambda done, total: None
+        yield Bars(None, jobs)
         return
-    with Progress(*columns(), console=Console(stderr=True), transient=True, redirect_stdout=is_terminal()) as bars:
-        files = bars.add_task("files", total=jobs, visible=jobs > 1)
-        steps = bars.add_task("", total=None)
-        begun = 0
-
-        def start(source: str) -> Report:
-            nonlocal begun
-            bars.update(files, completed=begun)
-            begun += 1
-            bars.reset(steps, description=printable(source), total=None)
-            return lambda done, total: bars.update(steps, completed=done, total=total)
-
-        yield start
+    console = Console(stderr=True)
+    with Progress(*columns(), Speed(), console=console, transient=True, redirect_stdout=is_terminal()) as display:
+        yield Bars(display, jobs)
 
 
 def is_terminal() -> bool:

@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate, pairwise, zip_longest
 from typing import Any, TypedDict
 
@@ -94,6 +94,12 @@ class ImageCodec(ABC):
         progress: Progress | None = None,
     ) -> Image.Image:
         """Decompresses a file."""
+
+    def decode_progressive(
+        self, data: bytes, iterations: int | None = None, *, max_pixels: int = MAX_PIXELS
+    ) -> Iterator[np.ndarray]:
+        """Decompresses a file once and yields the image of every iteration, uint8 [H, W, 3]; here there is one."""
+        yield np.asarray(self.decode(data, iterations, max_pixels=max_pixels))
 
     def decode_tensor(self, data: bytes, iterations: int | None = None, *, max_pixels: int = MAX_PIXELS) -> Tensor:
         """Decompresses like `decode` to a tensor [3, H, W] in [0, 1], in steps of 1 / 255, on the codec's device."""

@@ -52,7 +52,7 @@ def find_jobs(
         paths = ["-", "-"]
     if len(paths) == 2 and (paths[1] == "-" or Path(paths[1]).suffix.lower() in output_suffixes):
         if args.output_dir is not None:
-            raise UsageError("give an output or --output-dir, not both")
+            raise UsageError("give an output or a folder for outputs, not both")
         if Path(paths[0]).is_dir():
             raise UsageError(f"{paths[0]} is a folder and cannot become one output")
         refuse_terminal(paths[1])
@@ -81,6 +81,12 @@ def find_jobs(
             raise ValueError(f"{taken[target]} and {job.source} would both become {job.target}")
         taken[target] = job.source
     return jobs
+
+
+def pending(jobs: Sequence[Job], skip_existing: bool) -> tuple[list[Job], int]:
+    """The jobs that are to be done, and the number of others, whose outputs exist and are to be left as they are."""
+    left = [job for job in jobs if job.overwrite or not (skip_existing and os.path.lexists(job.target))]
+    return left, len(jobs) - len(left)
 
 
 def refuse_terminal(target: str) -> None:

@@ -3,6 +3,7 @@
 import io
 import re
 import shutil
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -18,6 +19,7 @@ from rnncodec.files import finding, read_header
 from rnncodec.weights import load_weights
 
 TURNED = "turned upright, as the file says"
+PIXELS = 40 * 30  # of `picture`
 FAST = ["--iterations", "1", "--weights", "tiny.safetensors"]
 
 
@@ -48,6 +50,18 @@ def run(capsys, *arguments, status=0):
     return captured.out.splitlines(), [line.removeprefix("rnncodec: ") for line in captured.err.splitlines()]
 
 
+def closing(line, pixels):
+    """A closing line without how long the work took, after checks of that."""
+    found = re.search(r"; (\S+) megapixels in (\d+):(\d\d):(\d\d), (\S+) a second", line)
+    assert found
+    megapixels, hours, minutes, seconds, speed = map(float, found.groups())
+    taken = 3600 * hours + 60 * minutes + seconds  # rounded to a second
+    assert megapixels == round(pixels / 1e6, 1)
+    assert pixels / 1e6 / (taken + 0.5) - 0.005 <= speed
+    assert taken < 1 or speed <= pixels / 1e6 / (taken - 0.5) + 0.005
+    return line.replace(found.group(), "")
+
+
 def test_an_album(monkeypatch, capsys):
     """One command says, in a few lines, what became of all that a telephone and a camera leave in a folder."""
     monkeypatch.setattr(finding, "find_spec", lambda name: None)  # no package that reads HEIF or JPEG XL
@@ -70,7 +84,7 @@ def test_an_album(monkeypatch, capsys):
     sources = ("a.jpg", "b.jpg", "trip/c.jpg", "logo.png", "moving.gif", "twice.gif")
     before = sum(Path("album", name).stat().st_size for name in sources)
     after = sum(Path("out", name).stat().st_size for name in done)
-    assert out[-1] == f"6 of 11 files: {before} bytes became {after}; 1 failed; 4 skipped"
+    assert closing(out[-1], 6 * PIXELS) == f"6 of 11 files: {before} bytes became {after}; 1 failed; 4 skipped"
     assert len(said) == 7
     assert said[0].startswith("error: album/broken.jpg: ")
     assert sorted(said[1:4]) == [
@@ -311,7 +325,8 @@ def test_existing_outputs_can_be_left_as_they_are(capsys):
     assert Path("in/1.rnc").read_bytes() == b"mine"
     assert err == []
     sizes = [Path(f"in/{number}.{suffix}").stat().st_size for suffix in ("png", "rnc") for number in (0, 2)]
-    assert out[-1] == f"2 of 3 files: {sum(sizes[:2])} bytes became {sum(sizes[2:])}; 1 existed"
+    expected = f"2 of 3 files: {sum(sizes[:2])} bytes became {sum(sizes[2:])}; 1 existed"
+    assert closing(out[-1], 2 * PIXELS) == expected
     assert sorted(line.split(":")[0] for line in out[:-1]) == ["in/0.rnc", "in/2.rnc"]
     Path("in/1.rnc").unlink()
     assert run(capsys, "encode", "in", "--skip-existing", *FAST)[0][-1].endswith("; 2 existed")
@@ -331,3 +346,82 @@ def test_without_a_command_the_help_is_shown(capsys):
     assert found.out.startswith("usage: rnncodec")
     assert "compress images to .rnc files" in found.out
     assert found.err == ""
+
+
+def test_a_batch_that_is_done_needs_no_weights(capsys, monkeypatch):
+    """Loading them takes longer than all else."""
+    for number in range(2):
+        save(f"in/{number}.png", picture(number))
+    run(capsys, "encode", "in", *FAST)
+    monkeypatch.setattr("rnncodec.load", lambda *_, **__: pytest.fail("loaded"))
+    assert run(capsys, "encode", "in", "--skip-existing", *FAST) == (["0 of 2 files: 0 bytes became 0; 2 existed"], [])
+
+
+def test_all_iterations_become_a_folder_of_pictures(tiny, capsys):
+    """Each picture is that of a decode with so many iterations, with the photograph's EXIF data."""
+    exif = Image.Exif()
+    exif[271] = "Maker"
+    for name in ("in/a.png", "in/deep/b.png"):
+        save(name, exif=exif)
+    assert main(["encode", "in", "--output-dir", "coded", "--weights", "tiny.safetensors", "--iterations", "3"]) == 0
+    codec = Codec(load_weights(tiny))
+    command = ["decode", "coded", "--all-iterations", "out", *FAST[2:]]
+    capsys.readouterr()
+    out, _ = run(capsys, *command)
+    assert out[:2] == ["out/a: 3 pictures, 40x30", "out/deep/b: 3 pictures, 40x30"]
+    after = sum(Path("out", name).stat().st_size for name in files("out"))
+    before = sum(Path("coded", name).stat().st_size for name in files("coded"))
+    assert closing(out[2], 2 * PIXELS) == f"2 of 2 files: {before} bytes became {after}"
+    assert files("out") == [f"{name}/0{number}.png" for name in ("a", "deep/b") for number in (1, 2, 3)]
+    data = Path("coded/a.rnc").read_bytes()
+    for number in (1, 2, 3):
+        with Image.open(f"out/a/0{number}.png") as decoded:
+            assert np.array_equal(np.asarray(decoded), np.asarray(codec.decode(data, number)))
+            assert dict(decoded.getexif()) == {271: "Maker"}
+    assert run(capsys, *command, status=1)[1][0] == "error: coded/a.rnc: out/a exists; --force replaces it"
+    assert run(capsys, *command, "--skip-existing")[0] == ["0 of 2 files: 0 bytes became 0; 2 existed"]
+    Path("out/a/notes.txt").write_text("mine")
+    Path("out/a/02.png").write_bytes(b"broken")
+    run(capsys, *command, "--force", "--iterations", "2")
+    assert np.array_equal(np.asarray(Image.open("out/a/02.png")), np.asarray(codec.decode(data, 2)))
+    assert Path("out/a/notes.txt").read_text() == "mine"
+    out, _ = run(capsys, "decode", "coded/a.rnc", "--all-iterations", "two", "--format", "webp", *FAST[2:])
+    assert (out, files("two")) == (["two/a: 3 pictures, 40x30"], [f"a/0{number}.webp" for number in (1, 2, 3)])
+
+
+def test_no_folder_is_left_of_pictures_that_cannot_be_decoded(capsys):
+    """Not even if the first iterations can be."""
+    save("a.png")
+    assert main(["encode", "a.png", "a.rnc", "--weights", "tiny.safetensors", "--iterations", "3"]) == 0
+    data = bytearray(Path("a.rnc").read_bytes())
+    data[-1] ^= 1
+    Path("a.rnc").write_bytes(data)
+    capsys.readouterr()
+    run(capsys, "decode", "a.rnc", "--all-iterations", "out", "--iterations", "3", *FAST[2:], status=1)
+    assert files("out") == []
+    Path("out/a").write_text("mine")
+    run(capsys, "decode", "a.rnc", "--all-iterations", "out", "--force", "--iterations", "2", *FAST[2:], status=1)
+    assert (files("out"), Path("out/a").read_text()) == (["a"], "mine")
+    with pytest.raises(SystemExit, match="2"):
+        main(["decode", "a.rnc", "a.png", "--all-iterations", "out"])
+    assert "give an output or a folder for outputs, not both" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main(["decode", "a.rnc", "--all-iterations", "out", "--output-dir", "b"])
+    assert "not allowed with argument" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_a_shell_completes_commands_options_and_files(capsys, shell):
+    """The script is one that the shell accepts; bash is asked for what it would complete."""
+    with pytest.raises(SystemExit, match="0"):
+        main(["--print-completion", shell])
+    script = capsys.readouterr().out
+    assert "--all-iterations" in script
+    if not shutil.which(shell):
+        pytest.skip(f"needs {shell}")
+    assert subprocess.run([shell, "-n"], input=script, text=True, capture_output=True).returncode == 0
+    if shell == "bash":
+        for words, expected in (("rnncodec dec", ["decode"]), ("rnncodec encode --skip", ["--skip-existing"])):
+            ask = f"COMP_WORDS=({words}); COMP_CWORD={len(words.split()) - 1}; _shtab_rnncodec; echo ${{COMPREPLY[@]}}"
+            done = subprocess.run(["bash"], input=f"{script}\n{ask}", text=True, capture_output=True)
+            assert done.stdout.split() == expected

@@ -9,10 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from rich.console import Console
+from rich.progress import Progress
 
 from rnncodec.cli import main
 from rnncodec.codec import Codec
-from rnncodec.console import printable
+from rnncodec.console import Bars, Speed, columns, printable
 from rnncodec.weights import load_weights
 
 NAME = "\u5bcc\u58eb \u00e9\u20ac.rnc"  # neither ASCII nor cp1252
@@ -118,3 +120,22 @@ def test_output_that_cannot_be_written_is_a_failure():
 )
 def test_printable(text, expected):
     assert printable(text) == expected
+
+
+def test_bars_show_time_and_megapixels_per_second():
+    """Two of four images of 3 megapixels took 8 seconds."""
+    now = 0.0
+    shown = Console(file=io.StringIO(), force_terminal=True, width=120, color_system=None)
+    with Progress(*columns(), Speed(), console=shown, auto_refresh=False, get_time=lambda: now) as display:
+        bars = Bars(display, 4)
+        for _ in range(2):
+            now += 4
+            bars.start("a\x1b.png")(1, 2)
+            bars.end(3_000_000)
+        display.refresh()
+    lines = shown.file.getvalue().splitlines()  # pyright: ignore[reportAttributeAccessIssue]
+    (files,) = {line for line in lines if "2/4" in line}
+    (steps,) = {line for line in lines if "1/2" in line}
+    assert files.split()[-4:] == ["0:00:08", "0:00:08", "0.75", "MP/s"]
+    assert "a\\x1b.png" in steps
+    assert "MP/s" not in steps

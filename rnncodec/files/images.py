@@ -4,13 +4,14 @@ from rnncodec.files.errors import ImageError, ImageWarning, one_line
 from rnncodec.files.finding import find_images, find_unreadable, readable_suffixes
 from rnncodec.files.opening import FORMATS
 from rnncodec.files.reading import MAX_PIXELS, load_image, load_photograph, read_photograph, to_rgb
-from rnncodec.files.writing import atomic_write, format_name, save_image
+from rnncodec.files.writing import atomic_folder, atomic_write, format_name, save_image
 
 __all__ = [
     "FORMATS",
     "MAX_PIXELS",
     "ImageError",
     "ImageWarning",
+    "atomic_folder",
     "atomic_write",
     "find_images",
     "find_unreadable",

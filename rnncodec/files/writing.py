@@ -6,7 +6,8 @@ import os
 import secrets
 import shutil
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -126,4 +127,30 @@ def atomic_write(path: str | os.PathLike[str], data: bytes) -> None:
         finally:
             temporary.unlink(missing_ok=True)
     except OSError as error:  # the message should name the target, not the temporary file
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+@contextmanager
+def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Gives a folder to write files into, which come to a path together or, if anything fails, not at all.
+
+    A folder that is there keeps its other files.
+
+    Raises:
+        OSError: the files cannot be put there.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
+    try:
+        try:
+            temporary.mkdir()
+            yield temporary
+            if path.exists():
+                for file in sorted(temporary.iterdir()):
+                    os.replace(file, path / file.name)
+            else:
+                temporary.rename(path)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error
