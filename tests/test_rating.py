@@ -23,6 +23,8 @@ import numpy as np
 import pytest
 from PIL import Image
 from scipy.optimize import minimize
+from scipy.special import logit
+from scipy.stats import beta, f
 
 from rnncodec.cli import main
 from rnncodec.metrics.curves import Point, read_points, to_csv
@@ -349,10 +351,8 @@ def test_three_codecs_of_known_strength():
 
 
 def test_who_always_wins_has_a_finite_score():
-    # With d the difference of two opposite scores, and 5 wins: 5 - 5 s(d) + 1/2 - s(d/2) = 0, where s is the logistic
-    # function. In y = exp(d/2) that is y^3 - y^2 - 9y - 11 = 0.
-    (y,) = (root.real for root in np.roots([1, -1, -9, -11]) if abs(root.imag) < 1e-9 and root.real > 0)
-    assert bradley_terry(np.array([[0, 5], [0, 0]])) == pytest.approx([np.log(y), -np.log(y)], abs=1e-9)
+    # 5 wins of 5, and half a virtual win and half a virtual loss: odds of 5.5 to 0.5.
+    assert bradley_terry(np.array([[0, 5], [0, 0]])) == pytest.approx([np.log(11) / 2, -np.log(11) / 2], abs=1e-9)
     assert bradley_terry(np.zeros((4, 4))) == pytest.approx(np.zeros(4), abs=1e-12)
     huge = bradley_terry(np.array([[0, 10**6, 0], [0, 0, 10**6], [0, 0, 0]]))
     assert np.isfinite(huge).all()
@@ -367,8 +367,7 @@ def test_maximum_of_the_likelihood(seed):
 
     def loss(scores, wins):
         difference = scores[:, None] - scores[None]
-        value = np.sum(np.where(np.eye(5, dtype=bool), 0, wins) * np.logaddexp(0, -difference))
-        return value + 0.5 * np.sum(np.logaddexp(0, scores) + np.logaddexp(0, -scores))
+        return np.sum(np.where(np.eye(5, dtype=bool), 0, wins + 0.5) * np.logaddexp(0, -difference))
 
     scores = bradley_terry(wins)
     for each, found in zip(wins, scores, strict=True):
@@ -386,6 +385,31 @@ def simulate(rng, strengths, raters, votes):
     winner, loser = np.where(first_wins, first, second), np.where(first_wins, second, first)
     np.add.at(wins, (np.arange(raters)[:, None], winner, loser), 1)
     return wins
+
+
+@pytest.mark.parametrize(("won", "lost"), [(1, 0), (0, 4), (20, 0), (3, 2), (30, 10)])
+@pytest.mark.parametrize("raters", ["one", "many"])
+def test_intervals_of_two_codecs_are_those_of_jeffreys(won, lost, raters):
+    """The usual interval of a share, from the beta distribution, is honest with one vote and with unanimous votes."""
+    votes = np.array([[[0, 1], [0, 0]]] * won + [[[0, 0], [1, 0]]] * lost)
+    low, high = bootstrap(votes.sum(0, keepdims=True) if raters == "one" else votes)
+    expected = logit(beta.ppf([0.025, 0.975], won + 0.5, lost + 0.5)) / 2
+    assert [low[0], high[0]] == pytest.approx(expected, abs=0.25)  # 2.5 standard errors of the far end
+    assert [low[1], high[1]] == pytest.approx(-expected[::-1], abs=0.25)
+    assert low[0] < bradley_terry(votes.sum(0))[0] < high[0]
+
+
+@pytest.mark.parametrize("votes", [1, 5])
+@pytest.mark.parametrize("strength", [0.0, 1.5])
+def test_intervals_from_few_votes_cover_the_truth(votes, strength, monkeypatch):
+    monkeypatch.setattr("rnncodec.rating.scores.RESAMPLES", 200)
+    rng = np.random.default_rng(0)
+    truth = np.array([-strength, 0.0, strength])
+    covered = []
+    for _ in range(100):
+        low, high = bootstrap(simulate(rng, truth, 1, votes))
+        covered.append((low <= truth) & (truth <= high))
+    assert np.mean(covered) > 0.92
 
 
 @pytest.mark.parametrize("raters", [1, 40])
@@ -413,10 +437,10 @@ def test_bootstrap_resamples_raters():
     one_way, other_way = np.array([[0, 50], [0, 0]]), np.array([[0, 0], [50, 0]])
     wins = np.array([one_way, other_way] * 3)
     low, high = bootstrap(wins)
-    # Of six raters drawn, those of the first kind are binomial: none with probability 1/64, at most one with 7/64. So
-    # the 2.5 % quantile is at one of six.
-    assert low == pytest.approx([np.log(1 / 5) / 2] * 2, abs=0.01)
-    assert high == pytest.approx([np.log(5) / 2] * 2, abs=0.01)
+    # The odds are those of two sums of three exponential weights, an F distribution; virtual votes hardly count.
+    odds = f.ppf([0.025, 0.975], 6, 6)
+    assert low == pytest.approx([np.log(odds[0]) / 2] * 2, abs=0.05)
+    assert high == pytest.approx([np.log(odds[1]) / 2] * 2, abs=0.05)
     votes_low, votes_high = bootstrap(np.array([one_way + other_way]) * 3)
     assert high[0] - low[0] > 3 * (votes_high[0] - votes_low[0])
     wins = simulate(np.random.default_rng(0), np.zeros(3), 10, 10)
@@ -892,6 +916,21 @@ def test_scores(results, capsys, monkeypatch):
     assert row[-2:] == [f"{best['probability']:.1%}", "40"]
     assert "40 votes of 1 raters; excluded for wrong checks: 0" in out
     assert "repeats answered as the first time: 0 of 0" in out
+
+
+@pytest.mark.parametrize("count", [1, 12])
+def test_scores_of_unanimous_votes_have_wide_intervals(results, capsys, count):
+    votes = Votes(results / "votes.sqlite")
+    for i in range(count):
+        votes.add(vote(rater=f"{i % 3:032x}", trial=f"{i:032x}"))
+    assert main(["rate", str(results), "--scores", "--json"]) == 0
+    best, other = json.loads(capsys.readouterr().out)["scores"]
+    assert (best["codec"], best["score"]) == ("jpeg", pytest.approx(np.log(2 * count + 1) / 2))
+    for score in (best, other):
+        assert score["low"] + 2 < score["high"]
+        assert score["low"] < score["score"] < score["high"]
+    assert main(["rate", str(results), "--scores"]) == 0
+    assert f"{best['low']:+.2f} to {best['high']:+.2f}" in capsys.readouterr().out
 
 
 def test_wrong_usage(results, not_serving, capsys):

@@ -8,8 +8,8 @@ import numpy as np
 from rnncodec.rating.votes import Vote
 
 HONEST = 0.8  # raters with a smaller share of right checks are left out
-VIRTUAL_WINS = 0.5  # of each codec, and as many losses, against an average opponent
-RESAMPLES = 1000  # of a bootstrap interval
+VIRTUAL = 0.5  # wins of each codec over each other: Jeffreys' prior of the probability to win
+RESAMPLES = 4000  # of a bootstrap interval
 CONFIDENCE = 0.95
 
 
@@ -63,15 +63,16 @@ class Summary:
     scores: list[Score]
 
 
-def bradley_terry(wins: np.ndarray) -> np.ndarray:
+def bradley_terry(wins: np.ndarray, virtual: np.ndarray | float = VIRTUAL) -> np.ndarray:
     """Strengths of codecs by maximum likelihood, where P(i beats j) = 1 / (1 + exp(s_j - s_i)).
 
-    The likelihood has a finite maximum only if every codec lost to every other, directly or through others. Half a
-    virtual win and half a virtual loss of each, against an opponent of strength 0, ensure this. The maximum is found by
-    Newton's method, because the simpler MM algorithm takes thousands of steps if a codec nearly always wins.
+    The likelihood has a finite maximum only if every codec lost to every other, directly or through others, as virtual
+    votes ensure. The maximum is found by Newton's method, because the simpler MM algorithm takes thousands of steps if
+    a codec nearly always wins.
 
     Args:
         wins: [..., K, K], how often i was preferred to j; the diagonal is not used.
+        virtual: is added to `wins`, a positive number or array.
 
     Returns:
         float [..., K], in natural logarithms, of mean 0.
@@ -80,18 +81,17 @@ def bradley_terry(wins: np.ndarray) -> np.ndarray:
     for generalized Bradley-Terry models, Annals of Statistics 32 (2004), for existence and uniqueness.
     """
     eye = np.eye(wins.shape[-1])
-    wins = wins * (1 - eye)
-    games, won = wins + wins.swapaxes(-1, -2), wins.sum(-1) + VIRTUAL_WINS
+    wins = (wins + virtual) * (1 - eye)
+    games, won = wins + wins.swapaxes(-1, -2), wins.sum(-1)
     scores = np.zeros(won.shape)
     for _ in range(200):
         p = _logistic(scores[..., :, None] - scores[..., None, :])
-        p0 = _logistic(scores)
-        gradient = won - (games * p).sum(-1) - 2 * VIRTUAL_WINS * p0
+        gradient = won - (games * p).sum(-1)
         curvature = games * p * (1 - p)
-        hessian = eye * (curvature.sum(-1) + 2 * VIRTUAL_WINS * p0 * (1 - p0))[..., None] - curvature
-        step = np.linalg.solve(hessian, gradient[..., None])[..., 0]
+        hessian = eye * curvature.sum(-1)[..., None] - curvature
+        step = np.linalg.solve(hessian[..., 1:, 1:], gradient[..., 1:, None])[..., 0]  # the first score stays 0
         size = np.abs(step).max(-1, keepdims=True)
-        scores = scores + step / np.maximum(size, 1)  # a longer step might overshoot
+        scores[..., 1:] += step / np.maximum(size, 1)  # a longer step might overshoot
         if size.max() < 1e-9:
             break
     return scores - scores.mean(-1, keepdims=True)
@@ -102,27 +102,30 @@ def _logistic(x: np.ndarray) -> np.ndarray:
 
 
 def bootstrap(wins: np.ndarray, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Percentile intervals of the strengths.
+    """Intervals of the strengths by the Bayesian bootstrap, which are honest even if all votes agree.
 
-    Raters are resampled, because the votes of one rater are not independent; if there is only one, votes are resampled.
+    Raters get random weights, because the votes of one rater are not independent; if there is only one, votes get them.
+    So do the virtual votes: n independent votes on two codecs, w of them for the first, thus leave its probability to
+    win distributed as Beta(w + 1/2, n - w + 1/2), the posterior of Jeffreys' prior.
 
     Args:
         wins: integers [R, K, K], how often each rater preferred i to j.
-        seed: of the resampling.
+        seed: of the weights.
 
     Returns:
         Lower and upper ends, float [K] each.
+
+    Source: Rubin, The Bayesian bootstrap, Annals of Statistics 9 (1981); Newton and Raftery, Approximate Bayesian
+    inference with the weighted likelihood bootstrap, Journal of the Royal Statistical Society B 56 (1994).
     """
     rng = np.random.default_rng(seed)
-    raters = len(wins)
-    if raters > 1:
-        weights = rng.multinomial(raters, np.full(raters, 1 / raters), size=RESAMPLES)
-        samples = np.tensordot(weights, wins, 1)
+    size = RESAMPLES, *wins[0].shape
+    if len(wins) > 1:
+        samples = np.tensordot(rng.standard_exponential((RESAMPLES, len(wins))), wins, 1)
     else:
-        total = wins[0].ravel()
-        samples = rng.multinomial(total.sum(), total / total.sum(), size=RESAMPLES).reshape(-1, *wins[0].shape)
+        samples = rng.standard_gamma(wins[0], size)  # the sum of as many exponential weights as there are votes
     tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(bradley_terry(samples), (tail, 1 - tail), axis=0)
+    low, high = np.quantile(bradley_terry(samples, rng.standard_gamma(VIRTUAL, size)), (tail, 1 - tail), axis=0)
     return low, high
 
 
