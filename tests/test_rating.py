@@ -1,5 +1,6 @@
 """Tests of rating by people: matching, order of trials, storage, model, server and page."""
 
+import base64
 import csv
 import http.client
 import io
@@ -61,14 +62,14 @@ EXPECTED = {
 }
 
 
-def make_results(folder, images):
-    """What evaluate.py leaves, as far as rating reads it."""
+def make_results(folder, images, rows=1, columns=1):
+    """What evaluate.py leaves, as far as rating reads it; pictures of 64x64 blocks of so many pixels."""
     rng = np.random.default_rng(0)
     points = []
     for image in images:
         place = folder / "pictures" / image
         place.mkdir(parents=True)
-        x = rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)
+        x = rng.integers(0, 256, (64, 64, 3), dtype=np.uint8).repeat(rows, 0).repeat(columns, 1)
         Image.fromarray(x).save(place / "original.png")
         for codec, setting, size, psnr, suffix in CODED:
             picture = f"pictures/{image}/{codec}-{setting}.{suffix}" if suffix else ""
@@ -1127,3 +1128,127 @@ def test_page(browser, results):
         valid = [row for row in rows_of(votes) if row["undone"] is None]
         assert [row["trial"] for row in valid] == [trial.token for trial in trials]
         assert severe(browser) == []
+
+
+CONTROLS = """
+    return [...document.querySelectorAll("button, input")].filter(each => each.checkVisibility())
+        .map(each => [each, each.getBoundingClientRect()])
+        .map(([each, box]) => [each.id, box.left, box.top, box.right, box.bottom])"""
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory):
+    """Results of larger pictures, 512x384."""
+    return make_results(tmp_path_factory.mktemp("photographs"), ["lake", "market", "tower", "wharf"], 6, 8)
+
+
+@pytest.fixture
+def phone(browser):
+    """Makes the browser that of a phone with a number of pixels of its screen for each of a page."""
+
+    def emulate(width, height, ratio):
+        metrics = {"width": width, "height": height, "deviceScaleFactor": ratio, "mobile": True}
+        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+        browser.execute_cdp_cmd("Emulation.setTouchEmulationEnabled", {"enabled": True})
+
+    yield emulate
+    browser.execute_cdp_cmd("Emulation.setTouchEmulationEnabled", {"enabled": False})
+    browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize(("width", "height", "ratio"), [(390, 844, 3), (390, 844, 1), (844, 390, 3), (320, 568, 2)])
+def test_page_on_a_phone(browser, phone, photographs, tmp_path, width, height, ratio):
+    results, votes = photographs, tmp_path / "votes.sqlite"
+    phone(width, height, ratio)
+    upright = height > width
+
+    def touch(kind, *point):
+        points = [{"x": x, "y": y} for x, y in point]
+        browser.execute_cdp_cmd("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
+
+    def check():
+        """Everything is on the screen, and large enough for a finger."""
+        assert browser.execute_script("return [document.documentElement.scrollWidth, innerWidth]") == [width, width]
+        controls = browser.execute_script(CONTROLS)
+        for name, left, top, right, bottom in controls:
+            assert left >= 0, name
+            assert top >= 0, name
+            assert right <= width, name
+            assert bottom <= height, name
+            assert min(right - left, bottom - top) >= 44, name
+        return {name: ((left + right) / 2, (top + bottom) / 2) for name, left, top, right, bottom in controls}
+
+    with running(results, "--votes", str(votes)) as (_, client):
+        page = Rater(browser)
+        browser.get(f"http://127.0.0.1:{client.port}/")
+        browser.execute_script("localStorage.clear()")
+        browser.get(f"http://127.0.0.1:{client.port}/")
+        page.wait_for("welcome")
+        check()
+        page.find("start").click()
+        page.wait_for("rate")
+        controls = check()
+        assert set(controls) == {"smaller", "larger", "undo", "pause", "left", "original", "right"}
+        assert page.find("left").text == ("Upper is closer" if upright else "Left is closer")
+        assert page.find("right").text == ("Lower is closer" if upright else "Right is closer")
+        trial, following, *_ = Study(results, RATES).trials(browser.execute_script("return localStorage.rater"))
+        pictures = [f"pictures/{trial.image}/original.png", trial.left.picture, trial.right.picture]
+
+        # The whole picture is on the canvas, with room around it.
+        size = browser.execute_script("const [c] = document.querySelectorAll('canvas'); return [c.width, c.height]")
+        scale = min(ratio, size[0] / 512, size[1] / 384)
+        assert (scale > 1) == (ratio == 3)
+        scale = int(scale) or scale
+        extent = round(512 * scale), round(384 * scale)
+        corner = [int((side - length * scale + 1) / 2) for side, length in zip(size, (512, 384), strict=True)]
+        box = (*corner, corner[0] + extent[0], corner[1] + extent[1])
+
+        def seen(side):
+            script = """
+                const canvas = document.querySelectorAll("canvas")[arguments[0]];
+                return canvas.toDataURL().split(",")[1]"""
+            return Image.open(io.BytesIO(base64.b64decode(browser.execute_script(script, side))))
+
+        def check_picture(side, picture):
+            canvas, expected = seen(side), Image.open(results / picture).convert("RGB")
+            assert np.abs(np.subtract(canvas.getbbox(), box)).max() <= 1
+            found = canvas.crop(box).convert("RGB")
+            if scale > 1:  # every pixel is a square
+                assert np.array_equal(found, np.asarray(expected).repeat(scale, 0).repeat(scale, 1))
+            else:  # of another picture, it would differ by 85
+                smaller = expected.resize(extent, Image.Resampling.BOX)
+                assert np.abs(np.subtract(found, smaller, dtype=np.int32)).mean() < 15
+
+        check_picture(0, pictures[1])
+        check_picture(1, pictures[2])
+        touch("touchStart", controls["original"])
+        page.wait(lambda: page.find("label").is_displayed())
+        check_picture(0, pictures[0])
+        check_picture(1, pictures[0])
+        touch("touchEnd")
+        page.wait(lambda: not page.find("label").is_displayed())
+        check_picture(0, pictures[1])
+
+        # Enlarged as far as it goes, a finger moves both pictures.
+        while page.find("larger").is_enabled():
+            page.find("larger").click()
+        before = [seen(side) for side in (0, 1)]
+        middle = browser.execute_script(
+            "const pane = document.querySelector('.pane').getBoundingClientRect(); return [pane.left, pane.top]"
+        )
+        touch("touchStart", [middle[0] + 100, middle[1] + 60])
+        touch("touchMove", [middle[0] + 80, middle[1] + 90])
+        touch("touchEnd")
+        moved = np.array([-20, 30]) * ratio
+        for side in (0, 1):
+            shifted = np.roll(np.asarray(before[side]), moved[::-1], (0, 1))
+            inner = slice(40 * ratio, -40 * ratio)
+            assert np.array_equal(np.asarray(seen(side))[inner, inner], shifted[inner, inner])
+
+        page.find("right").click()
+        page.wait_for_trial(following.token)
+        assert [(row["trial"], row["choice"]) for row in rows_of(votes)] == [(trial.token, "right")]
+        page.find("pause").click()
+        page.wait_for("paused")
+        check()
