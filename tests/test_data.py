@@ -342,7 +342,7 @@ def test_high_entropy_takes_what_png_compresses_worst(module, mixed, monkeypatch
 # Images good and bad
 
 
-@pytest.mark.filterwarnings("ignore::rnncodec.files.errors.ImageWarning")
+@pytest.mark.filterwarnings("ignore:.*transparency")
 def test_bad_images_are_counted_and_odd_ones_converted(module, tmp_path, messages):
     root = tmp_path / "odd"
     root.mkdir()
@@ -366,7 +366,9 @@ def test_bad_images_are_counted_and_odd_ones_converted(module, tmp_path, message
     found = {tile.tobytes() for tile in stream[0]["tiles"].numpy()}
     rgb = np.repeat(gray[..., None], 3, axis=2)
     assert found == {image.tobytes() for image in (rgb, np.where(rgb < 128, 255, rgb).astype(np.uint8), noise)}
-    (message,) = messages
+    message, decoded = messages
+    # Five images of 16x16 pixels, one of 15x16 and one of 16x1.
+    assert re.fullmatch(r"decoded images: .+/[0-9a-f]{24}, 4\.6 kB", decoded)
     assert message.startswith(
         "5 images to train on, 0 to validate on; skipped 4 unreadable: empty.png (the file is empty)"
     )
@@ -508,8 +510,8 @@ def test_validation_shows_whole_images_once(module):
 
 
 def decodes(monkeypatch):
-    calls, load = [], cache.load_image
-    monkeypatch.setattr(cache, "load_image", lambda *arguments: calls.append(arguments) or load(*arguments))
+    calls, read = [], cache.read_photograph
+    monkeypatch.setattr(cache, "read_photograph", lambda *args, **more: calls.append(args) or read(*args, **more))
     return calls
 
 
@@ -553,18 +555,18 @@ def test_a_damaged_cache_is_made_anew(module, damage):
 
 
 def test_an_interrupted_build_leaves_nothing(module, monkeypatch, tmp_path):
-    load = cache.load_image
+    read = cache.read_photograph
 
-    def interrupted(path, max_pixels):
+    def interrupted(path, *arguments, **more):
         if path.name == "3.png":
             raise KeyboardInterrupt
-        return load(path, max_pixels)
+        return read(path, *arguments, **more)
 
-    monkeypatch.setattr(cache, "load_image", interrupted)
+    monkeypatch.setattr(cache, "read_photograph", interrupted)
     with pytest.raises(KeyboardInterrupt):
         module().prepare_data()
     assert not [path for path in (tmp_path / "cache").iterdir() if path.suffix != ".lock"]
-    monkeypatch.setattr(cache, "load_image", load)
+    monkeypatch.setattr(cache, "read_photograph", read)
     folder = ready(module()).cache.folder
     # What a killed process leaves: a part of a build, under another name.
     folder.rename(folder.with_suffix(".tmp"))

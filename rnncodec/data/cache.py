@@ -11,10 +11,13 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
+from lightning.pytorch.utilities import rank_zero_warn
 from PIL import Image
 from rich.progress import track
 
-from rnncodec.files.images import FORMATS, find_images, load_image
+from rnncodec.console import losses
+from rnncodec.files.images import FORMATS, find_images
+from rnncodec.files.reading import Photograph, read_photograph
 
 CACHE_VERSION = 2
 SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}  # by name of folder
@@ -140,6 +143,11 @@ class ImageCache:
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise DataError(f"{folder}: not a complete image cache") from error
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all pixels."""
+        return sum(3 * entry.height * entry.width for entry in self.entries)
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_pixels": None}  # pickling a memory map would copy all pixels
 
@@ -155,6 +163,8 @@ class ImageCache:
 def build_cache(folder: Path, files: dict[str, Path], max_pixels: int) -> None:
     """Decodes images into a new cache, which appears when it is complete; images that cannot be read are skipped.
 
+    What others lose, such as transparency, is told once for each kind.
+
     Raises:
         DataError: the disk is full.
     """
@@ -163,9 +173,11 @@ def build_cache(folder: Path, files: dict[str, Path], max_pixels: int) -> None:
     shutil.rmtree(temporary, ignore_errors=True)  # left by a process that was killed
     check_space(folder.parent, sum(_decoded_bytes(path, max_pixels) for path in files.values()), "the decoded images")
 
-    def load(name: str) -> np.ndarray | str:
+    lost: dict[str, list[str]] = {}
+
+    def load(name: str) -> Photograph | str:
         try:
-            return load_image(files[name], max_pixels)
+            return read_photograph(files[name], max_pixels, strip=True)
         except ValueError as error:
             return str(error).removeprefix(f"{files[name]}: ")
 
@@ -177,16 +189,20 @@ def build_cache(folder: Path, files: dict[str, Path], max_pixels: int) -> None:
                 if isinstance(image, str):
                     skipped[name] = image
                 else:
-                    height, width, _ = image.shape
+                    height, width, _ = image.pixels.shape
                     entries.append(Entry(name, height, width, offset))
-                    pixels.write(np.ascontiguousarray(image).data)
-                    offset += image.nbytes
+                    pixels.write(np.ascontiguousarray(image.pixels).data)
+                    offset += image.pixels.nbytes
+                    for text in dict.fromkeys(image.lost):
+                        lost.setdefault(text, []).append(name)
             pixels.flush()
             os.fsync(pixels.fileno())
         (temporary / "index.json").write_text(json.dumps({"entries": entries, "skipped": skipped}))
         temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+    for line in losses(lost):
+        rank_zero_warn(line.removeprefix("warning: "))
 
 
 def _decoded_bytes(path: Path, max_pixels: int) -> int:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from filelock import FileLock, Timeout
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from rich.filesize import decimal
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -192,6 +193,7 @@ class PatchDataModule(L.LightningDataModule):
         if not len(self.cells):
             raise DataError(f"{self.root}: no usable image; {message}")
         rank_zero_info(message)
+        rank_zero_info(f"decoded images: {folder}, {decimal(self.cache.nbytes)}")
         self._ready = True
 
     def _rank(self) -> tuple[int, int]:

@@ -74,7 +74,7 @@ class Training(L.LightningModule):
             self.hparams.pop(key, None)
         self.hparams.update(values)
 
-    def configure_model(self) -> None:
+    def setup(self, stage: str) -> None:
         # Buffers are constant and need no broadcast, which would hang on ranks with unequal numbers of images.
         constants = [name for name, _ in self.named_buffers()]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, constants)

@@ -53,12 +53,12 @@ class LastCheckpoint(ModelCheckpoint):
         # Within a validation there is nothing to resume from, because the averaged weights replace the current ones.
         path = last_checkpoint(trainer)
         if path is not None and not self._should_skip_saving_checkpoint(trainer):
-            trainer.save_checkpoint(path)
+            trainer.save_checkpoint(path, weights_only=False)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         path = last_checkpoint(trainer)
         if path is not None:
-            trainer.save_checkpoint(path)
+            trainer.save_checkpoint(path, weights_only=False)
 
 
 def check_checkpoint(path: Path, module: L.LightningModule) -> None:

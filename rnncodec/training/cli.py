@@ -1,9 +1,10 @@
 """The command line of training: LightningCLI with the callbacks and loggers that every run has."""
 
+import os
 import signal
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
@@ -19,7 +20,6 @@ from lightning.pytorch.callbacks import (
     LearningRateMonitor,
     ModelCheckpoint,
     ProgressBar,
-    RichProgressBar,
 )
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
@@ -35,8 +35,11 @@ from rnncodec.training import (
 from rnncodec.training.base import Training
 from rnncodec.training.checkpoints import AtomicCheckpointIO, LastCheckpoint, check_checkpoint
 from rnncodec.training.flags import check_trainer
-from rnncodec.training.folder import RunFolder
+from rnncodec.training.folder import RunFolder, run_name
+from rnncodec.training.help import Help, help_asked
+from rnncodec.training.messages import messages
 from rnncodec.training.optim import bfloat16_pays
+from rnncodec.training.progress import TrainingProgress
 from rnncodec.training.stopping import StopOnSignal
 
 
@@ -59,6 +62,7 @@ DEFAULTS: dict[str, Any] = {
     "check_val_every_n_epoch": None,
     "log_every_n_steps": 50,
     "num_sanity_val_steps": 0,
+    "enable_model_summary": False,  # of one row
 }
 
 
@@ -99,12 +103,13 @@ class CodecCLI(LightningCLI):
 
     Args:
         claims: what a training claims, for as long as it needs it.
+        asked: the help that the arguments ask for, if they do.
         options: of `LightningCLI`.
     """
 
-    def __init__(self, claims: ExitStack, **options: Any) -> None:
-        self.claims = claims
-        super().__init__(**options)
+    def __init__(self, claims: ExitStack, asked: Help | None, **options: Any) -> None:
+        self.claims, self.asked = claims, asked
+        super().__init__(model_class=asked.model if asked else Training, subclass_mode_model=asked is None, **options)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--name", type=str, default="codec", help="name of the run and of its folder in runs/")
@@ -112,12 +117,19 @@ class CodecCLI(LightningCLI):
         parser.add_lightning_class_args(EMAWeightAveraging, "ema")
         # All buffers are constants, so averages need not include them.
         parser.set_defaults({"ema.decay": 0.999, "ema.use_buffers": False, "seed_everything": 0})
-        # Configs name other trainings by their class_path.
-        parser.set_defaults({"model": {"class_path": "rnncodec.training.module.CodecTraining"}})
+        if self.asked is None:
+            # Configs name other trainings by their class_path.
+            parser.set_defaults({"model": {"class_path": "rnncodec.training.module.CodecTraining"}})
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parses the arguments, in which names of shipped configs are allowed."""
-        self.config = parser.parse_args(with_subcommand(with_configs(sys.argv[1:] if args is None else args)))
+        """Parses the arguments, or shows the help that they ask for."""
+        if self.asked is not None:
+            try:
+                self._parser(self.asked.subcommand).set_defaults(self.asked.defaults)
+            except KeyError as error:
+                raise ValueError(f"--config: {error.args[0]}") from error
+            args = [self.asked.subcommand, "--help"]
+        self.config = parser.parse_args(args)
 
     def _parse_ckpt_path(self) -> None:
         """Keeps the settings of a resumed run's config and command line; Lightning would take the checkpoint's."""
@@ -134,13 +146,17 @@ class CodecCLI(LightningCLI):
         config: Namespace = self.config[str(self.subcommand)]
         trainer: Namespace = self._get(self.config_init, "trainer")
         check_trainer(config.trainer)
+        config.name = run_name(config.name)
+        self.folder = RunFolder(Path(config.trainer.default_root_dir or "runs"), config.name)
         path = config.get("ckpt_path")
+        if path == "last":  # a job that is requeued says the same at every start
+            path = str(self.folder.last) if self.subcommand != "fit" or self.folder.last.exists() else None
+            self.config_init[str(self.subcommand)].ckpt_path = path
         if path and Path(path).exists():
             check_checkpoint(Path(path), self.model)
-        self.folder = RunFolder(Path(config.trainer.default_root_dir or "runs"), config.name)
         callbacks = _listed(trainer.callbacks)
         if trainer.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
-            callbacks.append(RichProgressBar())
+            callbacks.append(TrainingProgress())
         if self.subcommand == "fit":
             if not trainer.fast_dev_run:
                 self.claims.enter_context(self.folder.claim(resumed=bool(path)))
@@ -163,13 +179,14 @@ class CodecCLI(LightningCLI):
         """The loggers of every training."""
         folder = self.folder.path
         wandb_logger = WandbLogger(
-            name=name,
+            name=os.environ.get("WANDB_NAME") or name,
             save_dir=folder,
             id=self.folder.run_id,
             resume="allow",
             job_type="training",
             **tracking.settings(folder),
         )
+        wandb_logger._wandb_init.pop("anonymous", None)  # of which W&B warns, although it is None
         # The other makes a new version for each start, so nothing is overwritten.
         return [CSVLogger(folder, name="metrics"), wandb_logger]
 
@@ -237,19 +254,20 @@ def main(args: Sequence[str] | None = None, program: str = "train.py") -> int:
         The exit status: 1 after a failure, 128 and the number of the signal that ended the training.
     """
     stop = StopOnSignal()
+    arguments = with_subcommand(with_configs(sys.argv[1:] if args is None else args))
     try:
-        with stop, ExitStack() as claims:
+        asked = help_asked(arguments, CodecCLI.subcommands())
+        with messages(program), stop, ExitStack() as claims:
             CodecCLI(
                 claims,
-                model_class=Training,
+                asked,
                 datamodule_class=PatchDataModule,
-                subclass_mode_model=True,
                 trainer_defaults={**DEFAULTS, "callbacks": stop},
                 save_config_callback=RunConfig,
                 save_config_kwargs={"overwrite": True},
                 parser_class=Parser,
-                args=args,
-                parser_kwargs={"prog": program},
+                args=arguments,
+                parser_kwargs={"prog": program, **(asked.parser_options if asked else {})},
             )
     except FAILURES as error:
         print(f"{program}: error: {one_line(error)}", file=sys.stderr)
@@ -259,4 +277,6 @@ def main(args: Sequence[str] | None = None, program: str = "train.py") -> int:
             raise
         resume = f"--ckpt_path {stop.saved} resumes it" if stop.saved else "nothing is saved"
         print(f"{program}: stopped by {signal.Signals(stop.signal).name}; {resume}", file=sys.stderr)
+        with suppress(ConnectionError, SystemExit):  # W&B's process may have ended by the same signal, as under SLURM
+            wandb.teardown(stop.status)
     return stop.status

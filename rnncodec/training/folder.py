@@ -31,6 +31,11 @@ class RunFolder:
         self.path = root / name
 
     @property
+    def last(self) -> Path:
+        """The checkpoint that resumes the run."""
+        return self.path / "last.ckpt"
+
+    @property
     def run_id(self) -> str | None:
         """The ID of the W&B run, if there is one."""
         file = self.path / "wandb-id.txt"
@@ -57,11 +62,17 @@ class RunFolder:
                         held.enter_context(FileLock(self.path / ".lock", timeout=0))
                 except Timeout as error:
                     raise FileExistsError(f"{self.path}: another training with this name is running") from error
-            last = self.path / "last.ckpt"
-            if last.exists() and not (resumed or list(self.path.glob("hpc_ckpt_*.ckpt"))):  # left by a SLURM requeue
+            if self.last.exists() and not resumed:
                 raise FileExistsError(
-                    f"{last} is of an earlier run: resume it with --ckpt_path or choose another --name"
+                    f"{self.last} is of an earlier run: resume it with --ckpt_path or choose another --name"
                 )
-            if first and not (resumed and self.run_id):
-                (self.path / "wandb-id.txt").write_text(uuid.uuid4().hex[:8])
+            given = os.environ.get("WANDB_RUN_ID")
+            if first and (given or not (resumed and self.run_id)):
+                (self.path / "wandb-id.txt").write_text(given or uuid.uuid4().hex[:8])
             yield
+
+
+def run_name(name: str) -> str:
+    """The name of a run: in a W&B sweep with the ID of the run, so that each has a folder of its own."""
+    run_id = os.environ.get("WANDB_RUN_ID")
+    return f"{name}-{run_id}" if run_id and os.environ.get("WANDB_SWEEP_ID") else name

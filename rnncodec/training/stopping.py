@@ -1,4 +1,4 @@
-"""Ends a training on Ctrl-C or SIGTERM after its current step, with a checkpoint from which it can be resumed."""
+"""Ends a training on a signal after its current step, with a checkpoint from which it can be resumed."""
 
 import os
 import signal
@@ -11,7 +11,8 @@ import lightning as L
 
 from rnncodec.training.checkpoints import last_checkpoint
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# Ctrl-C, what SLURM sends a job that it preempts, and what a script may have it send ahead of the end of its time.
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopOnSignal(L.Callback):
@@ -76,7 +77,7 @@ class StopOnSignal(L.Callback):
         self.signal = self.signal or signal.SIGTERM  # of another process
         self.saved = last_checkpoint(trainer)
         if self.saved is not None:
-            trainer.save_checkpoint(self.saved)
+            trainer.save_checkpoint(self.saved, weights_only=False)
         # A process that launched the others would be killed if they failed.
         raise SystemExit(self.status if trainer.is_global_zero else 0)
 

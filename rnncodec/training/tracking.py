@@ -32,14 +32,14 @@ def login_exists() -> bool:
 
 
 def settings(folder: Path) -> dict[str, Any]:
-    """The project and mode of a run in a folder; the mode is offline unless there is a login or WANDB_MODE is set.
+    """The project and mode of a run in a folder: those of WANDB_PROJECT and WANDB_MODE, or offline without a login.
 
     W&B copies the files of artifacts before it uploads them, and an offline run needs these copies. Unless
     WANDB_DATA_DIR is set, this sets it to folder/wandb; by default they would accumulate in the user's home.
     """
     os.environ.setdefault("WANDB_DATA_DIR", str((folder / "wandb").resolve()))
     mode = None if os.environ.get("WANDB_MODE") or login_exists() else "offline"
-    return {"project": "rnncodec", "mode": mode}
+    return {"project": os.environ.get("WANDB_PROJECT") or "rnncodec", "mode": mode}
 
 
 def points_table(points: Iterable[Point]) -> wandb.Table:
