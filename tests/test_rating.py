@@ -1200,25 +1200,27 @@ def test_page_on_a_phone(browser, phone, photographs, tmp_path, width, height, r
         scale = min(ratio, size[0] / 512, size[1] / 384)
         assert (scale > 1) == (ratio == 3)
         scale = int(scale) or scale
-        extent = round(512 * scale), round(384 * scale)
-        corner = [int((side - length * scale + 1) / 2) for side, length in zip(size, (512, 384), strict=True)]
-        box = (*corner, corner[0] + extent[0], corner[1] + extent[1])
+        width_seen, height_seen = round(512 * scale), round(384 * scale)
+        left, top = (int((side - length * scale + 1) / 2) for side, length in zip(size, (512, 384), strict=True))
 
         def seen(side):
+            """A canvas, uint8 [H, W, 4]."""
             script = """
                 const canvas = document.querySelectorAll("canvas")[arguments[0]];
                 return canvas.toDataURL().split(",")[1]"""
-            return Image.open(io.BytesIO(base64.b64decode(browser.execute_script(script, side))))
+            return np.asarray(Image.open(io.BytesIO(base64.b64decode(browser.execute_script(script, side)))))
 
         def check_picture(side, picture):
             canvas, expected = seen(side), Image.open(results / picture).convert("RGB")
-            assert np.abs(np.subtract(canvas.getbbox(), box)).max() <= 1
-            found = canvas.crop(box).convert("RGB")
+            drawn = np.argwhere(canvas[..., 3])
+            assert drawn.min(0) == pytest.approx([top, left], abs=1)
+            assert drawn.max(0) + 1 == pytest.approx([top + height_seen, left + width_seen], abs=1)
+            found = canvas[top : top + height_seen, left : left + width_seen, :3]
             if scale > 1:  # every pixel is a square
                 assert np.array_equal(found, np.asarray(expected).repeat(scale, 0).repeat(scale, 1))
             else:  # of another picture, it would differ by 85
-                smaller = expected.resize(extent, Image.Resampling.BOX)
-                assert np.abs(np.subtract(found, smaller, dtype=np.int32)).mean() < 15
+                smaller = np.asarray(expected.resize((width_seen, height_seen), Image.Resampling.BOX))
+                assert np.abs(found.astype(int) - smaller).mean() < 15
 
         check_picture(0, pictures[1])
         check_picture(1, pictures[2])
@@ -1242,9 +1244,9 @@ def test_page_on_a_phone(browser, phone, photographs, tmp_path, width, height, r
         touch("touchEnd")
         moved = np.array([-20, 30]) * ratio
         for side in (0, 1):
-            shifted = np.roll(np.asarray(before[side]), moved[::-1], (0, 1))
+            shifted = np.roll(before[side], moved[::-1], (0, 1))
             inner = slice(40 * ratio, -40 * ratio)
-            assert np.array_equal(np.asarray(seen(side))[inner, inner], shifted[inner, inner])
+            assert np.array_equal(seen(side)[inner, inner], shifted[inner, inner])
 
         page.find("right").click()
         page.wait_for_trial(following.token)

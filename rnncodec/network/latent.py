@@ -215,7 +215,8 @@ class LatentBinarizer(nn.Module):
         asked = self._asked(state, len(bits), *bits.shape[2:])
         with full_precision(bits):
             answered = self.questions.values(asked.iteration, asked.known, bits.float())
-            return self._coded(asked, answered, whole=bool(bits.all()))
+            # A graph cannot branch, so it computes all locations.
+            return self._coded(asked, answered, whole=torch.compiler.is_exporting() or bool(bits.all()))
 
     def _coded(self, asked: Asked, answered: Answered, whole: bool) -> Coded:
         groups = answered.bits.detach().unflatten(1, (self.questions.groups, -1))
@@ -277,6 +278,8 @@ def by_rows(part: Callable[..., tuple[Tensor, ...]], *maps: Tensor) -> tuple[Ten
 
     The bands save memory: activations within `part` are several times as large as its inputs and outputs.
     """
+    if torch.compiler.is_exporting():  # a graph has no loop
+        return part(*maps)
     height, width = maps[0].shape[2:]
     rows = max(1, BAND // width)
     if height <= rows:

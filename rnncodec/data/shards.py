@@ -1,0 +1,187 @@
+"""Images in tar files, on disk or in an object store: an index of where they are, and reads of single images."""
+
+import hashlib
+import io
+import json
+import os
+import tarfile
+from collections.abc import Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from braceexpand import braceexpand
+from fsspec.core import url_to_fs
+
+from rnncodec.data.cache import DataError, in_threads
+from rnncodec.files.errors import one_line
+from rnncodec.files.images import atomic_write, load_image, readable_suffixes
+
+INDEX_VERSION = 1
+
+
+class Place(NamedTuple):
+    """Where an image is: the number of its shard, its name there, and its offset and size in bytes."""
+
+    shard: int
+    name: str
+    offset: int
+    size: int
+
+
+class Shards:
+    """Images in tar files, such as webdataset writes; members that are no images are left out.
+
+    Args:
+        urls: of the tar files, paths or addresses that fsspec opens, such as s3://bucket/train-000.tar.
+        places: of the images, in the order of the shards and within them.
+        max_pixels: images of more pixels are refused.
+    """
+
+    def __init__(self, urls: Sequence[str], places: Sequence[Place], max_pixels: int) -> None:
+        self.urls, self.places, self.max_pixels = list(urls), list(places), max_pixels
+
+    @cached_property
+    def names(self) -> list[str]:
+        """A name for each image."""
+        return [f"{self.urls[place.shard]}/{place.name}" for place in self.places]
+
+    @cached_property
+    def groups(self) -> np.ndarray:
+        """The number of the shard of each image, int64 [N]."""
+        return np.array([place.shard for place in self.places], np.int64)
+
+    def read(self, index: int) -> np.ndarray:
+        """The pixels of an image, uint8 [H, W, 3].
+
+        Raises:
+            ImageError: it cannot be read as an image.
+            DataError: the shard cannot be read.
+        """
+        return load_image(io.BytesIO(self.content(index)), self.max_pixels)
+
+    def content(self, index: int) -> bytes:
+        """The bytes of an image file.
+
+        Raises:
+            DataError: the shard cannot be read, or is shorter than when it was indexed.
+        """
+        place = self.places[index]
+        url = self.urls[place.shard]
+        with told(url):
+            files, path = url_to_fs(url)
+            data = files.cat_file(path, start=place.offset, end=place.offset + place.size)
+        if len(data) != place.size:
+            raise DataError(f"{url}: shorter than when it was indexed")
+        return data
+
+
+def find_shards(roots: Sequence[str]) -> list[str]:
+    """The addresses of the tar files that are meant, in order.
+
+    Args:
+        roots: addresses, each of one tar file or, with braces ({000..099}) or wildcards (*), of several.
+
+    Raises:
+        DataError: one of them is missing, or a place cannot be listed.
+    """
+    found: list[str] = []
+    for url in (url for root in roots for url in braceexpand(root)):
+        with told(url):
+            files, path = url_to_fs(url)
+            listed = sorted(files.glob(path)) if any(c in path for c in "*?[") else [path] * files.exists(path)
+            found += [files.unstrip_protocol(each) for each in listed]
+        if not listed:
+            raise DataError(f"{url}: no such tar file")
+    return list(dict.fromkeys(found))
+
+
+def index_shards(urls: Sequence[str], folder: Path, max_pixels: int) -> Shards:
+    """Finds the images in tar files, without reading them; the index is kept in a folder until a file changes.
+
+    Raises:
+        DataError: a file cannot be read, is compressed, or is no tar file, or there are no images.
+        OSError: the index cannot be written.
+    """
+    with told(urls[0]):
+        facts = [files.ukey(path) for files, path in map(url_to_fs, urls)]
+    key = hashlib.sha256(json.dumps([INDEX_VERSION, urls, facts]).encode()).hexdigest()
+    path = folder / f"shards-{key[:24]}.json"
+    try:
+        listed = [[Place(*row) for row in rows] for rows in json.loads(path.read_bytes())]
+    except (OSError, ValueError, TypeError):
+        listed = list(in_threads(members, urls, "indexing shards"))
+        listed = [[place._replace(shard=i) for place in places] for i, places in enumerate(listed)]
+        atomic_write(path, json.dumps(listed).encode())
+    places = [place for rows in listed for place in rows]
+    if not places:
+        raise DataError(f"{urls[0]}: no images in the {len(urls)} tar files")
+    return Shards(urls, places, max_pixels)
+
+
+def unpack_images(images: Shards, numbers: Sequence[int], folder: Path) -> dict[str, Path]:
+    """Copies single images to files, as far as they are not there; gives the paths by name.
+
+    Raises:
+        DataError: a shard cannot be read.
+        OSError: a file cannot be written.
+    """
+    files: dict[str, Path] = {}
+    for number in numbers:
+        name, suffix = images.names[number], Path(images.places[number].name).suffix
+        files[name] = path = folder / f"{hashlib.sha256(name.encode()).hexdigest()[:24]}{suffix}"
+        if not path.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            atomic_write(path, images.content(number))
+    return files
+
+
+def are_shards(roots: Sequence[str]) -> bool:
+    """Whether roots are tar files, such as `find_shards` finds, rather than folders.
+
+    Raises:
+        DataError: some are and some are not.
+    """
+    kinds = {"://" in root or root.endswith(".tar") for root in roots}
+    if len(kinds) > 1:
+        raise DataError("give either folders or tar files, not both")
+    return kinds == {True}
+
+
+def members(url: str) -> list[Place]:
+    """The places of the images in one tar file, whose shard is 0.
+
+    Raises:
+        DataError: it cannot be read, is compressed, or is no tar file.
+    """
+    suffixes = readable_suffixes()
+    # Without a cache, only the headers are fetched: half a kilobyte for each member.
+    with told(url):
+        files, path = url_to_fs(url)
+        with files.open(path, "rb", cache_type="none") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+            return [
+                Place(0, member.name, member.offset_data, member.size)
+                for member in tar
+                if member.isreg() and Path(member.name).suffix.lower() in suffixes and not hidden(member.name)
+            ]
+
+
+def hidden(name: str) -> bool:
+    """Whether a file or one of its folders is hidden."""
+    return any(part.startswith(".") and part != "." for part in Path(name).parts)
+
+
+@contextmanager
+def told(url: str) -> Any:
+    """Turns what goes wrong at an address into an error of one line."""
+    try:
+        yield
+    except DataError:
+        raise
+    except Exception as error:  # file systems raise nearly any exception
+        text = one_line(error)
+        if isinstance(error, FileNotFoundError):
+            text = os.strerror(2)
+        raise DataError(f"{url}: {text}") from error
