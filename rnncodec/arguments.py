@@ -267,6 +267,9 @@ def command_line(version: str) -> argparse.ArgumentParser:
         help="calibrate the weights in CHECKPOINT, of a latent network, on a folder of photographs, so that an encoder "
         "can choose how many iterations each location gets",
     )
+    sub.add_argument(
+        "--wandb", metavar="RUN", help="log to W&B, as a run of this name, which checkpoint became weights"
+    )
 
     sub = add("rate", "serve a page where people say which of two reconstructions is closer to the original")
     sub.add_argument(

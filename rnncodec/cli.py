@@ -218,6 +218,10 @@ def export(args: argparse.Namespace) -> int:
     from rnncodec.training.export import add_allocation, add_context, load_checkpoint
     from rnncodec.weights import load_weights, save_weights
 
+    tracking = _room("--wandb", "rnncodec.training.tracking", "train") if args.wandb else None
+    if args.wandb and tracking is None:
+        return 1
+
     def work(source: str, target: str, report: Report) -> Done:
         if args.context is not None:
             add_context(source, target, args.context)
@@ -226,7 +230,9 @@ def export(args: argparse.Namespace) -> int:
         else:
             network, provenance = load_checkpoint(source)
             save_weights(target, network, args.name, provenance)
-        weights = load_weights(target)
+        weights = load_weights(Path(target).absolute())
+        if tracking is not None:
+            tracking.log_export(Path(target).parent, args.wandb, Path(source), weights)
         context = f", context model {weights.context_fingerprint.hex()}" if weights.context else ""
         return Done(f"weights {weights.name} ({weights.fingerprint.hex()}){context}")
 

@@ -1,29 +1,30 @@
-"""Tests of a training in two processes and of an evaluation, and of what they leave in offline runs of W&B."""
+"""Tests of a training in two processes, an export and an evaluation, and of what they leave in offline runs of W&B."""
 
 import csv
+import hashlib
 import json
 import math
 import os
-import re
 import struct
 import subprocess
 import sys
 from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
+from safetensors import safe_open
 from skimage import data
 from wandb.proto.wandb_internal_pb2 import Record  # pyright: ignore[reportAttributeAccessIssue] - made at run time
 
 from rnncodec.evaluation import evaluate
 from rnncodec.metrics.curves import Point
-from rnncodec.network import NetworkConfig, RecurrentCodec
 from rnncodec.training import tracking
-from rnncodec.weights import save_weights
 
 ROOT = Path(__file__).parent.parent
 COUNTS = (1, 2, 4, 8, 16)
@@ -61,11 +62,26 @@ class OfflineRun:
             {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in row.item}
             for row in found["history"]
         ]
-        self.artifacts = defaultdict(list)
+        self.artifacts, self.used, self.inputs = defaultdict(list), {}, {}
         for artifact in found["artifact"]:
+            if artifact.use_after_commit:  # an input
+                self.used[artifact.name] = artifact.digest
+                self.inputs[artifact.name] = {
+                    entry.path: Path(entry.local_path) for entry in artifact.manifest.contents
+                }
+                continue
             self.artifacts[artifact.name].append(
                 {entry.path: Path(entry.local_path) for entry in artifact.manifest.contents}
             )
+        self.digests = {
+            artifact.name: artifact.digest for artifact in found["artifact"] if not artifact.use_after_commit
+        }
+        self.metadata = {artifact.name: json.loads(artifact.metadata or "{}") for artifact in found["artifact"]}
+        updates = [update for summary in found["summary"] for update in summary.update]
+        self.summary = {"/".join(update.nested_key) or update.key: json.loads(update.value_json) for update in updates}
+        updates = [update for config in (self.start.config, *found["config"]) for update in config.update]
+        self.config = {update.key: json.loads(update.value_json) for update in updates if update.key}
+        self.facts = json.loads((self.folder / "files" / "provenance.json").read_text())
         self.charts = {}
         for update in (update for config in found["config"] for update in config.update):
             if list(update.nested_key[:2]) == ["_wandb", "visualize"]:
@@ -77,6 +93,12 @@ class OfflineRun:
         documents = [json.loads((self.folder / "files" / row[f"{key}/path"]).read_text()) for row in rows]
         return [(document["columns"], document["data"]) for document in documents]
 
+    def table_with_pictures(self, key):
+        """The last table of this key as an artifact has it: its rows, and its files by path."""
+        (versions,) = (found for found in self.artifacts.values() if f"{key}.table.json" in found[-1])
+        document = json.loads(versions[-1][f"{key}.table.json"].read_text())
+        return [dict(zip(document["columns"], row, strict=True)) for row in document["data"]], versions[-1]
+
     def pictures(self, key):
         """All pictures that were logged under a key, in order: captions and sizes."""
         result = []
@@ -84,6 +106,13 @@ class OfflineRun:
             for path, caption in zip(row.get(f"{key}/filenames", []), row.get(f"{key}/captions", []), strict=True):
                 result.append((caption, size_of(self.folder / "files" / path)))
         return result
+
+    def manifest(self, name):
+        """The rows of the manifest of images that were used, which is among the files of the run, too."""
+        text = self.inputs[name]["manifest.json"].read_text()
+        assert (self.folder / "files" / "images.json").read_text() == text
+        assert hashlib.sha256(text.encode()).hexdigest().startswith(self.facts["data"]["fingerprint"])
+        return json.loads(text)
 
     def curve(self, metric):
         """The points of a line over rate/bpp."""
@@ -113,7 +142,7 @@ def run(folder, *arguments, status=0, **values):
     return done
 
 
-def rows_of(path):
+def rows_of(path) -> list[dict[str, Any]]:
     """The rows of a CSV file; numbers as such, None where there is nothing."""
 
     def read(text):
@@ -137,15 +166,42 @@ def photographs(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def evaluation(photographs, tmp_path_factory):
+def training(photographs, tmp_path_factory):
+    """The folder of a training in two processes, which share the validation images: one has two, the other one."""
+    folder = tmp_path_factory.mktemp("training")
+    run(
+        folder, ROOT / "train.py", "fit", "--config", ROOT / "configs" / "debug.yaml", "--name", "tiny",
+        "--data.root", photographs, "--data.cache_dir", folder / "cache", "--data.val_images", 3,
+        "--data.tile_size", 64, "--data.patch_size", 32, "--data.num_workers", 0,
+        "--trainer.default_root_dir", folder, "--trainer.accelerator", "cpu", "--trainer.devices", 2,
+        "--trainer.strategy", "ddp", "--trainer.max_steps", 4, "--trainer.val_check_interval", 2,
+        "--trainer.log_every_n_steps", 2,
+        "--trainer.limit_val_batches", "1.0", "--model.network.decoder_cell", "associative_lstm",
+        "--trainer.callbacks+", "probe.Probe", "--trainer.callbacks.folder", folder / "probe",
+        "--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false",
+        PYTHONPATH=os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]),
+    )  # fmt: skip
+    return folder / "tiny"
+
+
+@pytest.fixture(scope="module")
+def exported(training, tmp_path_factory):
+    """Weights of the training, whose export was logged to W&B."""
+    folder = tmp_path_factory.mktemp("exported")
+    run(
+        folder, "-m", "rnncodec", "export", training / "best.ckpt", folder / "tiny.safetensors", "--name", "tiny",
+        "--wandb", "an export", PYTHONPATH=str(ROOT),
+    )  # fmt: skip
+    return folder / "tiny.safetensors"
+
+
+@pytest.fixture(scope="module")
+def evaluation(photographs, exported, tmp_path_factory):
     """The results of an evaluation that logged to W&B."""
     folder = tmp_path_factory.mktemp("evaluation")
-    torch.manual_seed(0)
-    config = NetworkConfig(bits=4, encoder_channels=(4, 4, 4, 4), decoder_channels=(4, 4, 4, 4, 4))
-    save_weights(folder / "tiny.safetensors", RecurrentCodec(config), "tiny")
     run(
         folder, ROOT / "evaluate.py", photographs / "astronaut.png", photographs / "coffee.png", "--weights",
-        folder / "tiny.safetensors", "--iterations", 2, "--baselines", "jpeg", "--save-images", "--wandb", "a run",
+        exported, "--iterations", 4, "--baselines", "jpeg", "--save-images", "--wandb", "a run",
         "--cache-dir", folder / "cache", "--output", folder / "results",
     )  # fmt: skip
     return folder / "results"
@@ -158,18 +214,15 @@ def test_an_evaluation_leaves_its_table_curves_and_pictures(evaluation):
         "rnncodec",
         "evaluation",
     )
-    config = {update.key: json.loads(update.value_json) for update in offline.start.config.update}
-    assert config["weights"] == "tiny"
-    assert config["iterations"] == 2
-    assert re.fullmatch("[0-9a-f]{16}", config["fingerprint"])
+    assert offline.config["iterations"] == 4
 
     # One row for each image, codec and setting: those of points.csv.
     points = rows_of(evaluation / "points.csv")
     ((columns, rows),) = offline.tables("points")
-    assert columns == list(points[0])
-    assert rows == [list(row.values()) for row in points]
+    assert columns == [name for name in points[0] if name != "picture"]
+    assert rows == [[row[name] for name in columns] for row in points]
     assert {(row["image"], row["setting"]) for row in points if row["codec"] == "rnncodec-tiny"} == {
-        (image, k) for image in ("astronaut", "coffee") for k in (1, 2)
+        (image, k) for image in ("astronaut", "coffee") for k in (1, 2, 3, 4)
     }
 
     # The curves of all codecs, as a chart and as lines over bpp: those of mean.csv.
@@ -182,6 +235,7 @@ def test_an_evaluation_leaves_its_table_curves_and_pictures(evaluation):
         assert chart["panelDefId"] == "wandb/line/v0"
         assert chart["fieldSettings"] == {"x": "bpp", "y": metric, "stroke": "codec"}
         for codec, name in (("rnncodec-tiny", f"rate/{metric}"), ("jpeg", f"rate/{metric}_jpeg")):
+            assert name not in offline.summary  # where the last point would stand
             assert offline.steps[name] == "rate/bpp"
             assert offline.curve(name) == [(row["bpp"], row[metric]) for row in means if row["codec"] == codec]
 
@@ -200,22 +254,112 @@ def test_an_evaluation_leaves_its_files_as_an_artifact(evaluation):
         assert copy.read_bytes() == (evaluation / name).read_bytes()
 
 
-@pytest.fixture(scope="module")
-def training(photographs, tmp_path_factory):
-    """The folder of a training in two processes, which share the validation images: one has two, the other one."""
-    folder = tmp_path_factory.mktemp("training")
-    run(
-        folder, ROOT / "train.py", "fit", "--config", ROOT / "configs" / "debug.yaml", "--name", "tiny",
-        "--data.root", photographs, "--data.cache_dir", folder / "cache", "--data.val_images", 3,
-        "--data.tile_size", 64, "--data.patch_size", 32, "--data.num_workers", 0,
-        "--trainer.default_root_dir", folder, "--trainer.accelerator", "cpu", "--trainer.devices", 2,
-        "--trainer.strategy", "ddp", "--trainer.max_steps", 4, "--trainer.val_check_interval", 2,
-        "--trainer.limit_val_batches", "1.0", "--model.network.decoder_cell", "associative_lstm",
-        "--trainer.callbacks+", "probe.Probe", "--trainer.callbacks.folder", folder / "probe",
-        "--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false",
-        PYTHONPATH=os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]),
-    )  # fmt: skip
-    return folder / "tiny"
+def test_the_summary_of_an_evaluation_is_about_its_codec(evaluation):
+    """Not about the baseline, whose points are the last that were logged."""
+    offline = OfflineRun(evaluation)
+    mine, jpeg = rows_of(evaluation / "summary.csv")
+    assert mine["codec"] == "rnncodec-tiny"
+    for name, value in mine.items():
+        if name.startswith("auc"):
+            assert offline.summary.get(name) == value
+    for name, value in jpeg.items():
+        if name.startswith("bd_rate"):
+            assert offline.summary.get(f"{name}_jpeg") == value
+    # Overlaps are known even where the curves share no quality.
+    assert "bd_rate_psnr_overlap_jpeg" in offline.summary
+
+
+def test_a_table_of_an_evaluation_shows_pictures(evaluation):
+    offline = OfflineRun(evaluation)
+    shown, files = offline.table_with_pictures("pictures")
+    assert [(row["image"], row["iterations"]) for row in shown] == [
+        (image, k) for image in ("astronaut", "coffee") for k in (1, 2, 4)
+    ]
+    points = {(row["image"], row["codec"], row["setting"]): row for row in rows_of(evaluation / "points.csv")}
+    for row in shown:
+        point = points[row["image"], "rnncodec-tiny", row["iterations"]]
+        assert (row["bpp"], row["psnr"]) == (point["bpp"], point["psnr"])
+        sources = {"original": "original.png", "picture": Path(point["picture"]).name}
+        sources["bits"] = f"{Path(point['picture']).stem}-bits.png"
+        for column, name in sources.items():
+            assert (
+                files[row[column]["path"]].read_bytes() == (evaluation / "pictures" / row["image"] / name).read_bytes()
+            )
+        if row["baseline"] is not None:  # no file of JPEG may be as small
+            codec, setting = row["baseline"].split()
+            rival = points[row["image"], codec, float(setting)]
+            assert codec == "jpeg"
+            assert rival["bytes"] <= point["bytes"]
+
+
+def commit():
+    """The commit of this repository; None without git."""
+    try:
+        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
+def test_offline_files_tell_where_a_curve_comes_from(training, exported, evaluation, photographs):
+    """Commit, data, config and weights, from the evaluation back to the images, by files alone."""
+    evaluated, made, trained = OfflineRun(evaluation), OfflineRun(exported.parent), OfflineRun(training)
+    before = {name: hashlib.sha256((photographs / name).read_bytes()).hexdigest() for name in os.listdir(photographs)}
+    for offline in (evaluated, made, trained):
+        described = {key: value for key, value in offline.facts.items() if key not in ("run", "name")}
+        assert {key: offline.config[key] for key in described} == described
+        assert offline.facts["run"] == offline.start.run_id
+        assert offline.facts["source"].get("commit") == commit()
+        assert offline.facts["versions"]["torch"] == torch.__version__
+
+    # The weights are those of the file, which says by what they were made.
+    with safe_open(exported, "pt") as file:
+        metadata = file.metadata()
+    provenance = json.loads(metadata["provenance"])
+    for offline in (evaluated, made):
+        assert offline.facts["weights"] == "tiny"
+        assert offline.facts["fingerprint"] == metadata["fingerprint"]
+        assert offline.facts["provenance"]["run"] == {"id": trained.start.run_id, "name": "tiny"}
+        assert offline.facts["provenance"]["images"]["fingerprint"] == trained.facts["data"]["fingerprint"]
+    assert json.loads(provenance["source"]) == trained.facts["source"]
+    assert json.loads(provenance["settings"])["network"] == trained.facts["network"]
+    assert str(photographs) not in metadata["provenance"]  # it may be shared
+
+    # What one run has made, another one uses, and nothing else.
+    assert evaluated.used["tiny-weights"] == made.digests["tiny-weights"]
+    assert made.used == {"tiny-checkpoints": trained.digests["tiny-checkpoints"]}
+    (files,) = made.artifacts["tiny-weights"]
+    assert files["tiny.safetensors"].read_bytes() == exported.read_bytes()
+    assert set(trained.used) == {"photographs0-images"}
+    assert set(evaluated.used) == {"photographs0-images", "tiny-weights"}
+
+    # The images themselves stay where they are.
+    listed = {row["file"]: row for row in trained.manifest("photographs0-images")}
+    assert {name: row["sha256"] for name, row in listed.items()} == before
+    assert {name: row["bytes"] for name, row in listed.items()} == {
+        name: (photographs / name).stat().st_size for name in before
+    }
+    assert sorted(row["split"] for row in listed.values()) == ["train", "val", "val", "val"]
+    assert {row["sha256"] for row in evaluated.manifest("photographs0-images")} == {
+        before["astronaut.png"], before["coffee.png"],
+    }  # fmt: skip
+
+    facts = trained.facts
+    assert facts["data"]["root"] == str(photographs)
+    assert (facts["data"]["train"], facts["data"]["val"], facts["data"]["patch_size"]) == (1, 3, 32)
+    assert (facts["seed"], facts["trainer"]["processes"], facts["trainer"]["max_steps"]) == (0, 2, 4)
+    assert facts["config"] == yaml.safe_load((training / "config.yaml").read_text())
+    weights = torch.load(training / "best.ckpt", weights_only=True)["state_dict"]
+    learned = {name: tensor for name, tensor in weights.items() if not name.endswith(("permutation", "permutations"))}
+    assert facts["parameters"] == {"network": sum(tensor.numel() for tensor in learned.values())}
+
+
+def test_gradients_are_charted_before_clipping_and_by_part(training):
+    rows = [row for row in OfflineRun(training).history if "train/gradient_norm" in row]
+    assert rows
+    for row in rows:
+        parts = [row[f"train/gradient_norm_{part}"] for part in ("encoder", "binarizer", "decoder")]
+        assert row["train/gradient_norm"] == pytest.approx(math.hypot(*parts), rel=1e-5)
 
 
 def test_two_processes_hold_the_same_weights_and_share_no_patch(training):
@@ -270,19 +414,23 @@ def test_every_validation_leaves_reconstructions(training, photographs):
     (first, *_), *_ = offline.tables("val/images")[0][1]
     width, height = size_of(photographs / first)
     assert [size for _, size in pictures] == [(6 * width, height)] * 2  # of the first image, in both validations
+    rows, files = offline.table_with_pictures("val/images")
+    shown = [row for row in rows if row["picture"] is not None]
+    assert [(row["image"], row["setting"]) for row in shown] == [(first, k) for k in COUNTS]
+    assert all(size_of(files[row["picture"]["path"]]) == (width, height) for row in shown)
 
 
 def test_a_training_leaves_its_checkpoints_as_an_artifact(training):
     (files,) = OfflineRun(training).artifacts["tiny-checkpoints"]  # of the end alone
-    assert set(files) == {"last.ckpt", "best.ckpt"}
+    assert set(files) == {"last.ckpt", "best.ckpt", "config.yaml"}
     for name, copy in files.items():
         assert copy.is_relative_to(training / "wandb")
         assert copy.read_bytes() == (training / name).read_bytes()
 
 
-def test_wandb_can_be_turned_off_and_its_errors_are_one_line(evaluation, photographs, tmp_path, monkeypatch):
+def test_wandb_can_be_turned_off_and_its_errors_are_one_line(exported, photographs, tmp_path, monkeypatch):
     command = [
-        ROOT / "evaluate.py", photographs / "astronaut.png", "--weights", evaluation.parent / "tiny.safetensors",
+        ROOT / "evaluate.py", photographs / "astronaut.png", "--weights", exported,
         "--iterations", 2, "--baselines", "--cache-dir", tmp_path / "cache", "--wandb", "a",
     ]  # fmt: skip
     monkeypatch.setenv("WANDB_MODE", "disabled")
@@ -331,4 +479,4 @@ def test_what_is_not_finite_is_left_empty():
     fake = SimpleNamespace(log=logged.append, define_metric=lambda name, **options: defined.update({name: options}))
     tracking.log_rates(fake, [exact, Point("a", "codec", 3, 200, 1.0, psnr=40.0)])  # pyright: ignore[reportArgumentType]
     assert logged == [{"rate/bpp": 0.5}, {"rate/bpp": 1.0, "rate/psnr": 40.0}]
-    assert defined["rate/psnr"] == {"step_metric": "rate/bpp"}
+    assert defined["rate/psnr"] == {"step_metric": "rate/bpp", "summary": "none"}

@@ -170,11 +170,11 @@ class PatchDataModule(L.LightningDataModule):
         """Opens the cache in every process, and reports once which images were skipped."""
         if self._ready:
             return
-        files, splits = split_images(self.root, self.val_root, self.manifest, self.val_images)
-        folder = self._folder(files)
+        self.files, self.splits = split_images(self.root, self.val_root, self.manifest, self.val_images)
+        folder = self._folder(self.files)
         self.cache = ImageCache(folder)
         names = [entry.name for entry in self.cache.entries]
-        train = np.array([splits[name] == "train" for name in names], bool)
+        train = np.array([self.splits[name] == "train" for name in names], bool)
         sizes = _sizes(self.cache)
         if self.selection == "high_entropy":
             cells = self._load_patches(folder, self.cache)
@@ -183,7 +183,7 @@ class PatchDataModule(L.LightningDataModule):
             cells = grid_cells(sizes, self.tile_size)
             self.margins = sizes % self.tile_size
         self.cells = cells[train[cells[:, 0]]]
-        self.val_indices = [i for i, name in enumerate(names) if splits[name] == "val"]
+        self.val_indices = [i for i, name in enumerate(names) if self.splits[name] == "val"]
         small = [name for i, name in enumerate(names) if train[i] and sizes[i].min() < self.tile_size]
         message = f"{train.sum() - len(small)} images to train on, {len(self.val_indices)} to validate on"
         unreadable = [f"{name} ({reason})" for name, reason in self.cache.skipped.items()]

@@ -30,7 +30,7 @@ from rnncodec.evaluation.measure import (
     ours,
     unique_names,
 )
-from rnncodec.evaluation.pictures import compared, save_picture
+from rnncodec.evaluation.pictures import compared, save_picture, shown_pictures
 from rnncodec.evaluation.report import write_report
 from rnncodec.evaluation.results import Results
 from rnncodec.evaluation.steps import write_steps
@@ -187,7 +187,9 @@ def evaluate(
         write_report(folder)
     if folder is not None and wandb and log is not None:
         files = [folder / file for file in (*results.files, *["report.html"] * save_images)]
-        log(folder, wandb, _config(codec, count, results), results.curves, points, files, sheets)
+        pictures = shown_pictures(points, sources[0].name, next(iter(baselines), ""), folder)
+        config = _config(codec, count, results)
+        log(folder, wandb, codec, config, results.curves, points, results.numbers, files_of, files, pictures, sheets)
     return points
 
 
@@ -249,16 +251,11 @@ def _logger() -> Callable[..., None]:
 
 
 def _config(codec: ImageCodec, iterations: int, results: Results) -> dict[str, object]:
-    """The settings on which the results depend, for W&B."""
+    """The settings on which the results depend, for W&B, beside codec and images."""
     return {
-        "weights": codec.name,
-        "fingerprint": codec.fingerprint.hex(),
-        "context_fingerprint": codec.context_fingerprint.hex(),
         "iterations": iterations,
-        "images": len({point.image for point in results.points}),
         "device": str(codec.device),
         "codecs": {source.name: source.description for source in results.sources},
-        "versions": {"rnncodec": rnncodec.__version__, "torch": torch.__version__},
     }
 
 

@@ -3,7 +3,7 @@
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
 from rnncodec.evaluation.measure import Coded, Source
-from rnncodec.evaluation.report import RATES
+from rnncodec.evaluation.report import RATES, embedded
 from rnncodec.files.images import atomic_write, load_image, save_image
 from rnncodec.metrics.curves import CURVES, Point, largest_within, samples, spent_path
 from rnncodec.metrics.distortion import REPORTED_ITERATIONS
@@ -115,6 +115,43 @@ def compared(name: str, baseline: str, x: np.ndarray, points: Sequence[Point], f
             theirs = Panel(caption, load_image(folder / best.picture))
         columns.append((Panel(mine, load_image(folder / point.picture)), theirs))
     return comparison(x, columns) if columns else None
+
+
+def shown_pictures(points: Sequence[Point], name: str, baseline: str, folder: Path) -> list[dict[str, Any]]:
+    """Rows of a table with a codec's pictures at 1, 2, 4, 8 and 16 iterations, of the images that a report embeds.
+
+    Each has the original, the reconstruction, where its bits are, and a baseline's picture of about the same bytes.
+    Pictures are paths, and None where there are none.
+    """
+    rows: list[dict[str, Any]] = []
+    for image in embedded(points, name):
+        own = [point for point in points if point.image == image and point.picture]
+        for point in own:
+            if point.codec != name or point.setting not in REPORTED_ITERATIONS:
+                continue
+            rival = largest_within((other for other in own if other.codec == baseline), point.bytes)
+            rows.append(
+                {
+                    "image": image,
+                    "iterations": point.setting,
+                    "bpp": point.bpp,
+                    "psnr": point.psnr,
+                    "ms_ssim": point.ms_ssim,
+                    "original": folder / point.original,
+                    "picture": folder / point.picture,
+                    "bits": _existing(folder / point.spent),
+                    "baseline": rival and f"{rival.codec} {rival.setting:g}",
+                    "baseline_bpp": rival and rival.bpp,
+                    "baseline_psnr": rival and rival.psnr,
+                    "baseline_picture": rival and folder / rival.picture,
+                }
+            )
+    return rows
+
+
+def _existing(path: Path) -> Path | None:
+    """A path, or None if there is no such file."""
+    return path if path.exists() else None
 
 
 def drawn_rates(rates: np.ndarray) -> np.ndarray:

@@ -63,6 +63,17 @@ class Results:
         """The summaries of the drawn curves."""
         return summaries(self.drawn, {source.title for source in self.sources if source.saturates})
 
+    @property
+    def numbers(self) -> dict[str, float]:
+        """Areas under the curve of the first codec, and its BD-rates against the others, whose names are appended."""
+        names = {source.title: source.name for source in self.sources}
+        first, *others = self.summaries
+        found = dict(first.named_areas)
+        for each in others:
+            name = names.get(each.codec, each.codec)
+            found |= {f"{key}_{name}": value for key, value in each.named_bd_rates.items()}
+        return found
+
     @cached_property
     def mean_sizes(self) -> dict[str, np.ndarray]:
         """Mean bytes [T] of the whole file, by entropy coder."""

@@ -69,6 +69,19 @@ class Summary:
     areas: list[list[float]]
     bd_rates: list[tuple[float, float]] | None
 
+    @property
+    def named_areas(self) -> dict[str, float]:
+        """The areas, by the names of their columns in summary.csv."""
+        names = [f"auc_{metric}_{name}" for metric in AREAS for name in ("to_2", "window")]
+        return dict(zip(names, (value for pair in self.areas for value in pair), strict=True))
+
+    @property
+    def named_bd_rates(self) -> dict[str, float]:
+        """The BD-rates and their overlaps, likewise."""
+        names = [f"bd_rate_{metric}{end}" for metric in CURVES for end in ("", "_overlap")]
+        pairs = self.bd_rates or [(NAN, NAN)] * len(CURVES)
+        return dict(zip(names, (value for pair in pairs for value in pair), strict=True))
+
 
 def summaries(curves: dict[str, list[Point]], saturated: Collection[str] = ()) -> list[Summary]:
     """Computes the areas under all curves, and the BD-rates of the first curve against each of the others.
@@ -88,13 +101,11 @@ def summaries(curves: dict[str, list[Point]], saturated: Collection[str] = ()) -
 
 def summary_csv(summaries: Sequence[Summary]) -> str:
     """Writes summaries as CSV, one row for each curve; missing values are left empty."""
-    names = [f"auc_{metric}_{name}" for metric in AREAS for name in ("to_2", "window")]
-    names += [f"bd_rate_{metric}{end}" for metric in CURVES for end in ("", "_overlap")]
-    rows = [["codec", *names]]
+    rows: list[list[str]] = []
     for each in summaries:
-        values = [value for pair in each.areas for value in pair]
-        values += [value for pair in each.bd_rates or [(NAN, NAN)] * len(CURVES) for value in pair]
-        rows.append([each.codec, *("" if np.isnan(value) else repr(float(value)) for value in values)])
+        values = each.named_areas | each.named_bd_rates
+        rows = rows or [["codec", *values]]
+        rows.append([each.codec, *("" if np.isnan(value) else repr(float(value)) for value in values.values())])
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)
     return text.getvalue()

@@ -1,44 +1,15 @@
-"""The base class of all trainings: learning rate schedule, seeds, guard against divergence, and logged validation."""
+"""The base class of all trainings: learning rate schedule, seeds, guard against divergence, and what is recorded."""
 
-import math
-import os
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from pathlib import Path
-from typing import Any, ClassVar, TypedDict
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import lightning as L
 import torch
-import wandb
-from lightning.pytorch.loggers import WandbLogger
-from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
-from wandb.sdk.wandb_run import Run
 
-from rnncodec.data import PatchDataModule
 from rnncodec.metrics.curves import Point
-from rnncodec.training.tracking import curve_charts, log_files, log_rates, points_table
-
-PROGRESS = ("psnr", "bpp", "loss")  # validation means that the progress bar shows
-
-
-def global_seed() -> int:
-    """The seed that `lightning.seed_everything` has set, or 0."""
-    return int(os.environ.get("PL_GLOBAL_SEED", "0"))
-
-
-class Validated(TypedDict):
-    """The results of `validation_step` for one image, or a batch of images of equal size.
-
-    Attributes:
-        values: metrics, by the name under which their means over all images are logged; nan does not count.
-        points: the rate-distortion curve of the image, for a W&B table; names of image and codec may be empty.
-        pictures: the image and its reconstructions side by side, uint8 [3, H, W], for W&B; of the first image only.
-    """
-
-    values: dict[str, float]
-    points: list[Point]
-    pictures: Tensor | None
+from rnncodec.training.provenance import global_seed
+from rnncodec.training.records import TrainingRecord, ValidationRecord
 
 
 class Training(L.LightningModule):
@@ -98,8 +69,13 @@ class Training(L.LightningModule):
         torch.manual_seed(global_seed() * 2**32 + number)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        gradients = [p.grad for p in self.parameters() if p.grad is not None]
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))  # pyright: ignore[reportPrivateImportUsage]
+        # Before they are clipped, which Lightning does afterwards.
+        owners = [(_part(name), p.grad) for name, p in self.named_parameters() if p.grad is not None]
+        norms = torch.stack(torch._foreach_norm([gradient for _, gradient in owners]))  # pyright: ignore[reportPrivateImportUsage]
+        norm = torch.linalg.vector_norm(norms)
+        for part in dict.fromkeys(part for part, _ in owners):
+            own = norms[[i for i, (owner, _) in enumerate(owners) if owner == part]]
+            self.log(f"train/gradient_norm_{part}", torch.linalg.vector_norm(own))
         if torch.isfinite(norm):
             self.bad_steps_in_a_row = 0
         else:
@@ -122,7 +98,7 @@ class Training(L.LightningModule):
         self.started_from = checkpoint.get("started_from", "")  # missing in checkpoints of earlier versions
 
     def configure_callbacks(self) -> list[L.Callback]:
-        return [ValidationRecord()]
+        return [TrainingRecord(), ValidationRecord()]
 
     def curve(self, means: Mapping[str, float]) -> list[Point]:
         """The mean rate-distortion curve, from the means of all validation values; empty if there is none."""
@@ -133,72 +109,7 @@ class Training(L.LightningModule):
         return {}
 
 
-class ValidationRecord(L.Callback):
-    """Logs the results of validation: means as metrics, and curves, tables and pictures to W&B."""
-
-    def __init__(self) -> None:
-        self.found: list[tuple[str, Validated]] = []  # image names and results on this rank, of the current validation
-        self.curve: list[Point] = []  # of the last validation
-
-    def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.found = []  # an earlier validation may have been interrupted
-
-    def on_validation_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        found: Validated = outputs
-        number = batch_idx * trainer.world_size + trainer.global_rank
-        data = getattr(trainer, "datamodule", None)
-        name = data.val_names[number] if isinstance(data, PatchDataModule) else str(number)
-        if found["pictures"] is not None:
-            strip = found["pictures"].permute(1, 2, 0).cpu().numpy()
-            for run in wandb_runs(trainer):
-                run.log({"val/reconstructions": [wandb.Image(strip, caption="original, then its reconstructions")]})
-        self.found.append((name, {**found, "pictures": None}))
-
-    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        assert isinstance(pl_module, Training)
-        shares: list[list[tuple[str, Validated]]] = [self.found] * trainer.world_size
-        if trainer.world_size > 1:
-            torch.distributed.all_gather_object(shares, self.found)
-        images = sorted((image for share in shares for image in share), key=lambda image: image[0])
-        means = {key: _mean([found["values"][key] for _, found in images]) for key in images[0][1]["values"]}
-        for key, mean in means.items():  # equal on all ranks
-            pl_module.log(f"val/{key}", mean, prog_bar=key in PROGRESS)
-        self.curve = pl_module.curve(means)
-        for run in wandb_runs(trainer):
-            name = run.name or ""
-            charts = pl_module.charts(means)
-            if self.curve:
-                points = [replace(p, image=image, codec=name) for image, found in images for p in found["points"]]
-                charts |= {"val/images": points_table(points), **curve_charts({name: self.curve})}
-            run.log(charts)
-
-    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        # Checkpoints are logged only at the end, because W&B keeps a copy of each on disk.
-        folder = Path(trainer.default_root_dir)
-        files = [path for name in ("last", "best") if (path := folder / f"{name}.ckpt").exists()]
-        for run in wandb_runs(trainer):
-            if self.curve:
-                log_rates(run, self.curve)
-            if files:
-                log_files(run, "checkpoints", files)
-
-
-def wandb_runs(trainer: L.Trainer) -> list[Run]:
-    """The W&B runs that this process logs to; none on ranks above zero."""
-    if not trainer.is_global_zero:
-        return []
-    return [logger.experiment for logger in trainer.loggers if isinstance(logger, WandbLogger)]
-
-
-def _mean(values: Sequence[float]) -> float:
-    """The mean of the values that are not nan; nan if there are none."""
-    known = [value for value in values if not math.isnan(value)]
-    return sum(known) / len(known) if known else math.nan
+def _part(name: str) -> str:
+    """The part of a training that a parameter belongs to, such as `encoder`, `decoder` or `context`."""
+    first, second, *_ = name.split(".")
+    return second if first in ("network", "contexts") else first

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from rnncodec.metrics.curves import NAN, Point
 from rnncodec.metrics.distortion import DISTORTIONS
 from rnncodec.network import CompressiveAutoencoder, CompressiveConfig, to_uint8
-from rnncodec.training.base import Training, Validated, global_seed
+from rnncodec.training.base import Training, global_seed
 from rnncodec.training.optim import MuonAdamW
+from rnncodec.training.records import Validated
 
 VALIDATED = ("psnr", "ms_ssim")  # metrics of the validation
 
@@ -172,8 +173,8 @@ class CompressiveTraining(Training):
             pictures.append(decoded)
         values["loss"] = sum(losses) / len(losses) if self.scaled() else losses[self.first]
         values |= {"psnr": values[f"psnr_{self.first + 1}"], "bpp": values[f"bpp_{self.first + 1}"]}
-        strip = torch.cat(pictures, dim=-1)[0] if batch_idx == 0 else None
-        return {"values": values, "points": points, "pictures": strip}
+        shown = [picture[0] for picture in pictures] if batch_idx == 0 else []
+        return {"values": values, "points": points, "reconstructions": shown, "maps": {}}
 
     def curve(self, means: Mapping[str, float]) -> list[Point]:
         rates = range(1, self.network.config.rates + 1)

@@ -9,11 +9,13 @@ import torch
 import wandb
 from torch import Tensor, nn
 
+from rnncodec.allocation import ErrorSurvey
 from rnncodec.entropy import ContextConfig, ContextModel, code_length, code_nats
 from rnncodec.metrics.distortion import REPORTED_ITERATIONS
 from rnncodec.network import AnyConfig, LatentBinarizer, LatentConfig, RecurrentCodec, Step, pad_to_blocks
-from rnncodec.training.base import Training, Validated
+from rnncodec.training.base import Training
 from rnncodec.training.module import CodecTraining
+from rnncodec.training.records import Validated
 from rnncodec.weights import load_weights
 
 
@@ -56,6 +58,12 @@ def start_context(context: ContextModel, network: RecurrentCodec) -> None:
     """Initializes a grouped context model with the log odds of the questions of a latent network."""
     if context.config.kind == "grouped" and isinstance(network.binarizer, LatentBinarizer):
         context.grouped.start_odds(network.binarizer.questions.odds())
+
+
+def saved_chart(rows: list[list[Any]]) -> Any:
+    """A chart of the share of bits that context models save, from rows of model, raw bits per pixel and share."""
+    table = wandb.Table(["model", "raw bpp", "saved"], rows)
+    return wandb.plot.line(table, "raw bpp", "saved", stroke="model", title="share of bits saved")
 
 
 class ContextTraining(Training):
@@ -160,18 +168,13 @@ class ContextTraining(Training):
             each = code_nats(*predicted(context, *codes)).mean((1, 2, 3, 4)) / math.log(2) * self.bpp
             # Bits per pixel of the first k iterations.
             values |= {f"bpp_{name}_{k}": each[:k].sum().item() for k in self.counts}
+            values |= {f"saved_{name}_{k}": 1 - values[f"bpp_{name}_{k}"] / (k * self.bpp) for k in self.counts}
         values["bpp"] = sum(values[f"bpp_{name}_{self.iterations}"] for name in self.contexts) / len(self.contexts)
-        return {"values": values, "points": [], "pictures": None}
+        return {"values": values, "points": [], "reconstructions": [], "maps": {}}
 
     def charts(self, means: Mapping[str, float]) -> dict[str, Any]:
-        curve = [
-            [name, k * self.bpp, 1 - means[f"bpp_{name}_{k}"] / (k * self.bpp)]
-            for name in self.contexts
-            for k in self.counts
-        ]
-        table = wandb.Table(["model", "raw bpp", "saved"], curve)
-        line = wandb.plot.line(table, "raw bpp", "saved", stroke="model", title="share of bits saved")
-        return {"rate/saved": line}
+        rows = [[name, k * self.bpp, means[f"saved_{name}_{k}"]] for name in self.contexts for k in self.counts]
+        return {"rate/saved": saved_chart(rows)}
 
 
 class JointTraining(CodecTraining):
@@ -238,7 +241,29 @@ class JointTraining(CodecTraining):
     def validated_rate(self, bits: list[Tensor], cases: list[Tensor | None], distortion: Tensor) -> dict[str, float]:
         rates = self.rates(bits, cases)
         values = {"bpp": rates[-1].item(), "loss": self.weighed(distortion, rates).item()}
-        return values | {f"bpp_{k}": rates[k - 1].item() for k in REPORTED_ITERATIONS if k <= len(rates)}
+        for k in REPORTED_ITERATIONS:
+            values |= {f"bpp_{k}": rates[k - 1].item(), f"saved_{k}": 1 - rates[k - 1].item() / (k * self.raw_bpp)}
+        return values
+
+    @property
+    def raw_bpp(self) -> float:
+        """Bits per pixel of an iteration before entropy coding."""
+        return self.network.config.bits / self.network.config.stride**2
+
+    def charts(self, means: Mapping[str, float]) -> dict[str, Any]:
+        rows = [["context", k * self.raw_bpp, means[f"saved_{k}"]] for k in REPORTED_ITERATIONS]
+        return {"rate/saved": saved_chart(rows)}
+
+    def maps(self, bits: list[Tensor], cases: list[Tensor | None], errors: list[Tensor]) -> dict[str, Tensor]:
+        """Where each block of a latent network would stop, at the bits of half of the iterations."""
+        if not isinstance(self.network.config, LatentConfig):
+            return {}
+        nats = code_nats(*predicted(self.context, bits, cases)).sum((1, 2))
+        survey = ErrorSurvey(*errors[0].shape, most=len(errors), overhead=0.0)
+        for rate, error in zip(nats / math.log(2), errors, strict=True):
+            survey.add(rate.double().cpu().numpy(), error.double().cpu().numpy())
+        last = survey.choose(survey.for_rate(float(survey.rate[len(errors) // 2 - 1].sum())))
+        return {"stops": torch.tensor(last / len(errors))}
 
     def weighed(self, distortion: Tensor, rates: Tensor) -> Tensor:
         """The loss, from the distortion and the bits per pixel up to each iteration."""
@@ -259,6 +284,5 @@ class JointTraining(CodecTraining):
 
     def rates(self, bits: list[Tensor], cases: list[Tensor | None]) -> Tensor:
         """The estimated bits per pixel up to each iteration, [T]."""
-        config = self.network.config
         nats = code_nats(*predicted(self.context, bits, cases)).mean((1, 2, 3, 4))
-        return nats.cumsum(0) / math.log(2) * config.bits / config.stride**2
+        return nats.cumsum(0) / math.log(2) * self.raw_bpp

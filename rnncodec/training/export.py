@@ -73,6 +73,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> tuple[Network, dict[str, st
         }
         if checkpoint.get("started_from"):
             provenance["started_from"] = checkpoint["started_from"]
+        provenance |= {key: canonical(value) for key, value in checkpoint.get("provenance", {}).items()}
     except UNREADABLE as error:
         # PyTorch's message is long and suggests loading in a way that would run code of the file.
         raise WeightsError(f"{os.fspath(path)}: not a checkpoint of a training ({type(error).__name__})") from error
@@ -124,6 +125,7 @@ def add_context(checkpoint: str | os.PathLike[str], path: str | os.PathLike[str]
         loaded = _load(checkpoint)
         settings = json.loads(json.dumps(loaded["hyper_parameters"]))
         record = {"model": name, "steps": loaded["global_step"], "seed": loaded["seed"], "settings": _shared(settings)}
+        record |= loaded.get("provenance", {})
         if "contexts" in settings:
             if loaded.get("started_from"):
                 record["started_from"] = loaded["started_from"]

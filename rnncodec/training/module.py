@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
+from rnncodec.allocation import block_errors
 from rnncodec.data import PatchDataModule
 from rnncodec.metrics.curves import NAN, Point
 from rnncodec.metrics.distortion import DISTORTIONS, REPORTED_ITERATIONS
@@ -23,8 +24,9 @@ from rnncodec.network import (
     to_uint8,
     widened,
 )
-from rnncodec.training.base import Training, Validated, global_seed
+from rnncodec.training.base import Training, global_seed
 from rnncodec.training.optim import MuonAdamW, parameter_groups
+from rnncodec.training.records import Validated
 from rnncodec.weights import load_weights
 
 START_BLOCKS = 2**16  # 16x16 blocks of training images from which a latent network is initialized
@@ -216,7 +218,7 @@ class CodecTraining(Training):
         padded = pad_to_blocks(x, stride)
         raw = self.network.config.bits * (padded.shape[-2] // stride) * (padded.shape[-1] // stride)
         original, bits, cases, losses, errors = to_uint8(x), [], [], [], []
-        values, points, pictures = {}, [], [original]
+        values, points, pictures, blocks = {}, [], [original], []
         with torch.compiler.set_stance("force_eager"):  # each image size would need another compilation
             steps = self.network.unroll(self.network.analyse(padded), max(REPORTED_ITERATIONS))
             for k, step in enumerate(steps, start=1):
@@ -226,6 +228,8 @@ class CodecTraining(Training):
                 residual = padded - picture
                 losses.append(residual.abs().mean())
                 errors.append(self.error(residual))
+                if batch_idx == 0:
+                    blocks.append(block_errors(padded[:1], picture[:1].float(), stride, "psnr"))
                 if k in REPORTED_ITERATIONS:
                     x_hat = to_uint8(picture[..., :height, :width])
                     metrics: dict[str, Any] = {
@@ -237,8 +241,21 @@ class CodecTraining(Training):
         values["psnr"] = sum(values[f"psnr_{k}"] for k in REPORTED_ITERATIONS) / len(REPORTED_ITERATIONS)
         values["l1"] = torch.stack(losses).mean().item()
         values |= self.validated_rate(bits, cases, self.mean_distortion(errors))
-        strip = torch.cat(pictures, dim=-1)[0] if batch_idx == 0 else None
-        return {"values": values, "points": points, "pictures": strip}
+        if batch_idx:
+            return {"values": values, "points": points, "reconstructions": [], "maps": {}}
+        maps = self.maps([each[:1] for each in bits], [each if each is None else each[:1] for each in cases], blocks)
+        maps = {name: enlarged(plane, stride)[:, :height, :width] for name, plane in maps.items()}
+        return {"values": values, "points": points, "reconstructions": [each[0] for each in pictures], "maps": maps}
+
+    def maps(self, bits: list[Tensor], cases: list[Tensor | None], errors: list[Tensor]) -> dict[str, Tensor]:
+        """Maps of an image's blocks, from 0 to 1, [rows, cols], by name; none without adaptive rates.
+
+        Args:
+            bits: of each iteration.
+            cases: of these bits.
+            errors: squared error of each block after each iteration, [rows, cols].
+        """
+        return {}
 
     def validated_rate(self, bits: list[Tensor], cases: list[Tensor | None], distortion: Tensor) -> dict[str, float]:
         """More values of an image, from its bits and their cases, in trainings that minimize the rate."""
@@ -250,3 +267,9 @@ class CodecTraining(Training):
             k: {name: means[f"{name}_{k}"] for name in VALIDATED} for k in REPORTED_ITERATIONS
         }
         return [Point("mean", "", k, NAN, k * bpp, **metrics[k]) for k in REPORTED_ITERATIONS]
+
+
+def enlarged(plane: Tensor, stride: int) -> Tensor:
+    """A gray picture of values from 0 to 1 of blocks of `stride` pixels a side, uint8 [3, H, W]."""
+    gray = (plane * 255).round().to(torch.uint8)
+    return gray.repeat_interleave(stride, 0).repeat_interleave(stride, 1).expand(3, -1, -1)

@@ -1,11 +1,12 @@
-"""Logging to Weights & Biases, for training and evaluation; offline unless there is a login."""
+"""Logging to Weights & Biases, for training, export and evaluation; offline unless there is a login."""
 
+import json
 import math
 import netrc
 import os
-import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import astuple, fields
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -13,7 +14,19 @@ from urllib.parse import urlparse
 import wandb
 from wandb.sdk.wandb_run import Run
 
+from rnncodec.data.manifest import Manifest, manifest_of_files
+from rnncodec.imagecodec import ImageCodec
 from rnncodec.metrics.curves import DRAWN, Point
+from rnncodec.training.artifacts import (
+    checkpoints_artifact,
+    files_artifact,
+    images_artifact,
+    use,
+    weights_artifact,
+    weights_facts,
+)
+from rnncodec.training.provenance import source, versions
+from rnncodec.weights import Weights
 
 SERVERS = ("https://api.wandb.ai", "https://api.forge.coreweave.com")  # the default before wandb 0.31, and since
 
@@ -42,13 +55,42 @@ def settings(folder: Path) -> dict[str, Any]:
     return {"project": os.environ.get("WANDB_PROJECT") or "rnncodec", "mode": mode}
 
 
-def points_table(points: Iterable[Point]) -> wandb.Table:
-    """A table with a row for each point and the columns of points.csv; non-finite values are left empty."""
-    rows = [
-        [None if isinstance(value, float) and not math.isfinite(value) else value for value in astuple(point)]
-        for point in points
-    ]
-    return wandb.Table([field.name for field in fields(Point)], rows)
+def describe(run: Run, facts: Mapping[str, Any], images: Manifest | None) -> None:
+    """Adds facts to the config of a run, and writes them and its images to its files, where people can read them.
+
+    Args:
+        run: the run.
+        facts: on which its results depend; become provenance.json.
+        images: on which it works; become images.json.
+    """
+    run.config.update(dict(facts), allow_val_change=True)
+    text = json.dumps({"run": run.id, "name": run.name, **facts}, indent=2, default=str) + "\n"
+    for name, content in {"provenance.json": text, **({"images.json": images.text} if images else {})}.items():
+        path = Path(run.dir) / name
+        path.write_text(content)
+        run.save(str(path), base_path=run.dir, policy="now")
+
+
+def points_table(
+    points: Iterable[Point], pictures: Mapping[tuple[str, float], wandb.Image] | None = None
+) -> wandb.Table:
+    """A table with a row for each point and the columns of points.csv; non-finite values are left empty.
+
+    Args:
+        points: of the rows.
+        pictures: by image and setting, instead of the paths in points.csv; None leaves the column out.
+    """
+    columns: list[Any] = [field.name for field in fields(Point) if field.name != "picture"]
+    rows = [[finite(asdict(point))[name] for name in columns] for point in points]
+    if pictures is not None:
+        columns.append("picture")
+        rows = [[*row, pictures.get((row[0], row[2]))] for row in rows]
+    return wandb.Table(columns, rows)
+
+
+def finite(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of which those that are not finite become None."""
+    return {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in row.items()}
 
 
 def curve_charts(curves: Mapping[str, Sequence[Point]]) -> dict[str, Any]:
@@ -78,32 +120,71 @@ def log_rates(run: Run, curve: Sequence[Point], suffix: str = "") -> None:
         curve: points in order of rate.
         suffix: suffix of the metrics' names, for codecs other than the run's own.
     """
-    run.define_metric("rate/bpp", hidden=True)
+    run.define_metric("rate/bpp", hidden=True, summary="none")
     for metric in DRAWN:
         # By full names, because Lightning defines "*", which may take precedence over another pattern.
-        run.define_metric(f"rate/{metric}{suffix}", step_metric="rate/bpp")
+        run.define_metric(f"rate/{metric}{suffix}", step_metric="rate/bpp", summary="none")
     for point in curve:
         values = {f"rate/{metric}{suffix}": getattr(point, metric) for metric in DRAWN}
         run.log({"rate/bpp": point.bpp} | {name: value for name, value in values.items() if math.isfinite(value)})
 
 
-def log_files(run: Run, kind: str, paths: Iterable[Path]) -> None:
-    """Logs files as an artifact named after the run and the kind, or as a new version of that artifact."""
-    if run.disabled:  # W&B would still copy the files
-        return
-    artifact = wandb.Artifact(re.sub(r"[^A-Za-z0-9_.-]", "-", f"{run.name}-{kind}"), kind)
-    for path in paths:
-        artifact.add_file(str(path))
-    run.log_artifact(artifact)
+@contextmanager
+def new_run(
+    folder: Path, name: str, kind: str, facts: Mapping[str, Any], images: Manifest | None = None
+) -> Iterator[Run | None]:
+    """A run that is described and ends with the block; None if W&B is disabled, which would still copy files.
+
+    Args:
+        folder: folder for the files of the run.
+        name: name of the run.
+        kind: its job type.
+        facts: on which its results depend; source and versions are added.
+        images: on which it works.
+
+    Raises:
+        RuntimeError: W&B refuses or cannot be reached.
+    """
+    try:
+        with wandb.init(name=name, dir=folder, job_type=kind, **settings(folder)) as run:
+            if not run.disabled:
+                describe(run, {**facts, "source": source(), "versions": versions()}, images)
+            yield None if run.disabled else run
+    except wandb.Error as error:
+        raise RuntimeError(f"W&B: {error}") from error
+
+
+def log_export(folder: Path, name: str, checkpoint: Path, weights: Weights) -> None:
+    """Logs as a run that weights were made, with the checkpoint as what it needs.
+
+    Args:
+        folder: folder for the files of the run.
+        name: name of the run.
+        checkpoint: from which the weights, or a part of them, were made; or weights without this part.
+        weights: the weights.
+
+    Raises:
+        RuntimeError: W&B refuses or cannot be reached.
+    """
+    with new_run(folder, name, "export", {**weights_facts(weights), "checkpoint": str(checkpoint)}) as run:
+        if run is None:
+            return
+        if checkpoint.suffix == ".ckpt":  # not weights that were calibrated
+            use(run, checkpoints_artifact(checkpoint.parent))
+        run.log_artifact(weights_artifact(weights))
 
 
 def log_evaluation(
     folder: Path,
     name: str,
+    codec: ImageCodec,
     config: Mapping[str, Any],
     curves: Mapping[str, Sequence[Point]],
     points: Iterable[Point],
+    summary: Mapping[str, float],
+    images: Mapping[str, Path],
     files: Iterable[Path],
+    pictures: Sequence[Mapping[str, Any]],
     sheets: Mapping[str, Path],
 ) -> None:
     """Logs an evaluation as a separate run.
@@ -111,22 +192,35 @@ def log_evaluation(
     Args:
         folder: folder for the files of the run.
         name: name of the run.
-        config: settings on which the results depend.
+        codec: the evaluated codec.
+        config: settings on which the results depend, beside codec and images.
         curves: mean curves by codec, that of the evaluated codec first.
         points: all points.
+        summary: numbers that sum up the curve of the evaluated codec.
+        images: files of the images, by name.
         files: files of the results.
+        pictures: rows of a table, in which paths stand for pictures.
         sheets: comparison pictures, by name of the image.
 
     Raises:
         RuntimeError: W&B refuses or cannot be reached.
+        OSError: a file cannot be read.
     """
-    try:
-        with wandb.init(name=name, dir=folder, job_type="evaluation", config=dict(config), **settings(folder)) as run:
-            run.log({"points": points_table(points), **curve_charts(curves)})
-            if sheets:
-                run.log({"comparisons": [wandb.Image(str(path), caption=image) for image, path in sheets.items()]})
-            for i, (codec, curve) in enumerate(curves.items()):
-                log_rates(run, curve, f"_{codec}" if i else "")
-            log_files(run, "results", files)
-    except wandb.Error as error:
-        raise RuntimeError(f"W&B: {error}") from error
+    manifest = manifest_of_files(images, "test")
+    data = {"images": len(images), "fingerprint": manifest.fingerprint}
+    with new_run(folder, name, "evaluation", {**weights_facts(codec), **config, "data": data}, manifest) as run:
+        if run is None:
+            return
+        use(run, images_artifact(manifest), weights_artifact(codec))
+        run.log({"points": points_table(points), **curve_charts(curves)})
+        if pictures:
+            rows = [
+                [wandb.Image(str(v)) if isinstance(v, Path) else v for v in finite(row).values()] for row in pictures
+            ]
+            run.log({"pictures": wandb.Table(list(pictures[0]), rows)})
+        if sheets:
+            run.log({"comparisons": [wandb.Image(str(path), caption=image) for image, path in sheets.items()]})
+        for i, (other, curve) in enumerate(curves.items()):
+            log_rates(run, curve, f"_{other}" if i else "")
+        run.summary.update({key: value for key, value in summary.items() if math.isfinite(value)})
+        run.log_artifact(files_artifact(name, "results", {path.name: path for path in files}))

@@ -1,0 +1,99 @@
+"""Says exactly which images a data set has: names, sizes and hashes of the files, and a fingerprint of them all."""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from rnncodec.data.cache import in_threads
+from rnncodec.data.datamodule import PatchDataModule
+from rnncodec.files.images import atomic_write
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The files of a data set, without their content.
+
+    Attributes:
+        files: size in bytes and SHA-256 by name.
+        splits: what each is for, by name.
+        root: the innermost folder that has them all.
+    """
+
+    files: Mapping[str, tuple[int, str]]
+    splits: Mapping[str, str]
+    root: Path
+
+    @cached_property
+    def rows(self) -> list[dict[str, str | int]]:
+        """A row for each file, in the order of their names."""
+        return [
+            {"file": name, "split": self.splits[name], "bytes": size, "sha256": digest}
+            for name, (size, digest) in sorted(self.files.items())
+        ]
+
+    @cached_property
+    def text(self) -> str:
+        """The rows as JSON, one a line."""
+        return "[\n" + ",\n".join(json.dumps(row) for row in self.rows) + "\n]\n"
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """The first 16 digits of the SHA-256 of the text: other names, splits or contents have another one."""
+        return hashlib.sha256(self.text.encode()).hexdigest()[:16]
+
+    def count(self, split: str) -> int:
+        """The number of files with a split."""
+        return list(self.splits.values()).count(split)
+
+
+def manifest_of(data: PatchDataModule) -> Manifest:
+    """The manifest of the images that a data module uses, after its `setup`.
+
+    Hashes are kept beside the decoded images, whose folder changes if a file does.
+
+    Raises:
+        OSError: a file cannot be read.
+    """
+    paths = {entry.name: data.files[entry.name] for entry in data.cache.entries}
+    path = data.cache.folder / "hashes.json"
+    files: dict[str, tuple[int, str]] = {}
+    with suppress(OSError, ValueError, TypeError, AttributeError):  # damaged, or not there yet
+        files = {name: (int(size), str(digest)) for name, (size, digest) in json.loads(path.read_bytes()).items()}
+    if files.keys() != paths.keys():
+        files = hashed(paths)
+        with suppress(OSError):  # of a folder that may only be read
+            atomic_write(path, json.dumps(files).encode())
+    return Manifest(files, {name: data.splits[name] for name in paths}, common_folder(paths))
+
+
+def manifest_of_files(paths: Mapping[str, Path], split: str) -> Manifest:
+    """The manifest of files by name, which are all for the same.
+
+    Raises:
+        OSError: a file cannot be read.
+    """
+    return Manifest(hashed(paths), dict.fromkeys(paths, split), common_folder(paths))
+
+
+def common_folder(paths: Mapping[str, Path]) -> Path:
+    """The innermost folder that has all files."""
+    return Path(os.path.commonpath([path.resolve().parent for path in paths.values()]))
+
+
+def hashed(files: Mapping[str, Path]) -> dict[str, tuple[int, str]]:
+    """Size in bytes and SHA-256 of files, by name.
+
+    Raises:
+        OSError: a file cannot be read.
+    """
+
+    def read(path: Path) -> tuple[int, str]:
+        with open(path, "rb") as file:
+            return path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()
+
+    return dict(zip(files, in_threads(read, list(files.values()), "hashing images"), strict=True))
