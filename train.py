@@ -3,18 +3,22 @@ r"""Trains a codec or a context model, as `rnncodec train` does. This docstring 
 On a laptop or one GPU; Ctrl-C ends a run after its step, and --ckpt_path resumes it:
 
     rnncodec train fit --config small --data.root PHOTOS
-    rnncodec train fit --config small --data.root PHOTOS --ckpt_path runs/small/last.ckpt
+    rnncodec train fit --config small --data.root PHOTOS --ckpt_path last
 
 From given weights instead of random ones, as in the second part of the training of `small`:
 
     rnncodec train fit --config small_64 --data.root PHOTOS --model.weights first.safetensors
 
-On one machine with 8 GPUs, and in a SLURM job (4 nodes, one task per GPU):
+On one machine with 8 GPUs, and as a SLURM job that returns to the queue when it is preempted, on 4 nodes
+(docs/cluster.md):
 
     python train.py fit --config configs/toderici2017_lstm_additive.yaml --data.root CLIC --data.download true \
         --trainer.devices 8 --trainer.strategy ddp
-    srun python train.py fit --config configs/toderici2017_lstm_additive.yaml --data.root CLIC \
-        --trainer.num_nodes 4 --trainer.devices 8 --trainer.strategy ddp
+    sbatch --nodes 4 configs/cluster/train.sbatch --config configs/toderici2017_lstm_additive.yaml --data.root CLIC
+
+The options of a config's model, with its values:
+
+    rnncodec train fit --config latent --help
 
 Context models for entropy coding are trained on the bits of a frozen codec (the name of shipped weights, or a file),
 and one of them is then added to its file. Or codec and context model are trained together:

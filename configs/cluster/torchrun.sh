@@ -7,4 +7,5 @@
 
 exec torchrun --nnodes "${NODES:=1}" --nproc-per-node "${GPUS:=1}" --rdzv-backend c10d \
     --rdzv-endpoint "${FIRST:=localhost}:${PORT:=29500}" --rdzv-id rnncodec --no-python \
-    rnncodec train fit --trainer.num_nodes "$NODES" --trainer.devices "$GPUS" --trainer.strategy ddp --ckpt_path last "$@"
+    rnncodec train fit --trainer.num_nodes "$NODES" --trainer.devices "$GPUS" --trainer.strategy ddp \
+    --ckpt_path last "$@"
