@@ -409,7 +409,7 @@ def test_command_line_arguments(photos):
     assert config.data.root == str(photos)
     help = " ".join(parser.format_help().split())
     for name in vars(config.data):
-        assert re.search(rf"--data\.{name} [^-]*?\w{{3,}} [^-]*\(", help), f"{name} has no description"
+        assert re.search(rf"--data\.{name}\+? [^-]*?\w{{3,}} [^-]*\(", help), f"{name} has no description"
     with pytest.raises(SystemExit):
         parser.parse_args([f"--data.root={photos}", "--data.selection=low_entropy"])
 

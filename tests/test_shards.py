@@ -129,11 +129,9 @@ def test_an_epoch_shows_every_image_once_and_held_out_ones_never(shards, tmp_pat
     module = data_module(f"{shards}/*.tar", tmp_path)
     held = {int(name[-8:-4]) for name in module.val_names}
     assert len(held) == 3
+    stream = WindowStream(module.images, module.chosen, batch_size=4, tile_size=32, patch_size=16, flips=True, seed=0)
     orders = []
     for epoch in range(3):
-        stream = WindowStream(
-            module.images, module.chosen, batch_size=4, tile_size=32, patch_size=16, flips=True, seed=0
-        )
         orders.append([stream.at(epoch * 29 + place) for place in range(29)])
         assert sorted(orders[-1]) == sorted(set(range(32)) - held)
     assert orders[0] != orders[1] != orders[2]

@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, TypeVar
@@ -34,26 +34,32 @@ class DataError(ValueError):
 
 
 def split_images(
-    root: Path, val_root: Path | None = None, manifest: Path | None = None, val_images: int = 16
+    roots: Sequence[Path], val_root: Path | None = None, manifest: Path | None = None, val_images: int = 16
 ) -> tuple[dict[str, Path], dict[str, str]]:
     """Finds the images of `PatchDataModule`'s arguments and gives each a split.
 
     Returns:
-        The path of each image by its name (the path relative to its root), and its split, `train` or `val`.
+        The path of each image by its name (the path relative to its root, of several roots with the number of the root
+        before it), and its split, `train` or `val`.
 
     Raises:
         DataError: no image, none left to train on, or a bad manifest.
         ImageError: a folder is missing or cannot be read.
     """
-    listed = read_manifest(manifest or root / "manifest.json", required=manifest is not None)
-    if listed is not None:
-        splits = listed
-        files = {name: (manifest.parent if manifest else root) / name for name in splits}
-    else:
-        files = {path.relative_to(root).as_posix(): path for path in find_images([root])}
-        by_folder = {name: _split_of(name) for name in files}
-        rest = None if "train" in by_folder.values() else "train"
-        splits = {name: split or rest for name, split in by_folder.items()}
+    files: dict[str, Path] = {}
+    splits: dict[str, str | None] = {}
+    for number, root in enumerate(roots if manifest is None else [manifest.parent]):
+        prefix = f"{number}/" if len(roots) > 1 and manifest is None else ""
+        listed = read_manifest(manifest or root / "manifest.json", required=manifest is not None)
+        if listed is not None:
+            found = {name: root / name for name in listed}
+        else:
+            found = {path.relative_to(root).as_posix(): path for path in find_images([root])}
+            by_folder = {name: _split_of(name) for name in found}
+            rest = None if "train" in by_folder.values() else "train"
+            listed = {name: split or rest for name, split in by_folder.items()}
+        files |= {prefix + name: path for name, path in found.items()}
+        splits |= {prefix + name: split for name, split in listed.items()}
     splits = {name: split for name, split in splits.items() if split in ("train", "val")}
     if val_root is not None:
         val_files = {f"val_root:{path.relative_to(val_root).as_posix()}": path for path in find_images([val_root])}
@@ -62,14 +68,24 @@ def split_images(
         splits |= dict.fromkeys(val_files, "val")
         files |= val_files
     elif "val" not in splits.values():
-        # By a hash of the name, so that the choice depends on no order, and little on which other images there are.
-        names = sorted(splits, key=lambda name: hashlib.sha256(name.encode()).digest())
-        if names and val_images >= len(names):
-            raise DataError(f"{root}: to hold out {val_images} of {len(names)} images leaves none to train on")
-        splits |= dict.fromkeys(names[:val_images], "val")
+        splits |= dict.fromkeys(held_out(splits, val_images, str(roots[0])), "val")
     if "train" not in splits.values():
-        raise DataError(f"{root}: no images to train on")
+        raise DataError(f"{roots[0]}: no images to train on")
     return {name: files[name] for name in splits}, {name: str(split) for name, split in splits.items()}
+
+
+def held_out(names: Iterable[str], count: int, root: str) -> list[str]:
+    """The names of images to validate on, where nothing says which.
+
+    By a hash of the name, so that the choice depends on no order, and little on which other images there are.
+
+    Raises:
+        DataError: none would be left to train on.
+    """
+    ordered = sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())
+    if ordered and count >= len(ordered):
+        raise DataError(f"{root}: to hold out {count} of {len(ordered)} images leaves none to train on")
+    return ordered[:count]
 
 
 def _split_of(name: str) -> str | None:

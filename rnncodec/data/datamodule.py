@@ -2,25 +2,31 @@
 
 files ──decode──► cache ──tiles, crops, flips──► uint8 batch ──► device ──crop, flip, normalize──► x in [-1, 1]
        (once)    (mmap)      (workers)                                      (one gather)
+
+Tar files are not decoded into the cache, but read as the stream needs them:
+
+shards ──index──► places ──reads──► windows ──tiles, crops, flips──► uint8 batch ──► ...
+       (once)            (workers)
 """
 
 import hashlib
 import json
 import os
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
+from filelock import AcquireReturnProxy, FileLock, Timeout
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from rich.filesize import decimal
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from rnncodec.data.cache import CACHE_VERSION, DataError, ImageCache, build_cache, split_images
+from rnncodec.data.cache import CACHE_VERSION, DataError, ImageCache, build_cache, held_out, split_images
 from rnncodec.data.clic import CLIC_URL, download_clic
 from rnncodec.data.patches import (
     PatchStream,
@@ -32,8 +38,12 @@ from rnncodec.data.patches import (
     high_entropy_cells,
     normalize,
 )
-from rnncodec.files.images import MAX_PIXELS
+from rnncodec.data.shards import are_shards, find_shards, index_shards, unpack_images
+from rnncodec.data.windows import WindowStream
+from rnncodec.files.images import MAX_PIXELS, find_images
 from rnncodec.home import cache_folder
+
+READERS = 4  # processes that read tar files, if a GPU waits for them
 
 
 class PatchDataModule(L.LightningDataModule):
@@ -44,19 +54,21 @@ class PatchDataModule(L.LightningDataModule):
     out); or some that are held out.
 
     Args:
-        root: folder of images, searched recursively.
+        root: folder of images, searched recursively, or a list of such folders; or tar files with images, such as
+            webdataset writes, by their paths or by addresses that fsspec opens, with braces or wildcards for several.
         val_root: folder of validation images.
         manifest: JSON list of objects with `file` (relative to it) and `split`; by default `manifest.json` in `root`.
         val_images: how many images to hold out, by a hash of the name, where nothing else says which.
         batch_size: patches for each rank and step.
         patch_size: side of a patch in pixels.
-        tile_size: side of the squares, each visited once an epoch, from which patches are cropped at random.
+        tile_size: side of the squares, each visited once an epoch, from which patches are cropped at random. Of tar
+            files, each image gives 16 of them an epoch, at random places.
         selection: `uniform`, or `high_entropy`: only the grid patches that PNG compresses worst, uncropped (Toderici et
             al. 2017).
         patches_per_image: how many patches `high_entropy` takes of each image.
         flips: whether half of the patches, at random, are mirrored left to right.
-        num_workers: processes that read the data, for each rank; by default one for a GPU and none for a CPU, where
-            passing a batch between processes takes longer than reading it.
+        num_workers: processes that read the data, for each rank; by default one for a GPU (of tar files, four), and
+            none for a CPU, where passing a batch between processes takes longer than reading it.
         seed: of the order of the data, the crops and the flips.
         cache_dir: folder for decoded images, 3 bytes a pixel; by default rnncodec in the user's cache folder.
         max_pixels: images of more pixels are skipped.
@@ -66,7 +78,7 @@ class PatchDataModule(L.LightningDataModule):
 
     def __init__(
         self,
-        root: str | Path,
+        root: str | Path | list[str],
         val_root: str | Path | None = None,
         manifest: str | Path | None = None,
         val_images: int = 16,
@@ -93,7 +105,19 @@ class PatchDataModule(L.LightningDataModule):
                 raise DataError(f"{name} must not be negative, not {value}")
         if selection == "uniform" and tile_size < patch_size:
             raise DataError(f"tile_size {tile_size} must be at least patch_size {patch_size}")
-        self.root, self.val_images = Path(root), val_images
+        self.roots = [str(each) for each in root] if isinstance(root, list) else [str(root)]
+        if not self.roots:
+            raise DataError("root names no folder")
+        self.sharded, self.val_images = are_shards(self.roots), val_images
+        for what, given in {
+            "manifest": manifest,
+            "download": download,
+            "selection high_entropy": selection == "high_entropy",
+        }.items():
+            if self.sharded and given:
+                raise DataError(f"{what} goes with a folder of images, not with tar files")
+        if download and len(self.roots) > 1:
+            raise DataError("download goes with one folder")
         self.val_root = Path(val_root) if val_root else None
         self.manifest = Path(manifest) if manifest else None
         self.batch_size, self.patch_size = batch_size, patch_size
@@ -131,25 +155,49 @@ class PatchDataModule(L.LightningDataModule):
             raise DataError(f"{self._patches_file(folder)}: not a complete choice of patches") from error
         return cells
 
+    def _find(self) -> tuple[dict[str, Path], dict[str, str]]:
+        """The image files to decode into the cache, and their splits; of tar files only those to validate on.
+
+        Finds the images in tar files, too.
+        """
+        if not self.sharded:
+            return split_images([Path(root) for root in self.roots], self.val_root, self.manifest, self.val_images)
+        self.images = index_shards(find_shards(self.roots), self.cache_dir, self.max_pixels)
+        names = self.images.names
+        held = set() if self.val_root else set(held_out(names, self.val_images, self.roots[0]))
+        self.chosen = np.array([i for i, name in enumerate(names) if name not in held])
+        if self.val_root:
+            files = {
+                f"val_root:{path.relative_to(self.val_root).as_posix()}": path for path in find_images([self.val_root])
+            }
+        else:
+            numbers = [i for i, name in enumerate(names) if name in held]
+            files = unpack_images(self.images, numbers, self.cache_dir / "held-out")
+        return files, dict.fromkeys(files, "val")
+
     def prepare_data(self) -> None:
         """Downloads and decodes what is not there yet, in one process of each machine, for which others wait."""
         if self.download:
-            download_clic(self.root, self.clic_url)
-        files, _ = split_images(self.root, self.val_root, self.manifest, self.val_images)
-        folder = self._folder(files)
-        lock = FileLock(folder.with_suffix(".lock"))
+            download_clic(Path(self.roots[0]), self.clic_url)
         try:
             self.cache_dir.mkdir(parents=True, exist_ok=True)
-            try:
-                held = lock.acquire(timeout=0)
-            except Timeout:
-                rank_zero_info(f"waiting for another process that decodes the images into {folder}")
-                held = lock.acquire()
-            with held:
+            with self._lock(self.cache_dir / "shards.lock") if self.sharded else nullcontext():
+                files, _ = self._find()
+            folder = self._folder(files)
+            with self._lock(folder.with_suffix(".lock")):
                 self._build(folder, files)
         except OSError as error:
-            reason = f"{error.filename or folder}: {error.strerror or error}"
+            reason = f"{error.filename or self.cache_dir}: {error.strerror or error}"
             raise DataError(f"{reason}; choose another folder with cache_dir") from error
+
+    def _lock(self, path: Path) -> AcquireReturnProxy:
+        """A lock that is held until the context ends, and is waited for."""
+        lock = FileLock(path)
+        try:
+            return lock.acquire(timeout=0)
+        except Timeout:
+            rank_zero_info(f"waiting for another process that decodes the images into {path.with_suffix('')}")
+            return lock.acquire()
 
     def _build(self, folder: Path, files: dict[str, Path]) -> None:
         try:
@@ -170,7 +218,7 @@ class PatchDataModule(L.LightningDataModule):
         """Opens the cache in every process, and reports once which images were skipped."""
         if self._ready:
             return
-        self.files, self.splits = split_images(self.root, self.val_root, self.manifest, self.val_images)
+        self.files, self.splits = self._find()
         folder = self._folder(self.files)
         self.cache = ImageCache(folder)
         names = [entry.name for entry in self.cache.entries]
@@ -185,13 +233,14 @@ class PatchDataModule(L.LightningDataModule):
         self.cells = cells[train[cells[:, 0]]]
         self.val_indices = [i for i, name in enumerate(names) if self.splits[name] == "val"]
         small = [name for i, name in enumerate(names) if train[i] and sizes[i].min() < self.tile_size]
-        message = f"{train.sum() - len(small)} images to train on, {len(self.val_indices)} to validate on"
+        count = len(self.chosen) if self.sharded else train.sum() - len(small)
+        message = f"{count} images to train on, {len(self.val_indices)} to validate on"
         unreadable = [f"{name} ({reason})" for name, reason in self.cache.skipped.items()]
         for what, which in ("unreadable", unreadable), (f"below {self.tile_size}x{self.tile_size} pixels", small):
             if which:
                 message += f"; skipped {len(which)} {what}: {', '.join(which[:3])}{', ...' * (len(which) > 3)}"
-        if not len(self.cells):
-            raise DataError(f"{self.root}: no usable image; {message}")
+        if not count or not (self.sharded or len(self.cells)):
+            raise DataError(f"{self.roots[0]}: no usable image; {message}")
         rank_zero_info(message)
         rank_zero_info(f"decoded images: {folder}, {decimal(self.cache.nbytes)}")
         self._ready = True
@@ -216,23 +265,12 @@ class PatchDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         """The endless stream of this rank, from the position that training has reached."""
-        rank, world_size = self._rank()
-        stream = PatchStream(
-            self.cache,
-            self.cells,
-            self.margins,
-            batch_size=self.batch_size,
-            tile_size=self.tile_size,
-            patch_size=self.patch_size,
-            flips=self.flips,
-            seed=self.seed,
-            rank=rank,
-            world_size=world_size,
-        )
+        stream = self._stream(self.batch_size, self.flips, *self._rank())
         self.next_batch()  # a position that does not fit is reported here rather than in a worker
         workers = self.num_workers
         if workers is None:
-            workers = int(self.trainer is not None and self.trainer.strategy.root_device.type == "cuda")
+            cuda = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
+            workers = cuda * (READERS if self.sharded else 1)
         return DataLoader(
             stream,
             batch_size=None,
@@ -242,23 +280,21 @@ class PatchDataModule(L.LightningDataModule):
             pin_memory=torch.cuda.is_available(),
         )
 
+    def _stream(self, batch_size: int, flips: bool, rank: int = 0, world_size: int = 1) -> PatchStream | WindowStream:
+        sizes = {"batch_size": batch_size, "tile_size": self.tile_size, "patch_size": self.patch_size}
+        place = {"seed": self.seed, "rank": rank, "world_size": world_size}
+        if self.sharded:
+            return WindowStream(self.images, self.chosen, **sizes, flips=flips, **place)
+        return PatchStream(self.cache, self.cells, self.margins, **sizes, flips=flips, **place)
+
     def sample(self, pixels: int) -> Tensor:
         """Tiles of training images, float32 [N, 3, T, T] in [-1, 1], with at least `pixels` pixels if there are enough.
 
         They are the same on every rank. T is `tile_size`, rounded down to a multiple of 16 unless it is below 16.
         """
         side = max(self.tile_size // 16, 1) * 16
-        count = min(-(-pixels // side**2), len(self.cells))
-        stream = PatchStream(
-            self.cache,
-            self.cells,
-            self.margins,
-            batch_size=count,
-            tile_size=self.tile_size,
-            patch_size=self.patch_size,
-            flips=False,
-            seed=self.seed,
-        )
+        count = -(-pixels // side**2)
+        stream = self._stream(count if self.sharded else min(count, len(self.cells)), flips=False)
         return normalize(stream[0]["tiles"][:, :side, :side].permute(0, 3, 1, 2))
 
     def val_dataloader(self) -> DataLoader:
@@ -288,11 +324,16 @@ class PatchDataModule(L.LightningDataModule):
         self.position = batch["next_sample"]
         return cut_patches(batch["tiles"], batch["corners"], batch["flips"], self.patch_size)
 
+    @property
+    def _count(self) -> int:
+        """The number of images in tar files, or of cells, by which a checkpoint knows the data."""
+        return len(self.chosen) if self.sharded else len(self.cells)
+
     def state_dict(self) -> dict[str, int]:
         return {
             "position": self.position,
             "seed": self.seed,
-            "cells": len(self.cells),
+            "cells": self._count,
             "batch_size": self.batch_size,
             "world_size": self._rank()[1],
         }
@@ -300,7 +341,7 @@ class PatchDataModule(L.LightningDataModule):
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         if state_dict["seed"] != self.seed:
             raise DataError(f"the checkpoint's data was drawn with seed {state_dict['seed']}, not {self.seed}")
-        if state_dict["cells"] != len(self.cells):
+        if state_dict["cells"] != self._count:
             rank_zero_warn("the images, or what is drawn from them, are not those that the checkpoint was trained on")
         self.position = state_dict["position"]
 
