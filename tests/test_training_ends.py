@@ -113,7 +113,7 @@ def validations(folder):
             1,
             2,
         ),  # within a step, before any checkpoint
-        (signal.SIGUSR1, 138, "on_train_batch_start", 2, 3),  # ahead of the end of a job's time
+        (signal.SIGUSR1, 138, "on_train_batch_start", 3, 4),  # ahead of the end of a job's time
         (signal.SIGTERM, 143, "on_validation_batch_start", 3, 4),  # while averaged weights replace the current ones
     ],
 )
