@@ -1,7 +1,9 @@
 """Tests of training data in tar files: the index, the stream, its shares and resumption, and what goes wrong."""
 
 import gzip
+import hashlib
 import io
+import json
 import os
 import subprocess
 import sys
@@ -17,6 +19,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from rnncodec.data import DataError, PatchDataModule
+from rnncodec.data.manifest import manifest_of
 from rnncodec.data.patches import StreamSampler
 from rnncodec.data.shards import find_shards, index_shards
 from rnncodec.data.windows import LANES, SHARDS, TILES, WINDOW, WindowStream, shuffled
@@ -267,6 +270,19 @@ def test_a_shard_that_shrinks_is_an_error(tmp_path):
     path.write_bytes(path.read_bytes()[:2000])
     with pytest.raises(DataError, match=r"train-000.tar: shorter than when it was indexed"):
         module.train_dataloader().dataset.window(0)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_the_manifest_names_the_shards(shards, tmp_path):
+    """With what the index has of them, and the images to validate on by their content."""
+    manifest = manifest_of(data_module(f"{shards}/*.tar", tmp_path, val_images=0))
+    url = f"file://{shards}/train-001.tar"
+    listed = [[f"{number:04}.png", len(png(image(number)))] for number in range(8, 16)]
+    digest = hashlib.sha256(json.dumps(listed).encode()).hexdigest()
+    row = {"file": url, "split": "train", "bytes": sum(size for _, size in listed), "sha256": digest}
+    assert manifest.rows[1] == row
+    assert (len(manifest.rows), manifest.root) == (4, f"file://{shards}")
+    held = manifest_of(data_module(f"{shards}/*.tar", tmp_path))
+    assert [row["split"] for row in held.rows].count("val") == 3
 
 
 def test_several_folders_are_one_set(tmp_path):

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,6 +11,7 @@ from pathlib import Path
 
 from rnncodec.data.cache import in_threads
 from rnncodec.data.datamodule import PatchDataModule
+from rnncodec.data.shards import Place
 from rnncodec.files.images import atomic_write
 
 
@@ -19,14 +20,15 @@ class Manifest:
     """The files of a data set, without their content.
 
     Attributes:
-        files: size in bytes and SHA-256 by name.
+        files: size in bytes and SHA-256 by name; of a tar file whose images are read as they are needed, size of the
+            images and SHA-256 of their names and sizes.
         splits: what each is for, by name.
-        root: the innermost folder that has them all.
+        root: path or address of the innermost folder that has them all.
     """
 
     files: Mapping[str, tuple[int, str]]
     splits: Mapping[str, str]
-    root: Path
+    root: str
 
     @cached_property
     def rows(self) -> list[dict[str, str | int]]:
@@ -68,7 +70,17 @@ def manifest_of(data: PatchDataModule) -> Manifest:
         files = hashed(paths)
         with suppress(OSError):  # of a folder that may only be read
             atomic_write(path, json.dumps(files).encode())
-    return Manifest(files, {name: data.splits[name] for name in paths}, common_folder(paths))
+    splits = {name: data.splits[name] for name in paths}
+    if not data.sharded:
+        return Manifest(files, splits, common_folder(paths))
+    shards = {url: described(places) for url, places in data.images.by_shard.items()}
+    return Manifest(files | shards, splits | dict.fromkeys(shards, "train"), min(shards).rpartition("/")[0])
+
+
+def described(places: Sequence[Place]) -> tuple[int, str]:
+    """The size of the images in a tar file, and the SHA-256 of their names and sizes, which are in its index."""
+    text = json.dumps([[place.name, place.size] for place in places])
+    return sum(place.size for place in places), hashlib.sha256(text.encode()).hexdigest()
 
 
 def manifest_of_files(paths: Mapping[str, Path], split: str) -> Manifest:
@@ -80,9 +92,9 @@ def manifest_of_files(paths: Mapping[str, Path], split: str) -> Manifest:
     return Manifest(hashed(paths), dict.fromkeys(paths, split), common_folder(paths))
 
 
-def common_folder(paths: Mapping[str, Path]) -> Path:
+def common_folder(paths: Mapping[str, Path]) -> str:
     """The innermost folder that has all files."""
-    return Path(os.path.commonpath([path.resolve().parent for path in paths.values()]))
+    return os.path.commonpath([path.resolve().parent for path in paths.values()])
 
 
 def hashed(files: Mapping[str, Path]) -> dict[str, tuple[int, str]]:

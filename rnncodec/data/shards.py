@@ -53,6 +53,14 @@ class Shards:
         """The number of the shard of each image, int64 [N]."""
         return np.array([place.shard for place in self.places], np.int64)
 
+    @property
+    def by_shard(self) -> dict[str, list[Place]]:
+        """The places of the images of each tar file, by its address."""
+        found: dict[str, list[Place]] = {url: [] for url in self.urls}
+        for place in self.places:
+            found[self.urls[place.shard]].append(place)
+        return found
+
     def read(self, index: int) -> np.ndarray:
         """The pixels of an image, uint8 [H, W, 3].
 

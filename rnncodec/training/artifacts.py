@@ -37,9 +37,8 @@ def files_artifact(
 
 def images_artifact(manifest: Manifest) -> wandb.Artifact:
     """Names, sizes and hashes of images, but not the images; has the name of their folder."""
-    result = files_artifact(
-        manifest.root.name, "images", {}, {"fingerprint": manifest.fingerprint, "images": len(manifest.files)}
-    )
+    facts = {"fingerprint": manifest.fingerprint, "images": len(manifest.files)}
+    result = files_artifact(manifest.root.rstrip("/").rpartition("/")[2], "images", {}, facts)
     with result.new_file("manifest.json", encoding="utf-8") as file:
         file.write(manifest.text)
     return result

@@ -82,7 +82,7 @@ class TrainingRecord(L.Callback):
                 run,
                 {
                     **{key: value for key, value in self.facts.items() if key not in ("run", "images")},
-                    "data": drawn | ({"root": str(manifest.root)} if manifest else {}),
+                    "data": drawn | ({"root": manifest.root} if manifest else {}),
                     "seed": global_seed(),
                     "versions": versions(),
                     "parameters": parameters(pl_module),
