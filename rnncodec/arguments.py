@@ -82,13 +82,6 @@ def port(text: str) -> int:
     raise argparse.ArgumentTypeError(f"must be a port from 0 to {2**16 - 1}, not {text}")
 
 
-def weights_file(text: str) -> str:
-    """A path by which weights are found again."""
-    if Path(text).suffix != ".safetensors":
-        raise argparse.ArgumentTypeError(f"must end in .safetensors, not {text}")
-    return text
-
-
 def page_file(text: str) -> str:
     """A path that a browser opens as a page."""
     if Path(text).suffix.lower() not in (".html", ".htm"):
@@ -250,10 +243,12 @@ def command_line(version: str) -> argparse.ArgumentParser:
     limit.add_argument("--bytes", metavar="N", type=positive_int, help="keep as many as fit in this many bytes")
     sub.add_argument("--strip", action="store_true", help="leave out all records, such as EXIF and XMP")
 
-    sub = add("export", "export a checkpoint of a training as weights for --weights, in half precision")
-    sub.add_argument("checkpoint", metavar="CHECKPOINT", help="a .ckpt file")
+    sub = add("export", "export a checkpoint of a training as weights, in half precision, or weights as graphs")
+    sub.add_argument("checkpoint", metavar="CHECKPOINT", help="a .ckpt file; for the last three options, weights")
     sub.add_argument(
-        "output", metavar="OUT", type=weights_file, help="the .safetensors file to write, overwritten if it exists"
+        "output",
+        metavar="OUT",
+        help="the .safetensors file to write, or the folder of graphs; what exists is overwritten",
     )
     kind = sub.add_mutually_exclusive_group(required=True)
     kind.add_argument("--name", help="name of the weights, which files made with them contain")
@@ -266,6 +261,16 @@ def command_line(version: str) -> argparse.ArgumentParser:
         type=Path,
         help="calibrate the weights in CHECKPOINT, of a latent network, on a folder of photographs, so that an encoder "
         "can choose how many iterations each location gets",
+    )
+    kind.add_argument(
+        "--onnx",
+        dest="graphs",
+        action="store_const",
+        const="onnx",
+        help="write encoder and decoder as graphs, for other programs, to the folder OUT: one step with its state",
+    )
+    kind.add_argument(
+        "--torch-export", dest="graphs", action="store_const", const="pt2", help="likewise, as files of torch.export"
     )
     sub.add_argument(
         "--wandb", metavar="RUN", help="log to W&B, as a run of this name, which checkpoint became weights"

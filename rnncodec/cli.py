@@ -214,7 +214,11 @@ def truncate(args: argparse.Namespace) -> int:
 
 
 def export(args: argparse.Namespace) -> int:
-    """Exports a checkpoint as weights."""
+    """Exports a checkpoint as weights, or weights as graphs."""
+    if args.graphs:
+        return _export_graphs(args)
+    if Path(args.output).suffix != ".safetensors":  # weights are found again by it
+        raise UsageError(f"OUT must end in .safetensors, not {args.output}")
     from rnncodec.training.export import add_allocation, add_context, load_checkpoint
     from rnncodec.weights import load_weights, save_weights
 
@@ -235,6 +239,18 @@ def export(args: argparse.Namespace) -> int:
             tracking.log_export(Path(target).parent, args.wandb, Path(source), weights)
         context = f", context model {weights.context_fingerprint.hex()}" if weights.context else ""
         return Done(f"weights {weights.name} ({weights.fingerprint.hex()}){context}")
+
+    return do_each([Job(args.checkpoint, args.output, True)], work)
+
+
+def _export_graphs(args: argparse.Namespace) -> int:
+    if args.graphs == "onnx" and not _room("export --onnx", "onnxscript", "onnx"):
+        return 1
+    from rnncodec import graphs
+    from rnncodec.weights import load_weights
+
+    def work(source: str, target: str, report: Report) -> Done:
+        return Done(", ".join(graphs.export(load_weights(source), Path(target), args.graphs)))
 
     return do_each([Job(args.checkpoint, args.output, True)], work)
 
