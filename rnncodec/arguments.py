@@ -244,7 +244,7 @@ def command_line(version: str) -> argparse.ArgumentParser:
     sub.add_argument("--strip", action="store_true", help="leave out all records, such as EXIF and XMP")
 
     sub = add("export", "export a checkpoint of a training as weights, in half precision, or weights as graphs")
-    sub.add_argument("checkpoint", metavar="CHECKPOINT", help="a .ckpt file; for the last three options, weights")
+    sub.add_argument("checkpoint", metavar="CHECKPOINT", help="a .ckpt file, or weights, see below")
     sub.add_argument(
         "output",
         metavar="OUT",
@@ -267,7 +267,8 @@ def command_line(version: str) -> argparse.ArgumentParser:
         dest="graphs",
         action="store_const",
         const="onnx",
-        help="write encoder and decoder as graphs, for other programs, to the folder OUT: one step with its state",
+        help="write encoder and decoder of weights, by name or path, as graphs of one step to the folder OUT, for "
+        "other programs",
     )
     kind.add_argument(
         "--torch-export", dest="graphs", action="store_const", const="pt2", help="likewise, as files of torch.export"

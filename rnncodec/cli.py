@@ -244,6 +244,8 @@ def export(args: argparse.Namespace) -> int:
 
 
 def _export_graphs(args: argparse.Namespace) -> int:
+    if args.wandb:
+        raise UsageError("--wandb goes with weights, not with graphs")
     if args.graphs == "onnx" and not _room("export --onnx", "onnxscript", "onnx"):
         return 1
     from rnncodec import graphs
