@@ -216,6 +216,8 @@ def truncate(args: argparse.Namespace) -> int:
 def export(args: argparse.Namespace) -> int:
     """Exports a checkpoint as weights, or weights as graphs."""
     if args.graphs:
+        if args.wandb:
+            raise UsageError("--wandb goes with --name, --context and --allocation")
         return _export_graphs(args)
     if Path(args.output).suffix != ".safetensors":  # weights are found again by it
         raise UsageError(f"OUT must end in .safetensors, not {args.output}")

@@ -130,6 +130,12 @@ def test_what_cannot_be_a_graph_is_one_line(format, tmp_path, capsys):
         assert capsys.readouterr().err.count("\n") == 1
 
 
+def test_graphs_are_not_logged(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["export", "small", str(tmp_path / "out"), "--onnx", "--wandb", "run"])
+    assert "--wandb goes with --name, --context and --allocation" in capsys.readouterr().err
+
+
 def test_a_missing_extra_is_named(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     assert main(["export", "small", str(tmp_path / "out"), "--onnx"]) == 1

@@ -32,6 +32,7 @@ from rnncodec.metrics.distortion import ms_ssim
 from rnncodec.network import LatentConfig, NetworkConfig, RecurrentCodec, network_config, to_uint8
 from rnncodec.training import cli as training_cli
 from rnncodec.training.compressive import CompressiveTraining
+from rnncodec.training.dissimilarity import DissimilarityWeights
 from rnncodec.training.export import add_context, load_checkpoint
 from rnncodec.training.module import CodecTraining
 from rnncodec.weights import WeightsError, load_weights, save_weights
@@ -149,6 +150,57 @@ def test_loss_is_the_mean_distortion_of_all_iterations(distortion):
         images = [(x.double().numpy(), x.double().numpy() - error) for error in errors]
         mean = np.mean([peak_signal_noise_ratio(image, x_hat, data_range=2) for image, x_hat in images])
         assert 20 * math.log10(2 / loss.item()) == pytest.approx(mean, abs=1e-4)
+
+
+def block_dissimilarity(a, b):
+    """(1 - SSIM) / 2 of one channel of one block by the formula of Wang et al. 2004, sec. III-B, values in [0, 1]."""
+    (ma, mb), (va, vb) = (a.mean(), b.mean()), (a.var(), b.var())
+    covariance = ((a - ma) * (b - mb)).mean()
+    ssim = (2 * ma * mb + 1e-4) * (2 * covariance + 9e-4) / ((ma**2 + mb**2 + 1e-4) * (va + vb + 9e-4))
+    return (1 - ssim) / 2
+
+
+def test_the_l1_error_is_weighted_by_dissimilarity():
+    """Two steps by hand; the moving average starts with the first, and moves a hundredth with each one."""
+    rng = np.random.default_rng(0)
+    module = DissimilarityWeights()
+    average = None
+    for noise in (0.2, 0.6):
+        x = rng.uniform(-1, 1, (2, 3, 16, 24))
+        x_hat = np.clip(x + noise * rng.normal(size=x.shape) * rng.uniform(size=(2, 1, 16, 1)), -1, 1)
+        found, errors = [], []
+        for image in range(2):
+            for channel, y, u in np.ndindex(3, 2, 3):
+                block = image, channel, slice(8 * y, 8 * y + 8), slice(8 * u, 8 * u + 8)
+                found.append(block_dissimilarity((x[block] + 1) / 2, (x_hat[block] + 1) / 2))
+                errors.append(np.abs(x[block] - x_hat[block]).mean())
+        average = np.mean(found) if average is None else average + 0.01 * (np.mean(found) - average)
+        expected = np.mean(np.array(found) / average * errors)
+        given = torch.tensor(x, dtype=torch.float32), torch.tensor(x_hat, dtype=torch.float32, requires_grad=True)
+        loss = module(*given)
+        assert loss.item() == pytest.approx(expected, rel=1e-4)
+        loss.backward()
+        # Constant weights: the gradient is that of the L1 error, block by block.
+        gradient = np.sign(x_hat - x)[0, 0, 0, 0] * found[0] / average / x.size
+        assert given[1].grad is not None
+        assert given[1].grad[0, 0, 0, 0].item() == pytest.approx(gradient, rel=1e-3)
+    module.eval()
+    before = module.average.clone()
+    assert module(*given).item() == pytest.approx(expected, rel=1e-4)
+    assert torch.equal(module.average, before)
+
+
+def test_weighted_errors_are_trained_and_resumed(tmp_path):
+    """The moving average is in the checkpoint."""
+    fit_ssim = {"iterations": 2, "distortion": "ssim_l1", "optimizer": "muon", "learning_rate": 1e-3}
+    module = CodecTraining(TINY, **fit_ssim)
+    trainer = fit(module, Patches(6))
+    assert module.weights is not None
+    assert 0 < module.weights.average < 1
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    loaded = CodecTraining.load_from_checkpoint(tmp_path / "a.ckpt", weights_only=False)
+    assert loaded.weights is not None
+    assert torch.equal(loaded.weights.average, module.weights.average)
 
 
 @pytest.fixture(scope="module")

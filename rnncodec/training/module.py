@@ -25,6 +25,7 @@ from rnncodec.network import (
     widened,
 )
 from rnncodec.training.base import Training, global_seed
+from rnncodec.training.dissimilarity import DissimilarityWeights
 from rnncodec.training.optim import MuonAdamW, parameter_groups
 from rnncodec.training.records import Validated
 from rnncodec.weights import load_weights
@@ -49,8 +50,9 @@ class CodecTraining(Training):
         missing: fraction of the training steps of a latent network in which locations receive only a random number of
             their groups of bits: in half of the images each its own, in the others all the same, as in a file that was
             cut.
-        distortion: `l1`, the mean L1 error of all iterations (Toderici et al. 2017), or `rmse`, the geometric mean of
-            their root mean square errors, in which a decibel counts the same in each iteration.
+        distortion: `l1`, the mean L1 error of all iterations (Toderici et al. 2017); `ssim_l1`, the same with blocks
+            weighted by how little their structure is alike (Johnston et al. 2018); or `rmse`, the geometric mean of
+            root mean square errors, in which a decibel counts the same in each iteration.
         growth: number of iterations to unroll, by the training step from which it applies, such as {0: 2, 1000: 4,
             5000: [4, 8, 16]}; of a list, each step draws one. Numbers are limited to `iterations`, which are unrolled
             from the start if the mapping is empty.
@@ -77,7 +79,7 @@ class CodecTraining(Training):
         iterations: int = 16,
         pictures: int = 0,
         missing: float = 0.0,
-        distortion: Literal["l1", "rmse"] = "l1",
+        distortion: Literal["l1", "ssim_l1", "rmse"] = "l1",
         growth: dict[int, int | list[int]] | None = None,
         optimizer: Literal["adam", "muon"] = "adam",
         learning_rate: float = 5e-4,
@@ -103,6 +105,7 @@ class CodecTraining(Training):
         self.plain_hyperparameters(network=asdict(self.network.config))
         self.network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         self.iterations, self.distortion = iterations, distortion
+        self.weights = DissimilarityWeights() if distortion == "ssim_l1" else None
         self.pictures, self.missing = pictures, missing
         self.starts = isinstance(self.network.config, LatentConfig) and weights is None
         self.growth = {int(step): [k] if isinstance(k, int) else list(k) for step, k in (growth or {}).items()}
@@ -197,20 +200,22 @@ class CodecTraining(Training):
 
     def loss(self, x: Tensor, steps: list[Step]) -> Tensor:
         """The loss of the unrolled steps, here the distortion of those that `draws` selects."""
-        residuals = {t + 1: x - self.network.picture(steps[t].state) for t in self.draws(len(steps))}
+        pictures = {t + 1: self.network.picture(steps[t].state) for t in self.draws(len(steps))}
         self.log_dict(
-            {f"train/l1_{k}": residuals[k].detach().abs().mean() for k in REPORTED_ITERATIONS if k in residuals}
+            {f"train/l1_{k}": (x - pictures[k]).detach().abs().mean() for k in REPORTED_ITERATIONS if k in pictures}
         )
-        return self.mean_distortion([self.error(residual) for residual in residuals.values()])
+        return self.mean_distortion([self.error(x, x_hat) for x_hat in pictures.values()])
 
-    def error(self, residual: Tensor) -> Tensor:
-        """The error of one iteration: the mean absolute or the mean squared residual."""
-        return residual.abs().mean() if self.distortion == "l1" else residual.square().mean()
+    def error(self, x: Tensor, x_hat: Tensor) -> Tensor:
+        """The error of one iteration: the mean absolute, weighted absolute, or squared residual."""
+        if self.distortion == "rmse":
+            return (x - x_hat).square().mean()
+        return (x - x_hat).abs().mean() if self.weights is None else self.weights(x, x_hat)
 
     def mean_distortion(self, errors: list[Tensor]) -> Tensor:
         """The distortion of all iterations, in units of x, from the `error` of each."""
         stacked = torch.stack(errors)
-        return stacked.mean() if self.distortion == "l1" else (stacked.clamp(min=1e-12).log().mean() / 2).exp()
+        return stacked.mean() if self.distortion != "rmse" else (stacked.clamp(min=1e-12).log().mean() / 2).exp()
 
     def validation_step(self, x: Tensor, batch_idx: int) -> Validated:
         height, width = x.shape[-2:]
@@ -225,9 +230,8 @@ class CodecTraining(Training):
                 bits.append(step.bits)
                 cases.append(step.cases)
                 picture = self.network.picture(step.state)
-                residual = padded - picture
-                losses.append(residual.abs().mean())
-                errors.append(self.error(residual))
+                losses.append((padded - picture).abs().mean())
+                errors.append(self.error(padded, picture))
                 if batch_idx == 0:
                     blocks.append(block_errors(padded[:1], picture[:1].float(), stride, "psnr"))
                 if k in REPORTED_ITERATIONS:
