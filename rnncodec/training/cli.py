@@ -115,7 +115,7 @@ class CodecCLI(LightningCLI):
         parser.add_argument("--name", type=str, default="codec", help="name of the run and of its folder in runs/")
         parser.add_argument("--checkpoint_minutes", type=NonNegativeFloat, default=5.0, help="time between checkpoints")
         parser.add_lightning_class_args(EMAWeightAveraging, "ema")
-        # All buffers are constants, so averages need not include them.
+        # Buffers are constants, or averages themselves, and are taken as they are.
         parser.set_defaults({"ema.decay": 0.999, "ema.use_buffers": False, "seed_everything": 0})
         if self.asked is None:
             # Configs name other trainings by their class_path.
