@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rnncodec.allocation import TuneName
-from rnncodec.batch import do_each
+from rnncodec.batch import Done, do_each
 from rnncodec.console import Report, complain
 from rnncodec.evaluation.baselines import BASELINES
 from rnncodec.evaluation.contenders import Contender, Measure, Option, baseline, ours
@@ -183,13 +183,13 @@ def compress(
     choose(math.ceil(USED * limit))
     measured: list[Measured] = []
 
-    def finish(source: str, target: str, report: Report) -> str:
+    def finish(source: str, target: str, report: Report) -> Done:
         x, option = load(source), pictures[source].options[pictures[source].chosen]
         write(target, option.write(x))
         found = measure(x, Path(target).read_bytes(), contender)
         measured.append(found)
         rate, decibels = 8 * found.size / found.pixels, psnr([found])
-        return f"{contender.unit} {option.setting:g}, {found.size} bytes, {rate:.4f} bpp, {decibels:.2f} dB"
+        return Done(f"{contender.unit} {option.setting:g}, {found.size} bytes, {rate:.4f} bpp, {decibels:.2f} dB")
 
     status |= do_each([job for job in jobs if job.source in pictures], finish, args.quiet)
     return status, set(pictures), measured
