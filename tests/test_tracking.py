@@ -330,17 +330,17 @@ def test_offline_files_tell_where_a_curve_comes_from(training, exported, evaluat
     assert made.used == {"tiny-checkpoints": trained.digests["tiny-checkpoints"]}
     (files,) = made.artifacts["tiny-weights"]
     assert files["tiny.safetensors"].read_bytes() == exported.read_bytes()
-    assert set(trained.used) == {"photographs0-images"}
-    assert set(evaluated.used) == {"photographs0-images", "tiny-weights"}
+    assert set(trained.used) == {f"{photographs.name}-images"}
+    assert set(evaluated.used) == {f"{photographs.name}-images", "tiny-weights"}
 
     # The images themselves stay where they are.
-    listed = {row["file"]: row for row in trained.manifest("photographs0-images")}
+    listed = {row["file"]: row for row in trained.manifest(f"{photographs.name}-images")}
     assert {name: row["sha256"] for name, row in listed.items()} == before
     assert {name: row["bytes"] for name, row in listed.items()} == {
         name: (photographs / name).stat().st_size for name in before
     }
     assert sorted(row["split"] for row in listed.values()) == ["train", "val", "val", "val"]
-    assert {row["sha256"] for row in evaluated.manifest("photographs0-images")} == {
+    assert {row["sha256"] for row in evaluated.manifest(f"{photographs.name}-images")} == {
         before["astronaut.png"], before["coffee.png"],
     }  # fmt: skip
 

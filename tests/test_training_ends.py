@@ -365,7 +365,7 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_no_other_file(tmp_path, monke
 
 def test_gradients_that_are_not_numbers_end_in_one_line(crops, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(
-        "rnncodec.training.module.CodecTraining.error", lambda self, x: x.square().mean() * float("nan")
+        "rnncodec.training.module.CodecTraining.error", lambda self, x, x_hat: x_hat.mean() * float("nan")
     )
     more = ["--model.max_bad_steps", "2", "--trainer.val_check_interval", "100"]
     assert cli.main(arguments(crops, tmp_path, *more)) == 1
