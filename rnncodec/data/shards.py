@@ -3,9 +3,9 @@
 import hashlib
 import io
 import json
-import os
 import tarfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +20,7 @@ from rnncodec.files.errors import one_line
 from rnncodec.files.images import atomic_write, load_image, readable_suffixes
 
 INDEX_VERSION = 1
+THREADS = 16  # that ask about files
 
 
 class Place(NamedTuple):
@@ -93,13 +94,13 @@ def find_shards(roots: Sequence[str]) -> list[str]:
         roots: addresses, each of one tar file or, with braces ({000..099}) or wildcards (*), of several.
 
     Raises:
-        DataError: one of them is missing, or a place cannot be listed.
+        DataError: there are none where a pattern says, or a place cannot be listed.
     """
     found: list[str] = []
     for url in (url for root in roots for url in braceexpand(root)):
         with told(url):
             files, path = url_to_fs(url)
-            listed = sorted(files.glob(path)) if any(c in path for c in "*?[") else [path] * files.exists(path)
+            listed = sorted(files.glob(path)) if any(c in path for c in "*?[") else [path]
             found += [files.unstrip_protocol(each) for each in listed]
         if not listed:
             raise DataError(f"{url}: no such tar file")
@@ -113,8 +114,8 @@ def index_shards(urls: Sequence[str], folder: Path, max_pixels: int) -> Shards:
         DataError: a file cannot be read, is compressed, or is no tar file, or there are no images.
         OSError: the index cannot be written.
     """
-    with told(urls[0]):
-        facts = [files.ukey(path) for files, path in map(url_to_fs, urls)]
+    with ThreadPoolExecutor(THREADS) as pool:
+        facts = list(pool.map(version, urls))
     key = hashlib.sha256(json.dumps([INDEX_VERSION, urls, facts]).encode()).hexdigest()
     path = folder / f"shards-{key[:24]}.json"
     try:
@@ -127,6 +128,17 @@ def index_shards(urls: Sequence[str], folder: Path, max_pixels: int) -> Shards:
     if not places:
         raise DataError(f"{urls[0]}: no images in the {len(urls)} tar files")
     return Shards(urls, places, max_pixels)
+
+
+def version(url: str) -> str:
+    """What changes when a file changes.
+
+    Raises:
+        DataError: it is missing, or its place cannot be reached.
+    """
+    with told(url):
+        files, path = url_to_fs(url)
+        return files.ukey(path)
 
 
 def unpack_images(images: Shards, numbers: Sequence[int], folder: Path) -> dict[str, Path]:
@@ -191,5 +203,5 @@ def told(url: str) -> Any:
     except Exception as error:  # file systems raise nearly any exception
         text = one_line(error)
         if isinstance(error, FileNotFoundError):
-            text = os.strerror(2)
+            text = "no such tar file"
         raise DataError(f"{url}: {text}") from error
