@@ -1,4 +1,7 @@
-"""Data for training: `clic` downloads, `cache` decodes, `patches` draws patches, `datamodule` joins the three."""
+"""Data for training: `clic` downloads, `cache` decodes, `patches` draws patches, `datamodule` joins the three.
+
+Of tar files, `shards` finds the images, and `windows` draws patches. `manifest` says which images a data set has.
+"""
 
 from rnncodec.data.cache import DataError, ImageCache
 from rnncodec.data.clic import download_clic
