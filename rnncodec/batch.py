@@ -88,7 +88,7 @@ def do_each(
         made = f"{len(jobs) - failed} of {total} files: {before} bytes became {after}"
         if pixels:
             taken = timedelta(seconds=round(seconds))
-            made += f"; {pixels / 1e6:.1f} megapixels in {taken}, {pixels / 1e6 / seconds:.2f} a second"
+            made += f"; {pixels / 1e6:.1f} megapixels in {taken}, {pixels / 1e6 / seconds:.3g} a second"
         numbers = (existed, "existed"), (failed, "failed"), (len(skipped), "skipped")
         say("; ".join([made, *(f"{count} {what}" for count, what in numbers if count)]))
     return int(bool(failed or skipped))

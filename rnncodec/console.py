@@ -113,7 +113,7 @@ class Speed(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         pixels = task.fields.get("pixels")
-        return Text(f"{pixels / 1e6 / task.elapsed:.2f} MP/s" if pixels and task.elapsed else "")
+        return Text(f"{pixels / 1e6 / task.elapsed:.3g} MP/s" if pixels and task.elapsed else "")
 
 
 class Bars:

@@ -57,8 +57,8 @@ def closing(line, pixels):
     megapixels, hours, minutes, seconds, speed = map(float, found.groups())
     taken = 3600 * hours + 60 * minutes + seconds  # rounded to a second
     assert megapixels == round(pixels / 1e6, 1)
-    assert pixels / 1e6 / (taken + 0.5) - 0.005 <= speed
-    assert taken < 1 or speed <= pixels / 1e6 / (taken - 0.5) + 0.005
+    assert 0.99 * pixels / 1e6 / (taken + 0.5) <= speed
+    assert taken < 1 or speed <= 1.01 * pixels / 1e6 / (taken - 0.5)
     return line.replace(found.group(), "")
 
 
