@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from rnncodec.console import Report, complain, listed, losses, progress, say
 from rnncodec.files.errors import ImageWarning, one_line
-from rnncodec.jobs import Job
+from rnncodec.jobs import Job, exists
 
 FAILURES = (ValueError, OSError, MemoryError, RuntimeError)  # torch reports exhausted memory as RuntimeError
 NAMED = 10  # of the files that are skipped for one reason
@@ -29,7 +29,7 @@ def do_each(
     work: Callable[[str, str, Report], Done | None],
     quiet: bool = False,
     skipped: Mapping[Path, str] | None = None,
-    existed: int = 0,
+    skip_existing: bool = False,
 ) -> int:
     """Does all jobs, even if some of them fail, and gives the exit status, 1 if a file failed or was skipped.
 
@@ -38,17 +38,20 @@ def do_each(
         work: does one of them.
         quiet: whether only errors are shown.
         skipped: files that were left out, and why.
-        existed: how many more jobs there were, whose outputs exist.
+        skip_existing: whether an output that exists means that its job is done, instead of that it fails.
     """
     skipped = skipped or {}
-    failed = before = after = pixels = 0
+    failed = existed = before = after = pixels = 0
     lost: dict[str, list[str]] = {}  # inputs by what was lost of them
     begun = monotonic()
     with progress(len(jobs), quiet) as bars:
         for job in jobs:
             done = None
             try:
-                if not job.overwrite and os.path.lexists(job.target):
+                if exists(job):
+                    if skip_existing:
+                        existed += 1
+                        continue
                     raise ValueError(f"{job.target} exists; --force replaces it")
                 if job.target not in ("", "-"):
                     Path(job.target).parent.mkdir(parents=True, exist_ok=True)
@@ -83,9 +86,9 @@ def do_each(
         reasons.setdefault((path.suffix.lower(), why), []).append(str(path))
     for (_, why), paths in reasons.items():
         complain(f"skipped: {listed(paths, NAMED)}: {why}")
-    total = len(jobs) + existed + len(skipped)
-    if total > 1 and (existed or any(job.target for job in jobs)) and not quiet:
-        made = f"{len(jobs) - failed} of {total} files: {before} bytes became {after}"
+    total = len(jobs) + len(skipped)
+    if total > 1 and any(job.target for job in jobs) and not quiet:
+        made = f"{len(jobs) - failed - existed} of {total} files: {before} bytes became {after}"
         if pixels:
             taken = timedelta(seconds=round(seconds))
             made += f"; {pixels / 1e6:.1f} megapixels in {taken}, {pixels / 1e6 / seconds:.3g} a second"

@@ -22,7 +22,7 @@ from rnncodec.display import show_file, show_scores
 from rnncodec.files import format, images
 from rnncodec.files.errors import ImageError, ImageWarning, one_line
 from rnncodec.files.format import Header
-from rnncodec.jobs import Job, UsageError, find_files, find_jobs, pending, read, refuse_terminal, write
+from rnncodec.jobs import Job, UsageError, exists, find_files, find_jobs, read, refuse_terminal, write
 from rnncodec.threads import use_threads
 
 if TYPE_CHECKING:
@@ -95,14 +95,13 @@ def encode(args: argparse.Namespace) -> int:
     jobs = find_jobs(args, ".rnc", {".rnc"}, lambda folder: images.find_images([folder]), skipped)
     if args.roi and len(jobs) > 1:
         raise UsageError("--roi goes with one image")
-    jobs, existed = pending(jobs, args.skip_existing)
     use_threads(args.threads)
 
     @cache
     def codec() -> "ImageCodec":
         return _codec(args.weights or "small", args)
 
-    if jobs:  # or loading it would take most of the time of a batch that is done
+    if not (args.skip_existing and all(map(exists, jobs))):  # or loading it would take most of the time
         _check_iterations(args, codec().max_iterations)
     roi = None
     if args.roi:
@@ -121,7 +120,7 @@ def encode(args: argparse.Namespace) -> int:
         made = f"{len(header.entries) / header.parts:g} iterations, {len(data)} bytes, {header.bpp[-1]:.4f} bpp"
         return Done(made, header.width * header.height)
 
-    return do_each(jobs, work, args.quiet, skipped, existed)
+    return do_each(jobs, work, args.quiet, skipped, args.skip_existing)
 
 
 def decode(args: argparse.Namespace) -> int:
@@ -134,7 +133,7 @@ def decode(args: argparse.Namespace) -> int:
     each = args.all_iterations is not None
     if each:  # every input becomes a folder
         args.output_dir = args.all_iterations
-    jobs, existed = pending(find_jobs(args, "" if each else suffix, suffixes, find_files), args.skip_existing)
+    jobs = find_jobs(args, "" if each else suffix, suffixes, find_files)
     named = {Path(job.target).suffix for job in jobs} - {""}
     try:
         for written in named if args.format is None and not each else {suffix}:
@@ -157,13 +156,16 @@ def decode(args: argparse.Namespace) -> int:
                 for number, picture in enumerate(pictures, 1):
                     images.save_image(picture, folder / f"{number:02}{suffix}", None, records)
                     report(number, args.iterations or header.iterations)
+            for path in Path(target).glob(f"[0-9][0-9]{suffix}"):  # of a file with more iterations
+                if int(path.stem) > number:
+                    path.unlink()
             what = f"{number} pictures, {what}"
         else:
             image = codec.decode(data, args.iterations, max_pixels=args.max_pixels, progress=report)
             images.save_image(np.asarray(image), stdout() if target == "-" else target, args.format, records)
         return Done(what, header.width * header.height)
 
-    return do_each(jobs, work, args.quiet, existed=existed)
+    return do_each(jobs, work, args.quiet, skip_existing=args.skip_existing)
 
 
 def view(args: argparse.Namespace) -> int:
@@ -246,8 +248,6 @@ def export(args: argparse.Namespace) -> int:
 
 
 def _export_graphs(args: argparse.Namespace) -> int:
-    if args.wandb:
-        raise UsageError("--wandb goes with weights, not with graphs")
     if args.graphs == "onnx" and not _room("export --onnx", "onnxscript", "onnx"):
         return 1
     from rnncodec import graphs
@@ -300,9 +300,6 @@ class _Codecs:
     def __init__(self, args: argparse.Namespace) -> None:
         self._args = args
         self._known: dict[bytes, ImageCodec] = {}
-        if args.weights:
-            given = _codec(args.weights, args)
-            self._known[given.fingerprint] = given
 
     def __call__(self, header: Header) -> "ImageCodec":
         """The codec for a file with this header.
@@ -312,6 +309,9 @@ class _Codecs:
         """
         from rnncodec.weights import WeightsError, shipped_name
 
+        if self._args.weights and not self._known:
+            given = _codec(self._args.weights, self._args)
+            self._known[given.fingerprint] = given
         if header.fingerprint not in self._known:
             try:
                 self._known[header.fingerprint] = _codec(shipped_name(header), self._args)

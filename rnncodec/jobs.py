@@ -80,13 +80,16 @@ def find_jobs(
         if target in taken:
             raise ValueError(f"{taken[target]} and {job.source} would both become {job.target}")
         taken[target] = job.source
+    for target, source in taken.items():
+        for parent in map(str, Path(target).parents):
+            if parent in taken:
+                raise ValueError(f"{taken[parent]} would become a folder that {source} is to be in: give them apart")
     return jobs
 
 
-def pending(jobs: Sequence[Job], skip_existing: bool) -> tuple[list[Job], int]:
-    """The jobs that are to be done, and the number of others, whose outputs exist and are to be left as they are."""
-    left = [job for job in jobs if job.overwrite or not (skip_existing and os.path.lexists(job.target))]
-    return left, len(jobs) - len(left)
+def exists(job: Job) -> bool:
+    """Whether a job has an output that must not be replaced."""
+    return not job.overwrite and os.path.lexists(job.target)
 
 
 def refuse_terminal(target: str) -> None:

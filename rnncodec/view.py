@@ -81,7 +81,7 @@ def page_path(page: str | None, source: str) -> Iterator[str]:
     if page is not None:
         yield page
         return
-    handle, path = tempfile.mkstemp(prefix=f"{Path(source).stem}-", suffix=".html")
+    handle, path = tempfile.mkstemp(prefix=f"{Path(source).stem[:100]}-", suffix=".html")
     os.close(handle)
     try:
         yield path

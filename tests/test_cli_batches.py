@@ -383,10 +383,20 @@ def test_all_iterations_become_a_folder_of_pictures(tiny, capsys):
     Path("out/a/notes.txt").write_text("mine")
     Path("out/a/02.png").write_bytes(b"broken")
     run(capsys, *command, "--force", "--iterations", "2")
+    assert files("out/a") == ["01.png", "02.png", "notes.txt"]  # none of before that seems to be of this file
     assert np.array_equal(np.asarray(Image.open("out/a/02.png")), np.asarray(codec.decode(data, 2)))
     assert Path("out/a/notes.txt").read_text() == "mine"
     out, _ = run(capsys, "decode", "coded/a.rnc", "--all-iterations", "two", "--format", "webp", *FAST[2:])
     assert (out, files("two")) == (["two/a: 3 pictures, 40x30"], [f"a/0{number}.webp" for number in (1, 2, 3)])
+
+
+def test_pictures_of_one_file_and_those_of_a_folder_do_not_mix(capsys):
+    save("in/x/y.png")
+    save("in/x.png")
+    run(capsys, "encode", "in", *FAST)
+    said = run(capsys, "decode", "in", "--all-iterations", "out", *FAST[2:], status=1)[1]
+    assert said == ["error: in/x.rnc would become a folder that in/x/y.rnc is to be in: give them apart"]
+    assert not Path("out").exists()
 
 
 def test_no_folder_is_left_of_pictures_that_cannot_be_decoded(capsys):

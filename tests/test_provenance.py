@@ -81,7 +81,7 @@ def test_the_fingerprint_of_images_is_that_of_their_contents(tmp_path):
         name: (len(content), hashlib.sha256(content).hexdigest()) for name, content in contents.items()
     }
     assert sorted(row["split"] for row in first.rows) == ["train", "train", "val"]
-    assert (first.count("train"), first.count("val")) == (2, 1)
+    assert (first.images["train"], first.images["val"]) == (2, 1)
     assert hashlib.sha256(first.text.encode()).hexdigest()[:16] == first.fingerprint
     assert manifest()[1] == first  # from what was kept
     for damaged in (b"", b"[]", b'{"a.png": 1}', b'{"a.png": [1, "2"]}'):

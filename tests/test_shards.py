@@ -88,7 +88,7 @@ def test_the_index_finds_what_tar_files_hold(shards, tmp_path):
     assert [found.content(i) for i in range(32)] == expected
     assert np.array_equal(found.read(9), image(9))
     assert found.groups.tolist() == [i // 8 for i in range(32)]
-    assert found.names[9] == f"file://{shards}/train-001.tar/0009.png"
+    assert found.names[9] == "train-001.tar/0009.png"
 
 
 def test_the_index_is_kept_until_a_shard_changes(tmp_path, monkeypatch):
@@ -195,7 +195,8 @@ def test_bad_and_small_images_are_replaced(tmp_path):
     shards = write_shards(tmp_path / "shards", 1, 5, **more)
     module = data_module(f"{shards}/*.tar", tmp_path, val_images=0)
     assert len(module.images.places) == 8
-    window = module.train_dataloader().dataset.window(0)  # pyright: ignore[reportAttributeAccessIssue]
+    with pytest.warns(UserWarning, match="have no tile, or cannot be read: left out"):
+        window = module.train_dataloader().dataset.window(0)  # pyright: ignore[reportAttributeAccessIssue]
     assert set(window[:, 0, 0, 0]) <= set(range(5))
     for path in shards.glob("*.tar"):
         path.unlink()
@@ -215,6 +216,38 @@ def test_validation_images_may_be_a_folder(shards, tmp_path):
     assert len(module.chosen) == 32
     (shown,) = module.val_dataloader()
     assert np.array_equal(shown[0].permute(1, 2, 0), image(77))
+
+
+def test_what_is_held_out_depends_on_no_place_and_is_renewed(tmp_path):
+    """Moved tar files hold out the same images, and have the same fingerprint; a new version is shown at once."""
+    found = [data_module(f"{write_shards(tmp_path / name, 2)}/*.tar", tmp_path) for name in ("a", "b")]
+    assert found[0].val_names == found[1].val_names
+    assert manifest_of(found[0]).fingerprint == manifest_of(found[1]).fingerprint
+    with tarfile.open(tmp_path / "a/train-000.tar", "w") as tar:
+        for number in range(8):
+            info = tarfile.TarInfo(f"{number:04}.png")
+            info.size = len(data := png(255 - image(number)))
+            tar.addfile(info, io.BytesIO(data))
+    again = data_module(f"{tmp_path}/a/*.tar", tmp_path)
+    assert again.val_names == found[0].val_names
+    renewed = 0
+    for name, shown in zip(again.val_names, again.val_dataloader(), strict=True):
+        old = image(int(name[-8:-4]))
+        renewed += name.startswith("train-000")
+        assert np.array_equal(shown[0].permute(1, 2, 0), 255 - old if name.startswith("train-000") else old)
+    assert renewed
+
+
+def test_an_index_without_marks_of_change_is_not_kept(shards, tmp_path, monkeypatch):
+    monkeypatch.setattr("rnncodec.data.shards.MARKS", ())
+    indexed(shards, tmp_path)
+    assert not list(tmp_path.glob("shards-*.json"))
+
+
+def test_shards_in_folders_with_special_names(tmp_path):
+    write_shards(tmp_path / "[x]", 1)
+    (url,) = find_shards([str(tmp_path / "[x]/train-000.tar")])
+    assert url.endswith("/[x]/train-000.tar")
 
 
 def test_held_out_images_are_shown_whole(shards, tmp_path):
@@ -275,7 +308,7 @@ def test_a_shard_that_shrinks_is_an_error(tmp_path):
 def test_the_manifest_names_the_shards(shards, tmp_path):
     """With what the index has of them, and the images to validate on by their content."""
     manifest = manifest_of(data_module(f"{shards}/*.tar", tmp_path, val_images=0))
-    url = f"file://{shards}/train-001.tar"
+    url = "train-001.tar"
     listed = [[f"{number:04}.png", len(png(image(number)))] for number in range(8, 16)]
     digest = hashlib.sha256(json.dumps(listed).encode()).hexdigest()
     row = {"file": url, "split": "train", "bytes": sum(size for _, size in listed), "sha256": digest}
@@ -283,6 +316,7 @@ def test_the_manifest_names_the_shards(shards, tmp_path):
     assert (len(manifest.rows), manifest.root) == (4, f"file://{shards}")
     held = manifest_of(data_module(f"{shards}/*.tar", tmp_path))
     assert [row["split"] for row in held.rows].count("val") == 3
+    assert held.images == {"train": 29, "val": 3}
 
 
 def test_several_folders_are_one_set(tmp_path):

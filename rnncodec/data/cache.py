@@ -62,7 +62,7 @@ def split_images(
         splits |= {prefix + name: split for name, split in listed.items()}
     splits = {name: split for name, split in splits.items() if split in ("train", "val")}
     if val_root is not None:
-        val_files = {f"val_root:{path.relative_to(val_root).as_posix()}": path for path in find_images([val_root])}
+        val_files = val_images_of(val_root)
         seen = {path.resolve() for path in val_files.values()}  # val_root may lie within root
         splits = {name: "train" for name, s in splits.items() if s == "train" and files[name].resolve() not in seen}
         splits |= dict.fromkeys(val_files, "val")
@@ -72,6 +72,11 @@ def split_images(
     if "train" not in splits.values():
         raise DataError(f"{roots[0]}: no images to train on")
     return {name: files[name] for name in splits}, {name: str(split) for name, split in splits.items()}
+
+
+def val_images_of(folder: Path) -> dict[str, Path]:
+    """The images of a folder that is for validation alone, by their names."""
+    return {f"val_root:{path.relative_to(folder).as_posix()}": path for path in find_images([folder])}
 
 
 def held_out(names: Iterable[str], count: int, root: str) -> list[str]:

@@ -26,7 +26,7 @@ from rich.filesize import decimal
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from rnncodec.data.cache import CACHE_VERSION, DataError, ImageCache, build_cache, held_out, split_images
+from rnncodec.data.cache import CACHE_VERSION, DataError, ImageCache, build_cache, held_out, split_images, val_images_of
 from rnncodec.data.clic import CLIC_URL, download_clic
 from rnncodec.data.patches import (
     PatchStream,
@@ -39,8 +39,8 @@ from rnncodec.data.patches import (
     normalize,
 )
 from rnncodec.data.shards import are_shards, find_shards, index_shards, unpack_images
-from rnncodec.data.windows import WindowStream
-from rnncodec.files.images import MAX_PIXELS, find_images
+from rnncodec.data.windows import LANES, WindowStream
+from rnncodec.files.images import MAX_PIXELS
 from rnncodec.home import cache_folder
 
 READERS = 4  # processes that read tar files, if a GPU waits for them
@@ -167,9 +167,7 @@ class PatchDataModule(L.LightningDataModule):
         held = set() if self.val_root else set(held_out(names, self.val_images, self.roots[0]))
         self.chosen = np.array([i for i, name in enumerate(names) if name not in held])
         if self.val_root:
-            files = {
-                f"val_root:{path.relative_to(self.val_root).as_posix()}": path for path in find_images([self.val_root])
-            }
+            files = val_images_of(self.val_root)
         else:
             numbers = [i for i, name in enumerate(names) if name in held]
             files = unpack_images(self.images, numbers, self.cache_dir / "held-out")
@@ -196,7 +194,7 @@ class PatchDataModule(L.LightningDataModule):
         try:
             return lock.acquire(timeout=0)
         except Timeout:
-            rank_zero_info(f"waiting for another process that decodes the images into {path.with_suffix('')}")
+            rank_zero_info(f"waiting for another process that prepares {path.with_suffix('')}")
             return lock.acquire()
 
     def _build(self, folder: Path, files: dict[str, Path]) -> None:
@@ -271,6 +269,8 @@ class PatchDataModule(L.LightningDataModule):
         if workers is None:
             cuda = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
             workers = cuda * (READERS if self.sharded else 1)
+        if self.sharded and workers:
+            workers = max(count for count in range(1, LANES + 1) if LANES % count == 0 and count <= workers)
         return DataLoader(
             stream,
             batch_size=None,

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -23,12 +24,14 @@ class Manifest:
         files: size in bytes and SHA-256 by name; of a tar file whose images are read as they are needed, size of the
             images and SHA-256 of their names and sizes.
         splits: what each is for, by name.
-        root: path or address of the innermost folder that has them all.
+        root: path or address of the innermost folder that has them all, or all tar files.
+        images: number of images with each split.
     """
 
     files: Mapping[str, tuple[int, str]]
     splits: Mapping[str, str]
     root: str
+    images: Mapping[str, int]
 
     @cached_property
     def rows(self) -> list[dict[str, str | int]]:
@@ -47,10 +50,6 @@ class Manifest:
     def fingerprint(self) -> str:
         """The first 16 digits of the SHA-256 of the text: other names, splits or contents have another one."""
         return hashlib.sha256(self.text.encode()).hexdigest()[:16]
-
-    def count(self, split: str) -> int:
-        """The number of files with a split."""
-        return list(self.splits.values()).count(split)
 
 
 def manifest_of(data: PatchDataModule) -> Manifest:
@@ -72,9 +71,10 @@ def manifest_of(data: PatchDataModule) -> Manifest:
             atomic_write(path, json.dumps(files).encode())
     splits = {name: data.splits[name] for name in paths}
     if not data.sharded:
-        return Manifest(files, splits, common_folder(paths))
+        return Manifest(files, splits, common_folder(paths), Counter(splits.values()))
     shards = {url: described(places) for url, places in data.images.by_shard.items()}
-    return Manifest(files | shards, splits | dict.fromkeys(shards, "train"), min(shards).rpartition("/")[0])
+    counts = Counter(splits.values()) + Counter(train=len(data.chosen))
+    return Manifest(files | shards, splits | dict.fromkeys(shards, "train"), data.images.root, counts)
 
 
 def described(places: Sequence[Place]) -> tuple[int, str]:
@@ -89,7 +89,7 @@ def manifest_of_files(paths: Mapping[str, Path], split: str) -> Manifest:
     Raises:
         OSError: a file cannot be read.
     """
-    return Manifest(hashed(paths), dict.fromkeys(paths, split), common_folder(paths))
+    return Manifest(hashed(paths), dict.fromkeys(paths, split), common_folder(paths), {split: len(paths)})
 
 
 def common_folder(paths: Mapping[str, Path]) -> str:

@@ -3,13 +3,15 @@
 import hashlib
 import io
 import json
+import os
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cached_property
+from itertools import takewhile
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from braceexpand import braceexpand
@@ -21,6 +23,7 @@ from rnncodec.files.images import atomic_write, load_image, readable_suffixes
 
 INDEX_VERSION = 1
 THREADS = 16  # that ask about files
+MARKS = ("ETag", "etag", "mtime", "LastModified", "last_modified", "updated", "created", "Content-MD5", "Digest")
 
 
 class Place(NamedTuple):
@@ -45,9 +48,15 @@ class Shards:
         self.urls, self.places, self.max_pixels = list(urls), list(places), max_pixels
 
     @cached_property
+    def root(self) -> str:
+        """The address of the innermost folder that has all tar files."""
+        levels = zip(*(url.split("/")[:-1] for url in self.urls), strict=False)
+        return "/".join(level[0] for level in takewhile(lambda level: len(set(level)) == 1, levels))
+
+    @cached_property
     def names(self) -> list[str]:
-        """A name for each image."""
-        return [f"{self.urls[place.shard]}/{place.name}" for place in self.places]
+        """A name for each image, from the root on, so that it stays when all tar files move."""
+        return [f"{self.urls[place.shard][len(self.root) + 1 :]}/{place.name}" for place in self.places]
 
     @cached_property
     def groups(self) -> np.ndarray:
@@ -56,10 +65,11 @@ class Shards:
 
     @property
     def by_shard(self) -> dict[str, list[Place]]:
-        """The places of the images of each tar file, by its address."""
-        found: dict[str, list[Place]] = {url: [] for url in self.urls}
+        """The places of the images of each tar file, by its path from the root on."""
+        names = [url[len(self.root) + 1 :] for url in self.urls]
+        found: dict[str, list[Place]] = {name: [] for name in names}
         for place in self.places:
-            found[self.urls[place.shard]].append(place)
+            found[names[place.shard]].append(place)
         return found
 
     def read(self, index: int) -> np.ndarray:
@@ -97,10 +107,11 @@ def find_shards(roots: Sequence[str]) -> list[str]:
         DataError: there are none where a pattern says, or a place cannot be listed.
     """
     found: list[str] = []
-    for url in (url for root in roots for url in braceexpand(root)):
+    for url in (url for root in roots for url in ([root] if os.path.exists(root) else braceexpand(root, escape=False))):
         with told(url):
             files, path = url_to_fs(url)
-            listed = sorted(files.glob(path)) if any(c in path for c in "*?[") else [path]
+            pattern = not os.path.exists(url) and any(c in path for c in "*?[")
+            listed = sorted(files.glob(path)) if pattern else [path]
             found += [files.unstrip_protocol(each) for each in listed]
         if not listed:
             raise DataError(f"{url}: no such tar file")
@@ -110,20 +121,23 @@ def find_shards(roots: Sequence[str]) -> list[str]:
 def index_shards(urls: Sequence[str], folder: Path, max_pixels: int) -> Shards:
     """Finds the images in tar files, without reading them; the index is kept in a folder until a file changes.
 
+    Where nothing says whether a file has changed, they are found anew.
+
     Raises:
         DataError: a file cannot be read, is compressed, or is no tar file, or there are no images.
         OSError: the index cannot be written.
     """
     with ThreadPoolExecutor(THREADS) as pool:
         facts = list(pool.map(version, urls))
-    key = hashlib.sha256(json.dumps([INDEX_VERSION, urls, facts]).encode()).hexdigest()
+    key = hashlib.sha256(json.dumps([INDEX_VERSION, urls, facts, sorted(readable_suffixes())]).encode()).hexdigest()
     path = folder / f"shards-{key[:24]}.json"
     try:
         listed = [[Place(*row) for row in rows] for rows in json.loads(path.read_bytes())]
     except (OSError, ValueError, TypeError):
         listed = list(in_threads(members, urls, "indexing shards"))
         listed = [[place._replace(shard=i) for place in places] for i, places in enumerate(listed)]
-        atomic_write(path, json.dumps(listed).encode())
+        if all(facts):
+            atomic_write(path, json.dumps(listed).encode())
     places = [place for rows in listed for place in rows]
     if not places:
         raise DataError(f"{urls[0]}: no images in the {len(urls)} tar files")
@@ -131,18 +145,20 @@ def index_shards(urls: Sequence[str], folder: Path, max_pixels: int) -> Shards:
 
 
 def version(url: str) -> str:
-    """What changes when a file changes.
+    """What changes when a file changes; empty if its file system does not tell.
 
     Raises:
         DataError: it is missing, or its place cannot be reached.
     """
     with told(url):
         files, path = url_to_fs(url)
-        return files.ukey(path)
+        facts = files.info(path)
+        marks = {mark: str(facts[mark]) for mark in MARKS if facts.get(mark)}
+        return json.dumps([facts["size"], marks]) if marks else ""
 
 
 def unpack_images(images: Shards, numbers: Sequence[int], folder: Path) -> dict[str, Path]:
-    """Copies single images to files, as far as they are not there; gives the paths by name.
+    """Copies single images to files, as far as these versions are not there; gives the paths by name.
 
     Raises:
         DataError: a shard cannot be read.
@@ -151,8 +167,10 @@ def unpack_images(images: Shards, numbers: Sequence[int], folder: Path) -> dict[
     files: dict[str, Path] = {}
     for number in numbers:
         name, suffix = images.names[number], Path(images.places[number].name).suffix
-        files[name] = path = folder / f"{hashlib.sha256(name.encode()).hexdigest()[:24]}{suffix}"
-        if not path.exists():
+        place = images.places[number]
+        key = json.dumps([name, version(images.urls[place.shard]), place.offset, place.size])
+        files[name] = path = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}{suffix}"
+        if not path.exists() or not version(images.urls[place.shard]):
             folder.mkdir(parents=True, exist_ok=True)
             atomic_write(path, images.content(number))
     return files
@@ -177,10 +195,13 @@ def members(url: str) -> list[Place]:
         DataError: it cannot be read, is compressed, or is no tar file.
     """
     suffixes = readable_suffixes()
-    # Without a cache, only the headers are fetched: half a kilobyte for each member.
+    # Only the headers are fetched, each with the byte before it, that tarfile reads to see whether the file goes on.
     with told(url):
         files, path = url_to_fs(url)
-        with files.open(path, "rb", cache_type="none") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+        with (
+            files.open(path, "rb", cache_type="readahead", block_size=512) as file,
+            tarfile.open(fileobj=file, mode="r:") as tar,
+        ):
             return [
                 Place(0, member.name, member.offset_data, member.size)
                 for member in tar
@@ -194,7 +215,7 @@ def hidden(name: str) -> bool:
 
 
 @contextmanager
-def told(url: str) -> Any:
+def told(url: str) -> Iterator[None]:
     """Turns what goes wrong at an address into an error of one line."""
     try:
         yield

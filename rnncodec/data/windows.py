@@ -1,5 +1,6 @@
 """The stream of training patches from images in tar files, which are read as they are needed, not decoded before."""
 
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -24,8 +25,8 @@ class WindowStream(Dataset):
     Samples come in windows: some images are read, and each gives the same number of tiles at random places. An epoch
     visits every image once, in an order drawn from (seed, epoch), in which files are mixed only with some others. So
     what a window holds depends only on (seed, its number), the position in the data is one integer, and no two ranks
-    share a sample. A rank's batches come from several windows in turn, so that the images of many are mixed, and each
-    worker reads only some of the windows.
+    share a sample. A rank's batches come from several windows in turn, so that the images of many are mixed. If their
+    number is a multiple of that of the workers, each of these reads only some of the windows.
 
     Args:
         images: to draw from.
@@ -57,13 +58,15 @@ class WindowStream(Dataset):
         self.rank, self.world_size = rank, world_size
         self.batches = max(WINDOW // batch_size, 1)  # of a window
         self.count = -(-self.batches * batch_size // TILES)  # images of a window
+        self._warned = False
         self._windows: dict[int, tuple[int, np.ndarray]] = {}
         self._epochs: dict[int, np.ndarray] = {}
 
     def __getitem__(self, batch: int) -> dict[str, Any]:
         """Tiles uint8 [B, T, T, 3]; corners int64 [B, 2], (y, x) of the crops; flips bool [B]; next_sample, an int."""
         turn, lane = divmod(batch, LANES)
-        turn, place = divmod(turn, self.batches)
+        # Lanes begin at different places of their windows, or all would need another window at the same time.
+        turn, place = divmod(turn + lane * self.batches // LANES, self.batches)
         number = (turn * LANES + lane) * self.world_size + self.rank
         if self._windows.get(lane, (-1,))[0] != number:
             self._windows[lane] = number, self.window(number)
@@ -89,9 +92,11 @@ class WindowStream(Dataset):
         places = rng.random((self.count, TILES, 2))
         order = rng.permutation(self.count * TILES)[: self.batches * self.batch_size]
 
+        numbers = [self.at(first + i) for i in range(self.count)]
+
         def cut(i: int) -> np.ndarray | None:
             try:
-                pixels = self.images.read(self.at(first + i))
+                pixels = self.images.read(numbers[i])
             except ImageError:
                 return None
             ends = np.array(pixels.shape[:2]) - tile + 1
@@ -103,7 +108,11 @@ class WindowStream(Dataset):
             found = list(pool.map(cut, range(self.count)))
         usable = [tiles for tiles in found if tiles is not None]
         if not usable:
-            raise DataError(f"none of {self.count} images, such as {self.images.names[self.at(first)]}, has a tile")
+            raise DataError(f"none of {self.count} images, such as {self.images.names[numbers[0]]}, has a tile")
+        missing = [self.images.names[number] for number, tiles in zip(numbers, found, strict=True) if tiles is None]
+        if missing and not self._warned:
+            self._warned = True  # one line for each process, rather than one for each window
+            warnings.warn(f"{missing[0]} and perhaps others have no tile, or cannot be read: left out", stacklevel=2)
         filled = [tiles if tiles is not None else usable[i % len(usable)] for i, tiles in enumerate(found)]
         return np.concatenate(filled)[order]
 

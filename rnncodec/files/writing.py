@@ -153,4 +153,6 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     except OSError as error:
+        if error.errno is None:  # of what was to be written
+            raise
         raise OSError(error.errno, error.strerror, str(path)) from error

@@ -37,20 +37,21 @@ def files_artifact(
 
 def images_artifact(manifest: Manifest) -> wandb.Artifact:
     """Names, sizes and hashes of images, but not the images; has the name of their folder."""
-    facts = {"fingerprint": manifest.fingerprint, "images": len(manifest.files)}
+    facts = {"fingerprint": manifest.fingerprint, "images": sum(manifest.images.values())}
     result = files_artifact(manifest.root.rstrip("/").rpartition("/")[2], "images", {}, facts)
     with result.new_file("manifest.json", encoding="utf-8") as file:
         file.write(manifest.text)
     return result
 
 
-def checkpoints_artifact(folder: Path, facts: Mapping[str, Any] | None = None) -> wandb.Artifact:
-    """The checkpoints in the folder of a run, and its complete config, which has the name of the run."""
+def checkpoints_artifact(folder: Path, facts: Mapping[str, Any] | None = None, *others: Path) -> wandb.Artifact:
+    """The checkpoints in the folder of a run, its complete config, which has the name of the run, and other files."""
     try:
         name = str(yaml.safe_load((folder / "config.yaml").read_text())["name"])
     except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError):  # of a checkpoint that was moved
         name = folder.resolve().name
-    return files_artifact(name, "checkpoints", {file: folder / file for file in CHECKPOINTS}, facts)
+    files = {file: folder / file for file in CHECKPOINTS} | {path.name: path for path in others}
+    return files_artifact(name, "checkpoints", files, facts)
 
 
 def weights_artifact(weights: Weights | ImageCodec) -> wandb.Artifact:

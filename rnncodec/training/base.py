@@ -111,5 +111,5 @@ class Training(L.LightningModule):
 
 def _part(name: str) -> str:
     """The part of a training that a parameter belongs to, such as `encoder`, `decoder` or `context`."""
-    first, second, *_ = name.split(".")
-    return second if first in ("network", "contexts") else first
+    first, *rest = name.split(".")
+    return rest[0] if rest and first in ("network", "contexts") else first

@@ -247,6 +247,14 @@ def config_path(name: str) -> str:
     return str(shipped) if not Path(name).exists() and Path(name).name == name and shipped.is_file() else name
 
 
+def reason(error: BaseException) -> str:
+    """What an error says in one line; of one in a process that reads data, which comes as pages, the last line."""
+    text = str(error).strip()
+    if text.startswith("Caught ") and "DataLoader worker" in text:
+        return text.splitlines()[-1].partition(": ")[2] or text.splitlines()[-1]
+    return one_line(error)
+
+
 def main(args: Sequence[str] | None = None, program: str = "train.py") -> int:
     """Runs the command line with given arguments, or those of the process.
 
@@ -254,8 +262,8 @@ def main(args: Sequence[str] | None = None, program: str = "train.py") -> int:
         The exit status: 1 after a failure, 128 and the number of the signal that ended the training.
     """
     stop = StopOnSignal()
-    arguments = with_subcommand(with_configs(sys.argv[1:] if args is None else args))
     try:
+        arguments = with_subcommand(with_configs(sys.argv[1:] if args is None else args))
         asked = help_asked(arguments, CodecCLI.subcommands())
         with messages(program), stop, ExitStack() as claims:
             CodecCLI(
@@ -270,7 +278,7 @@ def main(args: Sequence[str] | None = None, program: str = "train.py") -> int:
                 parser_kwargs={"prog": program, **(asked.parser_options if asked else {})},
             )
     except FAILURES as error:
-        print(f"{program}: error: {one_line(error)}", file=sys.stderr)
+        print(f"{program}: error: {reason(error)}", file=sys.stderr)
         return 1
     except (KeyboardInterrupt, SystemExit) as end:
         if stop.signal is None or (isinstance(end, SystemExit) and end.code == 0):  # of the parser, or another process

@@ -49,7 +49,12 @@ class DissimilarityWeights(nn.Module):
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             found = dissimilarity(x, x_hat)
             if self.training:
-                before = torch.where(self.average.isnan(), found.mean(), self.average)  # it starts with the first batch
-                self.average.copy_(before.lerp(found.mean(), MOMENTUM))
+                mean = found.mean()
+                if torch.distributed.is_initialized():  # or each process would weight errors differently
+                    torch.distributed.all_reduce(mean)
+                    mean /= torch.distributed.get_world_size()
+                mean = torch.where(mean.isfinite(), mean, self.average)  # a step with such values is skipped
+                before = torch.where(self.average.isnan(), mean, self.average)  # it starts with the first batch
+                self.average.copy_(before.lerp(mean, MOMENTUM))
             weights = found / self.average.clamp(min=1e-6)
         return (weights * avg_pool2d((x - x_hat).abs(), SIDE)).mean()

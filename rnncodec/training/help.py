@@ -52,7 +52,7 @@ def help_asked(args: Sequence[str], subcommands: Container[str]) -> Help | None:
             for key, values in _read(Path(value)).items():
                 if key == "model" and isinstance(values, str):
                     model, values = values, {}
-                elif key == "model" and "class_path" in (values or {}):
+                elif key == "model" and isinstance(values, dict) and "class_path" in values:
                     model, values = values["class_path"], values.get("init_args", {})
                 defaults |= (
                     {f"{key}.{name}": v for name, v in values.items()} if isinstance(values, dict) else {key: values}

@@ -62,8 +62,8 @@ def data_facts(data: PatchDataModule, manifest: Manifest) -> dict[str, Any]:
     """What a training draws its patches from, and how; without paths, which may be private."""
     return {
         "fingerprint": manifest.fingerprint,
-        "train": manifest.count("train"),
-        "val": manifest.count("val"),
+        "train": manifest.images["train"],
+        "val": manifest.images.get("val", 0),
         "cache_version": CACHE_VERSION,
         "seed": data.seed,
         **{name: getattr(data, name) for name in DRAWN},

@@ -12,7 +12,9 @@ import lightning as L
 from rnncodec.training.checkpoints import last_checkpoint
 
 # Ctrl-C, what SLURM sends a job that it preempts, and what a script may have it send ahead of the end of its time.
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = tuple(
+    s for name in ("SIGINT", "SIGTERM", "SIGUSR1") if (s := getattr(signal, name, None))
+)  # not all on Windows
 
 
 class StopOnSignal(L.Callback):

@@ -170,7 +170,7 @@ def log_export(folder: Path, name: str, checkpoint: Path, weights: Weights) -> N
         if run is None:
             return
         if checkpoint.suffix == ".ckpt":  # not weights that were calibrated
-            use(run, checkpoints_artifact(checkpoint.parent))
+            use(run, checkpoints_artifact(checkpoint.parent, None, checkpoint))
         run.log_artifact(weights_artifact(weights))
 
 
