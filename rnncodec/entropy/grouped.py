@@ -29,6 +29,7 @@ CASES = 75  # of a question
 UNIT = int(1 / STEP)
 FACTOR = 2**7 - 1  # largest weight in units of its grid
 SIDE = 3  # of the convolutions' kernels
+LAYERED = 2**13  # locations that go through the layers at once, which bounds the memory
 SQUARES = 512  # locations whose surroundings are gathered at once, so that they fit a cache
 
 Tell = Callable[[int, Tensor, Tensor], Tensor]
@@ -329,10 +330,15 @@ class Pass:
                 for first in range(0, len(here), SQUARES):
                     band = slice(first, first + SQUARES)
                     sums[band] += self._around(self.recent, around[:, band], weights)
-            x = model.known.rescale(t, sums).add_(self.turn[2 * group + color])
-            x = (x if self.prior is None else x.add_(self.prior[color])).clamp_(-UNIT, UNIT)
-            x = model.middle.rescale(t, x @ self.middle[group]).add_(self.shift[group]).clamp_(-UNIT, UNIT)
-            logits = model.output.rescale(t, x @ self.output[group]).add_(odds.index_select(0, here))
+            parts: list[Tensor] = []
+            for first in range(0, len(here), LAYERED):
+                band = slice(first, first + LAYERED)
+                x = model.known.rescale(t, sums[band]).add_(self.turn[2 * group + color])
+                x = (x if self.prior is None else x.add_(self.prior[color][band])).clamp_(-UNIT, UNIT)
+                x = model.middle.rescale(t, x @ self.middle[group]).add_(self.shift[group]).clamp_(-UNIT, UNIT)
+                x = model.output.rescale(t, x @ self.output[group])
+                parts.append(x.add_(odds.index_select(0, here[band])))
+            logits = torch.cat(parts) if parts else odds.new_empty(0, model.size)
             bits = tell(color, here, logits).to(logits.dtype)
             surprise = ((bits + 1) * (UNIT // 2) - expected.index_select(0, here)) * bits.abs()
             self.recent.index_copy_(1, here, halves(surprise))
