@@ -60,6 +60,19 @@ def undrawn(monkeypatch):
     monkeypatch.setattr("rnncodec.evaluation.results.rendered", lambda drawing, format: b"")
 
 
+@pytest.fixture
+def alone(monkeypatch):
+    """Without W&B, also without what another test left of it, and without the variables of another training."""
+    import wandb
+
+    wandb.finish()
+    wandb.teardown()  # or it would keep to the variables of the test before
+    for name in [name for name in os.environ if name.startswith(("WANDB_RUN", "WANDB_SWEEP", "WANDB_NAME", "SLURM_"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    monkeypatch.setenv("PL_GLOBAL_SEED", "0")
+
+
 @pytest.fixture(scope="session")
 def browser(tmp_path_factory):
     """Chromium without a window; its logs hold what went wrong and what was requested."""

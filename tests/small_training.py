@@ -1,6 +1,17 @@
 """A training of seconds, for the tests of its command line, of what it says, and of clusters."""
 
+import numpy as np
 import torch
+from PIL import Image
+
+
+def noise_images(folder, count):
+    """The folder with so many images of one tile each."""
+    folder.mkdir()
+    for seed in range(count):
+        noise = np.random.default_rng(seed).integers(0, 256, (64, 64, 3), np.uint8)
+        Image.fromarray(noise).save(folder / f"{seed}.png")
+    return folder
 
 
 def arguments(images, folder, *more, steps=8):

@@ -9,12 +9,10 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import wandb
 import yaml
-from PIL import Image
-from small_training import arguments, assert_same, states
+from small_training import arguments, assert_same, noise_images, states
 from torch.distributed.run import parse_args
 from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
@@ -24,27 +22,12 @@ from rnncodec.training.folder import RunFolder, run_name
 ROOT = Path(__file__).parent.parent
 CLUSTER = ROOT / "configs" / "cluster"
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning warns of small runs
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("alone")]  # Lightning warns of small runs
 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("cluster") / "images"
-    folder.mkdir()
-    for seed in range(6):
-        noise = np.random.default_rng(seed).integers(0, 256, (64, 64, 3), np.uint8)
-        Image.fromarray(noise).save(folder / f"{seed}.png")
-    return folder
-
-
-@pytest.fixture(autouse=True)
-def alone(monkeypatch):
-    wandb.finish()
-    wandb.teardown()  # or it would keep to the variables of the test before
-    monkeypatch.setenv("WANDB_MODE", "disabled")
-    monkeypatch.setenv("PL_GLOBAL_SEED", "0")
-    for name in [name for name in os.environ if name.startswith(("WANDB_RUN", "WANDB_SWEEP", "WANDB_NAME", "SLURM_"))]:
-        monkeypatch.delenv(name)
+    return noise_images(tmp_path_factory.mktemp("cluster") / "images", 6)
 
 
 def programs(folder, **contents):

@@ -3,13 +3,12 @@
 import re
 import warnings
 
-import numpy as np
 import pytest
 import torch
 import wandb
 from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image
-from small_training import arguments
+from small_training import arguments, noise_images
 
 from rnncodec.data.cache import build_cache
 from rnncodec.training import cli
@@ -19,22 +18,15 @@ from rnncodec.training.progress import Pace
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("console") / "images"
-    folder.mkdir()
-    for seed in range(4):
-        noise = np.random.default_rng(seed).integers(0, 256, (64, 64, 3), np.uint8)
-        Image.fromarray(noise).save(folder / f"{seed}.png")
-    return folder
+    return noise_images(tmp_path_factory.mktemp("console") / "images", 4)
 
 
 @pytest.fixture(autouse=True)
-def alone(monkeypatch):
-    monkeypatch.setenv("WANDB_MODE", "disabled")
-    monkeypatch.setenv("PL_GLOBAL_SEED", "0")
+def log(alone, monkeypatch):
+    """Wide enough, and no terminal."""
     monkeypatch.setenv("COLUMNS", "200")
-    for name in ("WANDB_RUN_ID", "WANDB_SWEEP_ID", "WANDB_NAME", "TTY_COMPATIBLE", "FORCE_COLOR"):
+    for name in ("TTY_COMPATIBLE", "FORCE_COLOR"):
         monkeypatch.delenv(name, raising=False)
-    wandb.finish()  # what another test may have left
 
 
 # What jsonargparse deprecates of Lightning; users do not see warnings of this kind.

@@ -12,6 +12,7 @@ import threading
 from pathlib import Path
 
 import pytest
+import small_training
 import torch
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -37,24 +38,15 @@ def crops(photos, tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def alone(monkeypatch):
-    """Without W&B, and without the seed of another training in the environment."""
-    monkeypatch.setenv("WANDB_MODE", "disabled")
+def no_data(alone, monkeypatch):
+    """W&B, which is turned off, has no place for data."""
     monkeypatch.setenv("WANDB_DATA_DIR", "/nonexistent")
-    monkeypatch.setenv("PL_GLOBAL_SEED", "0")
 
 
 def arguments(crops, folder, *more, subcommand="fit"):
-    """A training of eight steps of a tiny network, with a validation after every third."""
-    return [
-        subcommand, "--config", "debug", "--data.root", str(crops), "--data.cache_dir", str(crops.parent / "cache"),
-        "--data.val_images", "2", "--data.batch_size", "2", "--data.num_workers", "0",
-        "--model.network.encoder_channels", "[4, 4, 4, 4]", "--model.network.decoder_channels", "[4, 4, 4, 4, 4]",
-        "--model.iterations", "2", "--model.growth", "null",
-        "--trainer.default_root_dir", str(folder), "--trainer.accelerator", "cpu", "--trainer.precision", "32-true",
-        "--trainer.max_steps", "8", "--trainer.val_check_interval", "3",
-        "--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false", *more,
-    ]  # fmt: skip
+    """The training of eight steps of `small_training`, without progress."""
+    quiet = ["--trainer.enable_progress_bar", "false"]
+    return [subcommand, *small_training.arguments(crops, folder, *quiet, *more)[1:]]
 
 
 def sends(hook, step, *signals):

@@ -2,7 +2,7 @@
 
 import io
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -12,6 +12,8 @@ from torch.utils.data import Dataset
 from torch.utils.data.distributed import DistributedSampler
 
 from rnncodec.data.cache import ImageCache, in_threads
+
+Drawn = TypeVar("Drawn")
 
 
 def grid_cells(sizes: np.ndarray, tile_size: int) -> np.ndarray:
@@ -45,6 +47,45 @@ def png_bytes(pixels: np.ndarray) -> int:
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "png")
     return buffer.tell()
+
+
+class Epochs(dict[int, Drawn]):
+    """What is drawn for each epoch, when it is asked for.
+
+    Two are kept, because ranks and workers need both at their border.
+
+    Args:
+        draw: draws an epoch.
+    """
+
+    def __init__(self, draw: Callable[[int], Drawn]) -> None:
+        self.draw = draw
+
+    def __missing__(self, epoch: int) -> Drawn:
+        for other in self.keys() - {epoch - 1}:
+            del self[other]
+        self[epoch] = self.draw(epoch)
+        return self[epoch]
+
+
+def draw_crops(seed: int, first: int, count: int, spare: int, flips: bool) -> dict[str, Tensor]:
+    """Where samples are cropped from their tiles, corners int64 [count, 2], (y, x); which are mirrored, bool [count].
+
+    Args:
+        seed: of the draws.
+        first: number of the first sample, each of which has its own draws.
+        count: of samples.
+        spare: how many pixels tiles are larger than patches.
+        flips: whether half of the samples are mirrored.
+    """
+    # Each count of Philox's counter gives four words, so that sample n has its own words in any batch.
+    words = np.random.Philox(key=[seed, 0], counter=first).random_raw(4 * count).reshape(count, 4)
+    fractions = words >> np.uint64(32)  # of 2^32
+    corners = (fractions[:, :2] * np.uint64(spare + 1)) >> np.uint64(32)
+    return {
+        "corners": torch.from_numpy(corners.astype(np.int64)),
+        "flips": torch.from_numpy((fractions[:, 2] < 2**31) & flips),
+    }
 
 
 class PatchStream(Dataset):
@@ -84,37 +125,27 @@ class PatchStream(Dataset):
         self.cache, self.cells, self.margins, self.seed, self.flips = cache, cells, margins, seed, flips
         self.batch_size, self.tile_size, self.patch_size = batch_size, tile_size, patch_size
         self.rank, self.world_size = rank, world_size
-        self._epochs: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self._epochs = Epochs(self._draw)
 
-    def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    def _draw(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The order of the cells [C] and the images' shifts [N, 2] in an epoch."""
-        if epoch not in self._epochs:
-            # Two epochs are kept, because ranks and workers need both at their border.
-            self._epochs = {key: value for key, value in self._epochs.items() if key == epoch - 1}
-            rng = np.random.Generator(np.random.Philox(key=[self.seed, epoch + 1]))
-            self._epochs[epoch] = rng.permutation(len(self.cells)), rng.integers(0, self.margins + 1)
-        return self._epochs[epoch]
+        rng = np.random.Generator(np.random.Philox(key=[self.seed, epoch + 1]))
+        return rng.permutation(len(self.cells)), rng.integers(0, self.margins + 1)
 
     def __getitem__(self, batch: int) -> dict[str, Any]:
         """Tiles uint8 [B, T, T, 3]; corners int64 [B, 2], (y, x) of the crops; flips bool [B]; next_sample, an int."""
         size, tile = self.batch_size, self.tile_size
         first = (batch * self.world_size + self.rank) * size
-        # Each count of Philox's counter gives four words, so that sample n has its own words in any batch.
-        words = np.random.Philox(key=[self.seed, 0], counter=first).random_raw(4 * size).reshape(size, 4)
-        fractions = words >> np.uint64(32)  # of 2^32
-        corners = (fractions[:, :2] * np.uint64(tile - self.patch_size + 1)) >> np.uint64(32)
-        flips = (fractions[:, 2] < 2**31) & self.flips
         tiles = np.empty((size, tile, tile, 3), np.uint8)
         for i in range(size):
             epoch, place = divmod(first + i, len(self.cells))
-            order, shifts = self._epoch(epoch)
+            order, shifts = self._epochs[epoch]
             image, y, x = self.cells[order[place]]
             down, right = shifts[image]
             tiles[i] = self.cache[image][y + down : y + down + tile, x + right : x + right + tile]
         return {
             "tiles": torch.from_numpy(tiles),
-            "corners": torch.from_numpy(corners.astype(np.int64)),
-            "flips": torch.from_numpy(flips),
+            **draw_crops(self.seed, first, size, tile - self.patch_size, self.flips),
             "next_sample": (batch + 1) * self.world_size * size,
         }
 

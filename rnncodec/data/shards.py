@@ -40,12 +40,13 @@ class Shards:
 
     Args:
         urls: of the tar files, paths or addresses that fsspec opens, such as s3://bucket/train-000.tar.
+        versions: of the tar files, see `version`.
         places: of the images, in the order of the shards and within them.
         max_pixels: images of more pixels are refused.
     """
 
-    def __init__(self, urls: Sequence[str], places: Sequence[Place], max_pixels: int) -> None:
-        self.urls, self.places, self.max_pixels = list(urls), list(places), max_pixels
+    def __init__(self, urls: Sequence[str], versions: Sequence[str], places: Sequence[Place], max_pixels: int) -> None:
+        self.urls, self.versions, self.places, self.max_pixels = list(urls), list(versions), list(places), max_pixels
 
     @cached_property
     def root(self) -> str:
@@ -54,9 +55,14 @@ class Shards:
         return "/".join(level[0] for level in takewhile(lambda level: len(set(level)) == 1, levels))
 
     @cached_property
+    def shard_names(self) -> list[str]:
+        """The paths of the tar files from the root on, which stay when all of them move."""
+        return [url[len(self.root) + 1 :] for url in self.urls]
+
+    @cached_property
     def names(self) -> list[str]:
-        """A name for each image, from the root on, so that it stays when all tar files move."""
-        return [f"{self.urls[place.shard][len(self.root) + 1 :]}/{place.name}" for place in self.places]
+        """A name for each image."""
+        return [f"{self.shard_names[place.shard]}/{place.name}" for place in self.places]
 
     @cached_property
     def groups(self) -> np.ndarray:
@@ -65,11 +71,10 @@ class Shards:
 
     @property
     def by_shard(self) -> dict[str, list[Place]]:
-        """The places of the images of each tar file, by its path from the root on."""
-        names = [url[len(self.root) + 1 :] for url in self.urls]
-        found: dict[str, list[Place]] = {name: [] for name in names}
+        """The places of the images of each tar file, by its name."""
+        found: dict[str, list[Place]] = {name: [] for name in self.shard_names}
         for place in self.places:
-            found[names[place.shard]].append(place)
+            found[self.shard_names[place.shard]].append(place)
         return found
 
     def read(self, index: int) -> np.ndarray:
@@ -110,8 +115,8 @@ def find_shards(roots: Sequence[str]) -> list[str]:
     for url in (url for root in roots for url in ([root] if os.path.exists(root) else braceexpand(root, escape=False))):
         with told(url):
             files, path = url_to_fs(url)
-            pattern = not os.path.exists(url) and any(c in path for c in "*?[")
-            listed = sorted(files.glob(path)) if pattern else [path]
+            literal = os.path.exists(url) or not any(c in path for c in "*?[")
+            listed = [path] if literal else sorted(files.glob(path))
             found += [files.unstrip_protocol(each) for each in listed]
         if not listed:
             raise DataError(f"{url}: no such tar file")
@@ -128,20 +133,20 @@ def index_shards(urls: Sequence[str], folder: Path, max_pixels: int) -> Shards:
         OSError: the index cannot be written.
     """
     with ThreadPoolExecutor(THREADS) as pool:
-        facts = list(pool.map(version, urls))
-    key = hashlib.sha256(json.dumps([INDEX_VERSION, urls, facts, sorted(readable_suffixes())]).encode()).hexdigest()
+        versions = list(pool.map(version, urls))
+    key = hashlib.sha256(json.dumps([INDEX_VERSION, urls, versions, sorted(readable_suffixes())]).encode()).hexdigest()
     path = folder / f"shards-{key[:24]}.json"
     try:
         listed = [[Place(*row) for row in rows] for rows in json.loads(path.read_bytes())]
     except (OSError, ValueError, TypeError):
         listed = list(in_threads(members, urls, "indexing shards"))
         listed = [[place._replace(shard=i) for place in places] for i, places in enumerate(listed)]
-        if all(facts):
+        if all(versions):
             atomic_write(path, json.dumps(listed).encode())
     places = [place for rows in listed for place in rows]
     if not places:
         raise DataError(f"{urls[0]}: no images in the {len(urls)} tar files")
-    return Shards(urls, places, max_pixels)
+    return Shards(urls, versions, places, max_pixels)
 
 
 def version(url: str) -> str:
@@ -166,11 +171,11 @@ def unpack_images(images: Shards, numbers: Sequence[int], folder: Path) -> dict[
     """
     files: dict[str, Path] = {}
     for number in numbers:
-        name, suffix = images.names[number], Path(images.places[number].name).suffix
-        place = images.places[number]
-        key = json.dumps([name, version(images.urls[place.shard]), place.offset, place.size])
-        files[name] = path = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}{suffix}"
-        if not path.exists() or not version(images.urls[place.shard]):
+        name, place = images.names[number], images.places[number]
+        version = images.versions[place.shard]
+        key = json.dumps([name, version, place.offset, place.size])
+        files[name] = path = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}{Path(place.name).suffix}"
+        if not (version and path.exists()):
             folder.mkdir(parents=True, exist_ok=True)
             atomic_write(path, images.content(number))
     return files

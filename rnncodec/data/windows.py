@@ -9,6 +9,7 @@ import torch
 from torch.utils.data import Dataset
 
 from rnncodec.data.cache import DataError
+from rnncodec.data.patches import Epochs, draw_crops
 from rnncodec.data.shards import Shards
 from rnncodec.files.images import ImageError
 
@@ -60,7 +61,7 @@ class WindowStream(Dataset):
         self.count = -(-self.batches * batch_size // TILES)  # images of a window
         self._warned = False
         self._windows: dict[int, tuple[int, np.ndarray]] = {}
-        self._epochs: dict[int, np.ndarray] = {}
+        self._epochs = Epochs(self._draw)
 
     def __getitem__(self, batch: int) -> dict[str, Any]:
         """Tiles uint8 [B, T, T, 3]; corners int64 [B, 2], (y, x) of the crops; flips bool [B]; next_sample, an int."""
@@ -71,11 +72,10 @@ class WindowStream(Dataset):
         if self._windows.get(lane, (-1,))[0] != number:
             self._windows[lane] = number, self.window(number)
         size = self.batch_size
-        rng = np.random.Generator(np.random.Philox(key=[self.seed, 2], counter=[0, 0, batch, self.rank]))
+        first = (batch * self.world_size + self.rank) * size
         return {
             "tiles": torch.from_numpy(self._windows[lane][1][place * size : (place + 1) * size]),
-            "corners": torch.from_numpy(rng.integers(0, self.tile_size - self.patch_size + 1, (size, 2))),
-            "flips": torch.from_numpy((rng.random(size) < 0.5) & self.flips),
+            **draw_crops(self.seed, first, size, self.tile_size - self.patch_size, self.flips),
             "next_sample": (batch + 1) * self.world_size * size,
         }
 
@@ -91,7 +91,6 @@ class WindowStream(Dataset):
         rng = np.random.Generator(np.random.Philox(key=[self.seed, 1], counter=[0, 0, 0, number]))
         places = rng.random((self.count, TILES, 2))
         order = rng.permutation(self.count * TILES)[: self.batches * self.batch_size]
-
         numbers = [self.at(first + i) for i in range(self.count)]
 
         def cut(i: int) -> np.ndarray | None:
@@ -119,11 +118,11 @@ class WindowStream(Dataset):
     def at(self, position: int) -> int:
         """The number of the image at a position of the endless order."""
         epoch, place = divmod(position, len(self.chosen))
-        if epoch not in self._epochs:
-            # Two epochs are kept, because windows and lanes need both at their border.
-            self._epochs = {key: order for key, order in self._epochs.items() if key == epoch - 1}
-            self._epochs[epoch] = shuffled(self.images.groups[self.chosen], self.seed, epoch)
         return int(self.chosen[self._epochs[epoch][place]])
+
+    def _draw(self, epoch: int) -> np.ndarray:
+        """The order of the images in an epoch."""
+        return shuffled(self.images.groups[self.chosen], self.seed, epoch)
 
 
 def shuffled(groups: np.ndarray, seed: int, epoch: int) -> np.ndarray:

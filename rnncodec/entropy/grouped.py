@@ -331,14 +331,14 @@ class Pass:
                     band = slice(first, first + SQUARES)
                     sums[band] += self._around(self.recent, around[:, band], weights)
             parts: list[Tensor] = []
-            for first in range(0, len(here), LAYERED):
+            for first in range(0, max(len(here), 1), LAYERED):
                 band = slice(first, first + LAYERED)
                 x = model.known.rescale(t, sums[band]).add_(self.turn[2 * group + color])
                 x = (x if self.prior is None else x.add_(self.prior[color][band])).clamp_(-UNIT, UNIT)
                 x = model.middle.rescale(t, x @ self.middle[group]).add_(self.shift[group]).clamp_(-UNIT, UNIT)
                 x = model.output.rescale(t, x @ self.output[group])
                 parts.append(x.add_(odds.index_select(0, here[band])))
-            logits = torch.cat(parts) if parts else odds.new_empty(0, model.size)
+            logits = torch.cat(parts)
             bits = tell(color, here, logits).to(logits.dtype)
             surprise = ((bits + 1) * (UNIT // 2) - expected.index_select(0, here)) * bits.abs()
             self.recent.index_copy_(1, here, halves(surprise))
