@@ -161,7 +161,7 @@ def slurm():
 
 
 @pytest.mark.slow
-def test_slurm_requeues_a_job_that_goes_on(images, tmp_path):
+def test_slurm_requeues_a_job_twice_that_goes_on(images, tmp_path):
     if reason := slurm():
         pytest.skip(reason)
     environment = programs(tmp_path / "bin", rnncodec=RNNCODEC) | {"WANDB_MODE": "offline"}
@@ -185,12 +185,16 @@ def test_slurm_requeues_a_job_that_goes_on(images, tmp_path):
     whole, stopped = submit(tmp_path / "whole"), tmp_path / "stopped"
     wait(lambda: ended(whole), 300)
     job = submit(stopped)
-    wait(
-        lambda: any(len(path.read_text().splitlines()) > 2 for path in stopped.glob("debug/metrics/*/metrics.csv")), 200
-    )
-    subprocess.run(["scontrol", "requeue", job], check=True)
+    for start in range(2):  # the second time in the middle of what the first has resumed
+
+        def trains(start=start):
+            starts = stopped.glob("debug/metrics/*/metrics.csv")
+            return sum(len(path.read_text().splitlines()) > 2 for path in starts) > start
+
+        wait(trains, 400)
+        subprocess.run(["scontrol", "requeue", job], check=True)
     wait(lambda: ended(job), 600)
-    assert "Restoring states" in Path(f"{stopped}.log").read_text()
+    assert Path(f"{stopped}.log").read_text().count("Restoring states") >= 2
     assert_same(tmp_path / "whole" / "debug", stopped / "debug")
 
 
