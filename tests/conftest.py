@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,10 @@ import pytest
 # Before NumPy and PyTorch load, and for programs that tests start. Small tensors gain nothing from a second thread, and
 # one thread keeps sums in one order. Where tests use more, those that wait take no time from other tests.
 os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+
+# A shell that starts the tests in the background has Ctrl-C ignored, by them and by the programs that they start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import skimage
 import torch

@@ -853,10 +853,7 @@ def test_two_clicks_at_once_are_one_vote(client, study, path):
 @contextmanager
 def running(results, *options):
     """The command as a process of its own, and a client of it."""
-    # Interrupts work even if these tests run in the background of a shell, whose children ignore them.
-    code = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
-    code += "from rnncodec.cli import main; sys.exit(main(sys.argv[1:]))"
-    command = [sys.executable, "-c", code, "rate", str(results), "--port", "0", *options]
+    command = [sys.executable, "-m", "rnncodec", "rate", str(results), "--port", "0", *options]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         try:

@@ -22,6 +22,7 @@ from rnncodec.training import cli
 from rnncodec.training.checkpoints import AtomicCheckpointIO, check_checkpoint
 from rnncodec.training.folder import RunFolder
 from rnncodec.training.module import CodecTraining
+from rnncodec.training.stopping import StopOnSignal
 
 ROOT = Path(__file__).parent.parent
 
@@ -124,6 +125,20 @@ def test_a_signal_ends_a_training_that_can_be_resumed(
     assert same(states, weights(whole)[0])
     assert validations(tmp_path / "debug") == validations(whole)
     assert len(validations(whole)) == 2
+
+
+def test_a_signal_that_is_ignored_stays_so():
+    """As Ctrl-C is for a job in the background of a script."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with StopOnSignal() as stop:
+            signal.raise_signal(signal.SIGINT)
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+            assert signal.getsignal(signal.SIGTERM) == stop._handle
+        assert stop.status == 0
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_before_the_first_step_there_is_nothing_to_save(crops, tmp_path, capsys):
