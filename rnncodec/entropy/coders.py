@@ -11,15 +11,12 @@ from torch import Tensor
 
 from rnncodec.entropy.alphabets import signs
 from rnncodec.entropy.context import ContextModel, Memory, Read
-from rnncodec.entropy.exact import SCALE, STEP, blank, probability
+from rnncodec.entropy.exact import SCALE, STEP, probability
 from rnncodec.entropy.grouped import Pass, Questions, grid
 from rnncodec.entropy.ranges import Piece, RangeDecoder, RangeEncoder, RawDecoder, Session
 from rnncodec.entropy.stops import StopMap
 from rnncodec.files.codings import CONTEXT, RAW
 from rnncodec.files.errors import FormatError
-
-Answer = Callable[[int, Tensor, Tensor], Tensor]
-"""Gives the bits [n, S] of a group at squares [n], given their logits [n, S]."""
 
 
 class Band(ABC):
@@ -120,13 +117,12 @@ class GroupedBand(Band):
     def order(self) -> np.ndarray:
         bits, rows, cols = self.shape
         index = np.arange(rows * cols * bits).reshape(rows * cols, self.model.config.groups, -1)
-        squares = [here.cpu().numpy() for here in grid(1, rows, cols, self.device).squares]
-        return np.concatenate([index[here, group].ravel() for group in range(index.shape[1]) for here in squares])
+        order = grid(1, rows, cols, self.device).order.cpu().numpy()
+        return index[order].swapaxes(0, 1).ravel()
 
     def probabilities(self, plane: np.ndarray) -> np.ndarray:
         bits, rows, cols = self.shape
-        sent = self._rows(plane)
-        walked = self._walk(lambda group, here, _: sent[here, group], (plane != 0).any(0))
+        walked = self._walk(None, plane, (plane != 0).any(0))
         return probability(walked.all_logits() * STEP).view(rows, cols, bits).permute(2, 0, 1).cpu().numpy()
 
     def decode(self, read: Read) -> np.ndarray:
@@ -143,17 +139,7 @@ class GroupedBand(Band):
         Returns:
             The plane.
         """
-        sent = None if plane is None else self._rows(plane)
-
-        def answer(group: int, here: Tensor, logits: Tensor) -> Tensor:
-            known = None if sent is None else sent[here, group]
-            bits = None if known is None else known.flatten().cpu().numpy() > 0
-            found = code(group, probability(logits.flatten() * STEP).cpu().numpy(), bits)
-            if found is None:
-                return torch.zeros_like(logits)
-            return torch.from_numpy(found).to(logits).view_as(logits) * 2 - 1 if known is None else known
-
-        self._walk(answer, living)
+        self._walk(code, plane, living)
         assert self.after is not None
         return self.after[0]
 
@@ -165,28 +151,32 @@ class GroupedBand(Band):
         self.after = None
         self.iteration += 1
 
-    def _rows(self, plane: np.ndarray) -> Tensor:
-        """A plane as [locations, groups, S]."""
-        signs = torch.from_numpy(plane).to(self.device, torch.float32)
-        return signs.permute(1, 2, 0).reshape(-1, self.model.config.groups, self.model.grouped.size)
-
-    def _walk(self, answer: Answer, living: np.ndarray | None = None) -> Pass:
-        """Computes the next iteration, with bits from `answer`, and what follows from it, `after`."""
+    def _walk(self, code: "Code | None", plane: np.ndarray | None, living: np.ndarray | None) -> Pass:
+        """Computes the next iteration, of a plane or of what `code` gives, and what follows from it, `after`."""
         (bits, rows, cols), groups = self.shape, self.model.config.groups
-        found = blank((groups, rows * cols, bits // groups), self.model.grouped.odds)
         alive = None if living is None else torch.from_numpy(living.ravel()).to(self.device)
 
         def of_group(group: int, case: Tensor) -> Tensor:
-            def tell(color: int, here: Tensor, logits: Tensor) -> Tensor:
-                signs = answer(group, here, logits)
-                found[group].index_copy_(0, here, signs)
-                return signs
+            def tell(turn: slice, logits: Tensor) -> Tensor:
+                known = None if sent is None else sent[turn, group]
+                if code is None:
+                    assert known is not None
+                    return known
+                given = None if known is None else known.flatten().cpu().numpy() > 0
+                found = code(group, probability(logits.flatten() * STEP).cpu().numpy(), given)
+                if found is None:
+                    return torch.zeros_like(logits)
+                return torch.from_numpy(found).to(logits).view_as(logits) * 2 - 1 if known is None else known
 
-            current.group(group, case[0].flatten(1).T, tell)
-            return found[group].T.contiguous().unflatten(1, (rows, cols))[None]
+            told = current.group(group, case[0].flatten(1).T.contiguous(), tell)
+            return told.T.contiguous().unflatten(1, (rows, cols))[None]
 
         with _threads_for(rows * cols), torch.autocast(self.device.type, enabled=False):
             current = Pass(self.model.grouped, self.iteration, self.memory, (1, rows, cols), alive)
+            sent = None
+            if plane is not None:
+                signs = torch.from_numpy(plane).to(self.device, torch.float32).flatten(1).T
+                sent = signs.index_select(0, current.grid.order).view(-1, groups, bits // groups)
             number = torch.tensor(self.model.grouped.index(self.iteration), device=self.device)
             before = self.known or self.questions.start(torch.empty(1, 0, rows, cols, device=self.device))
             planes, _, known = self.questions.walk(number, before, of_group, spare=self.known is None)

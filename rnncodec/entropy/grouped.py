@@ -15,7 +15,7 @@ several times as fast as floats. No sum needs more than the 24 bits of a float32
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple, Protocol
 
@@ -32,8 +32,8 @@ SIDE = 3  # of the convolutions' kernels
 LAYERED = 2**13  # locations that go through the layers at once, which bounds the memory
 SQUARES = 512  # locations whose surroundings are gathered at once, so that they fit a cache
 
-Tell = Callable[[int, Tensor, Tensor], Tensor]
-"""Gives the bits of a turn, [n, S] of -1, 0 and +1, from its color, its squares [n], and the logits [n, S]."""
+Tell = Callable[[slice, Tensor], Tensor]
+"""Gives the bits of a turn, [n, S] of -1, 0 and +1, from its place in the order of coding, and the logits [n, S]."""
 
 
 class Questions(Protocol):
@@ -57,29 +57,53 @@ class Questions(Protocol):
 
 
 class Grid(NamedTuple):
-    """The numbers of the N locations of a batch of planes, by color of a checkerboard.
+    """The order in which the n locations of a batch of planes are coded: the black squares, then the white ones.
 
     Attributes:
-        squares: for black and for white, the numbers [n] of the locations of this color, row by row.
-        around: for black and for white, the numbers [2, n, SIDE * SIDE] of the 3x3 locations around each, row by row.
-            They are indices into the two parts of a table, of N + 1 rows each, whose last row is for locations beyond
-            the border.
+        order: their numbers among all N locations, row by row, [n].
+        turns: what is black of this order, and what is white.
+        place: the place in this order of each of the N locations, [N]; n where there is none.
+        around: the places of the 3x3 locations around each, row by row, [2, n, SIDE * SIDE]. They are indices into the
+            two parts of a table, of n + 1 rows each, whose last row is for locations that have no place.
     """
 
-    squares: list[Tensor]
-    around: list[Tensor]
+    order: Tensor
+    turns: tuple[slice, slice]
+    place: Tensor
+    around: Tensor
+
+    def only(self, living: Tensor) -> "Grid":
+        """The grid of some of the locations, bool [N]."""
+        kept = living.index_select(0, self.order).nonzero().flatten()
+        moved = torch.full((len(self.order) + 1,), len(kept), dtype=torch.int32, device=kept.device)
+        moved[kept] = torch.arange(len(kept), dtype=torch.int32, device=kept.device)
+        around = moved.index_select(0, self.around[0, kept].flatten()).view(len(kept), -1)
+        black = int((kept < self.turns[1].start).sum())
+        place = moved.index_select(0, self.place)
+        return Grid(self.order[kept], _turns(black, len(kept)), place, _in_two_parts(around))
+
+
+def _turns(black: int, count: int) -> tuple[slice, slice]:
+    """The two colors of a number of locations."""
+    return slice(black), slice(black, count)
+
+
+def _in_two_parts(around: Tensor) -> Tensor:
+    """Indices into a table of n + 1 rows as indices into two of them, one below the other."""
+    return torch.stack([around, around + len(around) + 1])
 
 
 @lru_cache(maxsize=8)
 def grid(batch: int, height: int, width: int, device: torch.device) -> Grid:
     """The grid of planes of a given size."""
-    number = torch.arange(batch * height * width, dtype=torch.int32).view(batch, height, width)
-    padded = F.pad(number, [SIDE // 2] * 4, value=number.numel())
-    around = padded.unfold(1, SIDE, 1).unfold(2, SIDE, 1).reshape(-1, SIDE * SIDE)
-    white = checkerboard(height, width).expand_as(number).flatten()
-    squares = [(white == color).nonzero().flatten() for color in range(2)]
-    around = torch.stack([around, around + len(around) + 1])
-    return Grid([here.to(device) for here in squares], [around[:, here].to(device) for here in squares])
+    white = checkerboard(height, width).expand(batch, -1, -1).flatten()
+    order = white.argsort(stable=True)
+    place = torch.empty(len(order), dtype=torch.int32)
+    place[order] = torch.arange(len(order), dtype=torch.int32)
+    padded = F.pad(place.view(batch, height, width), [SIDE // 2] * 4, value=len(order))
+    around = padded.unfold(1, SIDE, 1).unfold(2, SIDE, 1).reshape(-1, SIDE * SIDE)[order]
+    turns = _turns(len(order) - int(white.sum()), len(order))
+    return Grid(order.to(device), turns, place.to(device), _in_two_parts(around).to(device))
 
 
 class Maps(Layer):
@@ -231,7 +255,8 @@ class Grouped(Layer):
         """Indices of cases into the flattened odds of an iteration; `dim` is the dimension of the bits."""
         shape = [1] * case.ndim
         shape[dim] = -1
-        return case + CASES * torch.arange(case.shape[dim], device=case.device).view(shape)
+        starts = torch.arange(0, CASES * case.shape[dim], CASES, dtype=torch.int32, device=case.device)
+        return case + starts.view(shape)
 
     # Exact arithmetic in whole numbers: tensors are [locations, channels], of all planes of a batch
 
@@ -241,9 +266,10 @@ class Grouped(Layer):
         memory, logits = None, []
         for iteration, (bits, case) in enumerate(zip(planes, cases, strict=True)):
             current = Pass(self, iteration, memory, (batch, height, width))
-            groups = zip(_rows(bits).chunk(self.groups, 1), _rows(case).chunk(self.groups, 1), strict=True)
+            sent = _rows(bits).index_select(0, current.grid.order)
+            groups = zip(sent.chunk(self.groups, 1), _rows(case).chunk(self.groups, 1), strict=True)
             for group, (answers, of_group) in enumerate(groups):
-                current.group(group, of_group, lambda color, here, _, answers=answers: answers[here])
+                current.group(group, of_group, lambda turn, _, answers=answers: answers[turn])
             logits.append(current.all_logits().view(batch, height, width, -1).permute(0, 3, 1, 2))
             memory = current.remember()
         return (torch.stack(logits) * STEP).to(planes.dtype)
@@ -260,6 +286,12 @@ def _columns(maps: Tensor) -> Tensor:
     padded = F.pad(maps, (0, 0) + (SIDE // 2,) * 4)
     taps = [padded[:, :, y : y + height, x : x + width] for y in range(SIDE) for x in range(SIDE)]
     return torch.stack(taps, -2).flatten(1, 3)
+
+
+def _bands(turn: slice, size: int) -> Iterator[slice]:
+    """Divides a slice into slices of at most a size."""
+    for first in range(turn.start or 0, turn.stop, size):
+        yield slice(first, min(first + size, turn.stop))
 
 
 def _other_color(like: Tensor) -> Tensor:
@@ -289,78 +321,66 @@ class Pass:
     ) -> None:
         self.model, self.t, self.memory = model, model.index(iteration), memory
         self.grid = grid(*shape, model.odds.device)
-        if living is not None:
-            kept = [living[squares] for squares in self.grid.squares]
-            self.grid = Grid(
-                [squares[keep] for squares, keep in zip(self.grid.squares, kept, strict=True)],
-                [around[:, keep] for around, keep in zip(self.grid.around, kept, strict=True)],
-            )
-        count, width, t = math.prod(shape), model.turn.shape[-1], self.t
+        if living is not None and not living.all():
+            self.grid = self.grid.only(living)
+        count, width, t = len(self.grid.order), model.turn.shape[-1], self.t
         self.odds, self.turn, self.shift = (bias[t] * UNIT for bias in (model.odds.flatten(1), model.turn, model.shift))
-        self.expected = SIGMOID.to(self.odds)[(self.odds + SPAN * UNIT).long()] * UNIT
+        self.expected = SIGMOID.to(self.odds).index_select(0, (self.odds.flatten() + SPAN * UNIT).int()) * UNIT
         known = model.known.whole(t).to(torch.int8)
         self.known = known.view(model.groups, SIDE * SIDE, model.size, width)
         self.middle, self.output = model.middle.whole(t), model.output.whole(t)
         self.other = _other_color(self.known)
-        self.sums = [blank((len(squares), width), self.odds) for squares in self.grid.squares]
-        # `halves` of the surprises of all groups, and of the last group known on each square. The last row is for
-        # locations beyond the border.
+        self.sums = blank((count, width), self.odds)
+        # `halves` of the surprises of all groups, and of the last group known at each location. The last row is for
+        # locations that have no place.
         self.surprises = blank((2, count + 1, model.groups, model.size), known)
         self.recent = blank((2, count + 1, model.size), known)
-        self.logits: list[Tensor] = []  # of each group, black squares first
+        self.logits: list[Tensor] = []  # of each group
         self.prior = None
         if memory is not None:
-            remembered = [(memory[here] + model.level[t] * UNIT).clamp_(-UNIT, UNIT) for here in self.grid.squares]
-            self.prior = [model.prior.rescale(t, each @ model.prior.whole(t)) for each in remembered]
+            remembered = memory.index_select(0, self.grid.order).add_(model.level[t] * UNIT).clamp_(-UNIT, UNIT)
+            self.prior = model.prior.rescale(t, remembered @ model.prior.whole(t))
 
-    def group(self, group: int, case: Tensor, tell: Tell) -> None:
-        """Computes the two turns of a group, whose cases are [locations, S]."""
+    def group(self, group: int, case: Tensor, tell: Tell) -> Tensor:
+        """Computes the two turns of a group from its cases [locations, S]; returns its bits, likewise."""
         model, t = self.model, self.t
-        places = model._places(case, 1) + CASES * model.size * group
+        places = model._places(case.index_select(0, self.grid.order), 1).add_(CASES * model.size * group)
         odds, expected = (
             table.index_select(0, places.flatten()).view_as(places) for table in (self.odds, self.expected)
         )
-        turns: list[Tensor] = []
-        for color, (here, around) in enumerate(zip(self.grid.squares, self.grid.around, strict=True)):
+        bits = blank((len(places) + 1, model.size), self.odds)  # zeros for locations that have no place
+        logits = torch.empty_like(odds)
+        for color, turn in enumerate(self.grid.turns):
             before = self.known[max(group - 1, 0)]
             # In the second turn, the squares of the other color have this group's surprises already.
             weights = (torch.where(self.other, self.known[group], before) if color else before).flatten(0, 1)
-            sums = self.sums[color]
             if group or color:
-                for first in range(0, len(here), SQUARES):
-                    band = slice(first, first + SQUARES)
-                    sums[band] += self._around(self.recent, around[:, band], weights)
-            parts: list[Tensor] = []
-            for first in range(0, max(len(here), 1), LAYERED):
-                band = slice(first, first + LAYERED)
-                x = model.known.rescale(t, sums[band]).add_(self.turn[2 * group + color])
-                x = (x if self.prior is None else x.add_(self.prior[color][band])).clamp_(-UNIT, UNIT)
+                for band in _bands(turn, SQUARES):
+                    self.sums[band] += self._around(self.recent, self.grid.around[:, band], weights)
+            for band in _bands(turn, LAYERED):
+                x = model.known.rescale(t, self.sums[band]).add_(self.turn[2 * group + color])
+                x = (x if self.prior is None else x.add_(self.prior[band])).clamp_(-UNIT, UNIT)
                 x = model.middle.rescale(t, x @ self.middle[group]).add_(self.shift[group]).clamp_(-UNIT, UNIT)
                 x = model.output.rescale(t, x @ self.output[group])
-                parts.append(x.add_(odds.index_select(0, here[band])))
-            logits = torch.cat(parts)
-            bits = tell(color, here, logits).to(logits.dtype)
-            surprise = ((bits + 1) * (UNIT // 2) - expected.index_select(0, here)) * bits.abs()
-            self.recent.index_copy_(1, here, halves(surprise))
-            turns.append(logits)
-        self.logits.append(torch.cat(turns))
+                torch.add(x, odds[band], out=logits[band])
+            bits[turn] = told = tell(turn, logits[turn]).to(logits.dtype)
+            self.recent[:, turn] = halves(((told + 1) * (UNIT // 2)).sub_(expected[turn]).mul_(told.abs()))
+        self.logits.append(logits)
         self.surprises[:, :, group] = self.recent
+        return bits.index_select(0, self.grid.place)
 
     def all_logits(self) -> Tensor:
         """The logits of all groups after their turns, [locations, bits]; zeros for locations that are not living."""
-        logits, count = torch.cat(self.logits, 1), self.surprises.shape[1] - 1
-        return logits.new_zeros(count, logits.shape[1]).index_copy_(0, torch.cat(self.grid.squares), logits)
+        return F.pad(torch.cat(self.logits, 1), (0, 0, 0, 1)).index_select(0, self.grid.place)
 
     def remember(self) -> Tensor:
         """The memory for the next pass, [locations, channels]."""
         model, surprises = self.model, self.surprises.flatten(2)
-        memory = self.odds.new_zeros(surprises.shape[1] - 1, model.level.shape[1])
+        memory = blank((surprises.shape[1], model.level.shape[1]), self.odds)
         weights = model.remember.whole(self.t).to(torch.int8)
-        for squares, around in zip(*self.grid, strict=True):
-            for first in range(0, len(squares), SQUARES):
-                band = slice(first, first + SQUARES)
-                memory[squares[band]] = self._around(surprises, around[:, band], weights).to(memory)
-        memory = model.remember.rescale(self.t, memory)
+        for band in _bands(slice(surprises.shape[1] - 1), SQUARES):
+            memory[band] = self._around(surprises, self.grid.around[:, band], weights)
+        memory = model.remember.rescale(self.t, memory.index_select(0, self.grid.place))
         return memory if self.memory is None else memory.add_(self.memory).clamp_(-(2**16), 2**16)
 
     def _around(self, surprises: Tensor, around: Tensor, weights: Tensor) -> Tensor:

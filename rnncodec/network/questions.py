@@ -86,9 +86,10 @@ class Questions(nn.Module):
         return Known(history, activity)
 
     def case(self, iteration: Tensor, group: int, known: Known) -> Tensor:
-        """The cases of a group of questions, long [B, K / groups, H, W]."""
-        activity = (_around(known.activity)[None] > at(self.edges, iteration)[group].view(-1, 1, 1, 1, 1)).sum(0)
-        return known.history.index_select(1, at(self.channel, iteration)[group]).long() * ACTIVITIES + activity
+        """The cases of a group of questions, uint8 [B, K / groups, H, W]."""
+        above = _around(known.activity) > at(self.edges, iteration)[group].view(-1, 1, 1)
+        history = known.history.index_select(1, at(self.channel, iteration)[group])
+        return history * ACTIVITIES + above.sum(1, keepdim=True, dtype=torch.uint8)
 
     def told(self, iteration: Tensor, group: int, known: Known, case: Tensor, bits: Tensor) -> Known:
         """What is known after a group has been answered; a bit of 0 was not sent and changes nothing.
@@ -96,11 +97,13 @@ class Questions(nn.Module):
         The history is updated in place, because a copy for each group would take longer than everything else here.
         """
         channel = at(self.channel, iteration)[group]
-        spent = _rows(at(self.cost, iteration)[group], 2 * _places(case) + (bits > 0))
-        counted = (bits != 0) & (channel >= QUIET).view(-1, 1, 1)
+        no, yes = at(self.cost, iteration)[group].view(-1, CASES, 2).unbind(-1)
+        costs = torch.stack([no, torch.zeros_like(no), yes], -1) * (channel >= QUIET).view(-1, 1, 1)
+        outcome = 3 * case + (bits + 1).to(torch.uint8)
+        spent = _rows(costs.flatten(), _places(outcome, 3 * CASES))
         return Known(
-            known.history.index_copy_(1, channel, _rows(_after(case.device), 3 * case + bits.long() + 1)),
-            known.activity + (spent * counted).sum(1, keepdim=True),
+            known.history.index_copy_(1, channel, _rows(_after(case.device), outcome.int())),
+            known.activity + spent.sum(1, keepdim=True, dtype=torch.int32),
         )
 
     def walk(
@@ -124,12 +127,12 @@ class Questions(nn.Module):
             found = answer(group, case)
             known = self.told(iteration, group, known, case, found.detach())
             bits.append(found)
-            cases.append(case.to(torch.uint8))  # an eighth of the memory
+            cases.append(case)
         return torch.cat(bits, 1), torch.cat(cases, 1), known
 
     def look_up(self, table: Tensor, case: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Thresholds, means and half differences of the values, each [B, k, H, W], from a table [k * CASES, 3]."""
-        threshold, mean, half = F.embedding(_places(case), table).unbind(-1)
+        threshold, mean, half = F.embedding(_places(case, CASES), table).unbind(-1)
         return threshold, mean, half
 
     def ask(
@@ -185,7 +188,7 @@ class Questions(nn.Module):
 
         bits, case, known = self.walk(iteration, known, answer)
         latents = added[0].new_zeros(len(bits), self.channels, *bits.shape[2:])
-        latents = latents.index_add(1, at(self.channel, iteration).flatten(), torch.cat(added, 1))
+        latents.index_add_(1, at(self.channel, iteration).flatten(), torch.cat(added, 1))
         return Answered(bits, case, latents, known)
 
     def odds(self) -> Tensor:
@@ -218,7 +221,7 @@ class Questions(nn.Module):
                 around = _around(known.activity).flatten()
                 self.edges[t, group] = torch.quantile(around[:: max(1, len(around) // 2**16)], parts).round().long()
                 self.channel[t, group, :] = 0  # any channel: only the activity of its cases is used
-                history = known.history.transpose(0, 1).flatten(1)[:, some].long()
+                history = known.history.transpose(0, 1).flatten(1)[:, some]
                 activity = self.case(iteration, group, known)[:, 0].flatten()[some] % ACTIVITIES
                 statistics = _Statistics(history * ACTIVITIES + activity, residual[:, some])
                 spreads = torch.tensor(SPREADS, device=y.device)
@@ -307,9 +310,10 @@ def _rows(table: Tensor, index: Tensor) -> Tensor:
     return table.index_select(0, index.flatten()).view(index.shape)
 
 
-def _places(case: Tensor) -> Tensor:
-    """Indices of cases [B, k, H, W] into a flattened table [k, CASES]."""
-    return case + CASES * torch.arange(case.shape[1], device=case.device).view(-1, 1, 1)
+def _places(index: Tensor, size: int) -> Tensor:
+    """Indices [B, k, H, W] below a size as indices into a flattened table [k, size]."""
+    starts = torch.arange(0, size * index.shape[1], size, dtype=torch.int32, device=index.device)
+    return index + starts.view(-1, 1, 1)
 
 
 def _around(activity: Tensor) -> Tensor:
