@@ -1,6 +1,7 @@
 """The command line: the commands of `rnncodec`, and the rooms that have commands with their own parsers."""
 
 import argparse
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ from PIL import Image
 from rnncodec import __version__
 from rnncodec.arguments import command_line
 from rnncodec.batch import FAILURES, Done, do_each
-from rnncodec.console import Report, complain, prepare, printable, silence, stdin, stdout
+from rnncodec.console import Report, complain, listed, prepare, printable, silence, stdin, stdout
 from rnncodec.display import show_file, show_scores
 from rnncodec.files import format, images
 from rnncodec.files.errors import ImageError, ImageWarning, one_line
@@ -156,9 +157,9 @@ def decode(args: argparse.Namespace) -> int:
                 for number, picture in enumerate(pictures, 1):
                     images.save_image(picture, folder / f"{number:02}{suffix}", None, records)
                     report(number, args.iterations or header.iterations)
-            for path in Path(target).glob(f"[0-9][0-9]{suffix}"):  # of a file with more iterations
-                if int(path.stem) > number:
-                    path.unlink()
+            others = [p.name for p in sorted(Path(target).glob(f"[0-9][0-9]{suffix}")) if int(p.stem) > number]
+            if others:
+                warnings.warn(f"not of this file, but in {target} before: {listed(others, 3)}", stacklevel=1)
             what = f"{number} pictures, {what}"
         else:
             image = codec.decode(data, args.iterations, max_pixels=args.max_pixels, progress=report)
@@ -182,6 +183,8 @@ def view(args: argparse.Namespace) -> int:
             warnings.warn("no browser can be started; open the page in one", stacklevel=2)
         return Done(f"{count} iterations, {Path(target).stat().st_size} bytes")
 
+    if args.page is not None and os.path.realpath(args.page) == os.path.realpath(args.input):
+        raise UsageError(f"{args.page} would overwrite the input")
     with page_path(args.page, args.input) as page:
         return do_each([Job(args.input, page, True)], work)
 
@@ -212,6 +215,8 @@ def truncate(args: argparse.Namespace) -> int:
         return Done(f"{len(header.entries) / header.parts:g} iterations, {len(data)} bytes")
 
     refuse_terminal(args.output)
+    if Path(args.output).suffix.lower() in images.readable_suffixes():
+        raise UsageError(f"{args.output} would not be an image; name a file that ends in .rnc")
     return do_each([Job(args.input, args.output, True)], work)
 
 

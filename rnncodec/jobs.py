@@ -57,6 +57,9 @@ def find_jobs(
             raise UsageError(f"{paths[0]} is a folder and cannot become one output")
         refuse_terminal(paths[1])
         jobs = [Job(paths[0], paths[1], True)]
+    elif len(paths) == 2 and args.output_dir is None and _is_new_kind(*map(Path, paths)):
+        endings = ", ".join(sorted(output_suffixes))
+        raise UsageError(f"{paths[1]}: no such input, and no output, whose names end in {endings}")
     elif "-" in paths:
         raise UsageError("'-' cannot be one of several inputs")
     else:
@@ -105,6 +108,12 @@ def refuse_terminal(target: str) -> None:
 def find_files(folder: Path) -> list[Path]:
     """The .rnc files below a folder, sorted."""
     return sorted(path for path in folder.rglob("*") if path.suffix.lower() == ".rnc" and path.is_file())
+
+
+def _is_new_kind(first: Path, second: Path) -> bool:
+    """Whether the second of two paths, the first of which exists, is no input of the same kind that is missing."""
+    kinds = first.suffix.lower(), second.suffix.lower()
+    return first.is_file() and not os.path.lexists(second) and "" not in kinds and kinds[0] != kinds[1]
 
 
 def _below(file: Path, root: Path) -> Path:

@@ -19,6 +19,7 @@ from PIL import Image, ImageFile
 import rnncodec
 from rnncodec.files import format as rnc
 from rnncodec.files.errors import FormatError, ImageWarning
+from rnncodec.files.images import orientation_of, to_rgb
 from rnncodec.files.metadata import PREFIX, read_metadata
 from rnncodec.files.records import EXIF, XMP, unpack
 from rnncodec.imagecodec import ImageCodec
@@ -110,7 +111,10 @@ class RncImageFile(ImageFile.ImageFile):
 
         Raises:
             OSError: iterations are missing.
+            RuntimeError: the image was loaded or verified before.
         """
+        if not self._file:
+            raise RuntimeError("verify must be called directly after open")
         if len(rnc.read(self._file, max_pixels=MAX_PIXELS).payloads) < len(self.header.entries):
             raise OSError("the file is cut")
         self._file = b""
@@ -124,12 +128,15 @@ def _save(image: Image.Image, file: IO[bytes], filename: str | bytes) -> None:
     carrier, lost = Image.new("RGB", (1, 1)), list[str]()
     if exif := image.encoderinfo.get("exif"):
         carrier.info["exif"] = exif.tobytes() if isinstance(exif, Image.Exif) else exif
-    carrier.info["xmp"] = image.encoderinfo.get("xmp", image.info.get("xmp"))
+    xmp = image.encoderinfo.get("xmp", image.info.get("xmp"))
+    carrier.info["xmp"] = xmp.encode() if isinstance(xmp, str) else xmp
     records = read_metadata(carrier, lost)
     for reason in lost:
         warnings.warn(reason, ImageWarning, stacklevel=4)
     options = {name: value for name, value in image.encoderinfo.items() if name in OPTIONS}
-    file.write(_writers[0].encode(image, records=records, **options))
+    # An .rnc file cannot say how to turn its pixels, so that is done here.
+    pixels = to_rgb(image, orientation_of(carrier) if exif else None)
+    file.write(_writers[0].encode(pixels, records=records, **options))
 
 
 Image.register_open(NAME, RncImageFile, lambda prefix: prefix.startswith(rnc.MAGIC))

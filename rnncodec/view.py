@@ -71,7 +71,7 @@ def write_page(
     for piece in pieces[1:]:  # one after the other, so that a title with braces stays what it is
         name, _, rest = piece.partition("}}")
         text += [parts[name.strip()], rest]
-    atomic_write(page, "".join(text).encode())
+    atomic_write(page, "".join(text).encode(errors="replace"))
     return len(rows)
 
 
@@ -81,7 +81,7 @@ def page_path(page: str | None, source: str) -> Iterator[str]:
     if page is not None:
         yield page
         return
-    handle, path = tempfile.mkstemp(prefix=f"{Path(source).stem[:100]}-", suffix=".html")
+    handle, path = tempfile.mkstemp(prefix=f"{Path(source).stem[:50]}-", suffix=".html")
     os.close(handle)
     try:
         yield path

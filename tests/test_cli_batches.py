@@ -382,12 +382,54 @@ def test_all_iterations_become_a_folder_of_pictures(tiny, capsys):
     assert run(capsys, *command, "--skip-existing")[0] == ["0 of 2 files: 0 bytes became 0; 2 existed"]
     Path("out/a/notes.txt").write_text("mine")
     Path("out/a/02.png").write_bytes(b"broken")
-    run(capsys, *command, "--force", "--iterations", "2")
-    assert files("out/a") == ["01.png", "02.png", "notes.txt"]  # none of before that seems to be of this file
+    said = run(capsys, *command, "--force", "--iterations", "2")[1]
+    assert said[0] == "warning: coded/a.rnc: not of this file, but in out/a before: 03.png"  # it may be the user's
+    assert files("out/a") == ["01.png", "02.png", "03.png", "notes.txt"]
     assert np.array_equal(np.asarray(Image.open("out/a/02.png")), np.asarray(codec.decode(data, 2)))
     assert Path("out/a/notes.txt").read_text() == "mine"
     out, _ = run(capsys, "decode", "coded/a.rnc", "--all-iterations", "two", "--format", "webp", *FAST[2:])
     assert (out, files("two")) == (["two/a: 3 pictures, 40x30"], [f"a/0{number}.webp" for number in (1, 2, 3)])
+
+
+def test_all_iterations_leave_other_pictures(capsys):
+    save("a.png")
+    run(capsys, "encode", "a.png", *FAST)
+    for name in ("01", "02", "42"):
+        save(f"a/{name}.png", picture(5))
+    mine = Path("a/42.png").read_bytes()
+    said = run(capsys, "decode", "a.rnc", "--all-iterations", ".", "--force", *FAST[2:])[1]
+    assert said == ["warning: a.rnc: not of this file, but in a before: 02.png, 42.png"]
+    assert files("a") == ["01.png", "02.png", "42.png"]
+    assert Path("a/42.png").read_bytes() == mine
+    assert Path("a/01.png").read_bytes() != Path("a/02.png").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["decode", "a.rnc", "b.tga"], "b.tga: no such input, and no output, whose names end in .apng, .avif"),
+        (["encode", "a.png", "b.rcn"], "b.rcn: no such input, and no output, whose names end in .rnc"),
+        (["truncate", "a.rnc", "a.png", "--iterations", "1"], "a.png would not be an image"),
+    ],
+)
+def test_names_that_are_no_outputs_are_refused_at_once(capsys, arguments, message):
+    save("a.png")
+    run(capsys, "encode", "a.png", *FAST)
+    before = {name: Path(name).read_bytes() for name in files(".")}
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
+    assert message in capsys.readouterr().err
+    assert {name: Path(name).read_bytes() for name in files(".")} == before
+
+
+def test_a_compressed_image_is_no_checkpoint(capsys):
+    save("a.png")
+    run(capsys, "encode", "a.png", *FAST)
+    shutil.copy("tiny.safetensors", "x.safetensors")
+    for more, what in ((["--name", "x"], "not a checkpoint"), (["--context", "context"], "no context model")):
+        said = run(capsys, "export", "a.rnc", "x.safetensors", *more, status=1)[1]
+        assert len(said) == 1
+        assert said[0].startswith(f"error: a.rnc: {what}")
 
 
 def test_pictures_of_one_file_and_those_of_a_folder_do_not_mix(capsys):

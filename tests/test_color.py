@@ -164,6 +164,84 @@ class TestProfiles:
         with pytest.warns(ImageWarning, match="color profile ignored: it is for CMYK, but the pixels are RGB"):
             assert (load_image(png(samples.repeat(3, 2), iccp(cmyk_profile()))) == 90).all()
 
+    def test_jpeg_profile_behind_the_header(self):
+        file = rgb_file("JPEG", np.rint(255 * smooth()).astype(np.uint8), profile("p3"))
+        data = file.getvalue()
+        start, scan = data.index(b"\xff\xe2"), data.index(b"\xff\xda")
+        end = start + 2 + int.from_bytes(data[start + 2 : start + 4])
+        moved = data[:start] + data[end:scan] + data[start:end] + data[scan:]
+        np.testing.assert_array_equal(load_image(io.BytesIO(moved)), load_image(file))
+        assert np.abs(load_image(file).astype(int) - imagecodecs.jpeg_decode(moved)).max() > 20
+
+    @pytest.mark.parametrize(("value", "rule"), [(2, ""), (65535, "R03"), (65535, "R98"), (1, "R98"), (1, "")])
+    def test_cameras_name_adobe_rgb_in_exif(self, value, rule):
+        exif = Image.Exif()
+        exif[34665] = {40961: value, 37386: 50} | ({40965: {1: rule}} if rule else {})
+        samples = np.rint(255 * smooth()).astype(np.uint8)
+        Image.fromarray(samples).save(file := io.BytesIO(), "JPEG", quality=100, subsampling=0, exif=exif)
+        pixels, records = load_photograph(file)
+        decoded = imagecodecs.jpeg_decode(file.getvalue())
+        if value == 2 or rule == "R03":
+            decoded = converted(decoded / 255, ADOBE_XY, light("adobe"))
+        assert np.abs(pixels - decoded).max() <= 1.6
+        kept = Image.Exif()
+        kept.load(records["EXIF"])
+        directory = kept.get_ifd(34665)
+        assert (directory[40961], directory[37386]) == (1, 50)  # the pixels are sRGB by now
+        assert kept.get_ifd(40965).get(1, "R98") == "R98" if 40965 in directory else True
+        profiled = io.BytesIO()
+        Image.fromarray(samples).save(
+            profiled, "JPEG", quality=100, subsampling=0, exif=exif, icc_profile=profile("p3")
+        )
+        assert (
+            np.abs(load_image(profiled) - converted(imagecodecs.jpeg_decode(file.getvalue()) / 255, P3_XY)).max() <= 1.6
+        )
+
+    @pytest.mark.parametrize("depth", [8, 16])
+    @pytest.mark.parametrize("small", [False, True])
+    def test_tiff_pages_have_profiles_of_their_own(self, depth, small):
+        samples = np.rint((2**depth - 1) * smooth()).astype(f"u{depth // 8}")
+        for first, second in ((None, "p3"), ("p3", None), ("p3", "adobe")):
+            file = io.BytesIO()
+            with tifffile.TiffWriter(file) as writer:
+                for space, page in ((first, samples), (second, samples[::-1])):
+                    options: dict[str, Any] = {"iccprofile": profile(space)} if space else {}
+                    reduced = {"subfiletype": 1} if small and page is not samples else {}
+                    writer.write(page, photometric="rgb", **options, **reduced)
+            shown = samples / (2**depth - 1)
+            expected = 255 * shown if first is None else converted(shown, XY[first], light(first))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                assert np.abs(load_image(file) - expected).max() <= 1.1
+            if depth == 8:
+                assert np.abs(to_rgb(Image.open(file)) - expected).max() <= 1.1
+
+    @pytest.mark.parametrize("depth", [8, 16])
+    def test_gray_profile_in_lightness(self, depth):
+        """Its connection space is Lab, so that its curve gives lightness instead of light."""
+        icc = bytearray(imagecodecs.cms_profile("gray", whitepoint=[0.3457, 0.3585, 1], gamma=1.0))
+        icc[20:24] = b"Lab "
+        top = 2**depth - 1
+        samples = np.linspace(0, top, 256).astype(f"u{depth // 8}").reshape(8, 32, 1)
+        lab = np.concatenate([samples * (100 / top), np.zeros((8, 32, 2))], 2)
+        assert np.abs(load_image(png(samples, iccp(bytes(icc)))) - srgb_of_lab(lab)).max() <= 2
+
+    @pytest.mark.parametrize("depth", [8, 16])
+    @pytest.mark.parametrize("kind", ["rgb", "gray"])
+    def test_black_that_is_light_becomes_black(self, depth, kind):
+        """As a scanner's profile has it: black point compensation maps its darkest light to none."""
+        black, points = 3000 / 65535, np.linspace(0, 1, 1024) ** 2.2
+        curve = np.rint(65535 * (black + (1 - black) * points)).astype(np.uint16)
+        xy = [value for x, y in SRGB_XY[:3] for value in (x, y, 1)]
+        primaries: dict[str, Any] = {"primaries": xy} if kind == "rgb" else {}
+        white = [*D65, 1] if kind == "rgb" else [0.3457, 0.3585, 1]
+        icc = bytes(imagecodecs.cms_profile(kind, whitepoint=white, transferfunction=curve, **primaries))
+        top = 2**depth - 1
+        samples = np.rint(top * smooth()).astype(f"u{depth // 8}")[..., : 3 if kind == "rgb" else 1]
+        found = load_image(png(samples, iccp(icc)))
+        expected = converted((samples / top).repeat(4 - samples.shape[2], 2)[..., :3], SRGB_XY, lambda v: v**2.2)
+        assert np.abs(found - expected).max() <= 3  # Little CMS compensates in Lab, with 8 bits
+
     def test_images_of_pillow(self):
         samples = np.rint(255 * smooth()).astype(np.uint8)
         image = Image.open(rgb_file("WEBP", samples, profile("adobe")))

@@ -4,6 +4,7 @@ import hashlib
 import http.server
 import io
 import json
+import os
 import pickle
 import re
 import threading
@@ -436,6 +437,24 @@ def test_clic_layout(module, tmp_path):
     assert split_of(module(root)) == (set(names[:2]), set(names[2:]))
     train, val = split_of(module(root / "professional" / "train" / "..", val_images=1))
     assert (train, val) == ({"train/a.png"}, {"valid/b.png"})
+
+
+def test_val_root_has_images(module, tmp_path):
+    save(tmp_path / "a.png")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "v.tar").write_bytes(bytes(1024))
+    for name, reason in (("empty", "no images to validate on"), ("v.tar", "is a folder of images")):
+        with pytest.raises(DataError, match=reason):
+            module(tmp_path, val_root=tmp_path / name).prepare_data()
+
+
+def test_names_of_any_bytes(module, tmp_path):
+    """As an old archive has them; which images are held out depends on the bytes of their names."""
+    names = [os.fsdecode(b"caf\xe9.png"), "a.png", "é.png"]
+    save(*(tmp_path / "images" / name for name in names))
+    ordered = sorted(names, key=lambda name: hashlib.sha256(name.encode(errors="surrogateescape")).digest())
+    train, val = split_of(module(tmp_path / "images", val_images=2))
+    assert (train, val) == ({ordered[2]}, set(ordered[:2]))
 
 
 def test_val_root_within_root(module, tmp_path):

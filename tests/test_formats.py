@@ -12,7 +12,7 @@ import imagecodecs
 import numpy as np
 import pytest
 import tifffile
-from pictures import chunk, png, smooth
+from pictures import chunk, png, smooth, srgb_of
 from PIL import Image, ImageCms, ImageOps, features
 
 from rnncodec.files.images import (
@@ -410,6 +410,20 @@ class TestPackages:
     def test_jxl(self):
         samples = quantized(COLOR, 8)
         check(imagecodecs.jpegxl_encode(samples, lossless=True), samples / 255)
+
+    def test_gray_with_alpha_of_16_bits_in_jxl(self):
+        """They are linear light; each here has two equal bytes, of which one is read."""
+        samples = quantized(COLOR, 8)[..., :2].astype(np.uint16) * 257
+        found = load_image(io.BytesIO(imagecodecs.jpegxl_encode(samples, lossless=True)))
+        light, alpha = samples[..., :1] / 65535, samples[..., 1:] / 65535
+        assert np.abs(found - 255 * (srgb_of(light) * alpha + 1 - alpha)).max() <= 1
+
+    @pytest.mark.parametrize(("height", "width"), [(24, 40), (9, 300), (256, 256)])
+    def test_jxl_animation_is_refused(self, height, width):
+        """Its decoder would give the last picture."""
+        pictures = np.zeros((3, height, width, 3), np.uint8)
+        with pytest.raises(ImageError, match="animation"):
+            load_image(io.BytesIO(imagecodecs.jpegxl_encode(pictures, lossless=True)))
 
     @pytest.mark.parametrize("exif", [1, 6])
     def test_turned_jxl(self, exif):

@@ -15,7 +15,7 @@ from PIL import features
 
 from rnncodec.files import ImageError, load_image
 from rnncodec.files.av1 import code_points
-from rnncodec.files.heif import heif_is_turned, heif_space
+from rnncodec.files.heif import heif_has, heif_is_turned, heif_space
 from rnncodec.files.profiles import PRIMARIES, SRGB, TRANSFERS, Space
 
 P3 = Space(PRIMARIES[12], SRGB.curve)
@@ -174,6 +174,10 @@ class TestBoxes:
     )
     def test_turned(self, properties, turned):
         assert heif_is_turned(avif(properties=properties)) == turned
+
+    def test_cropped(self):
+        assert heif_has(avif(properties=[box(b"clap", bytes(32))]), b"clap")
+        assert not heif_has(avif(), b"clap")
 
     def test_damaged(self):
         """Whatever the boxes say, there is a space or an ImageError."""

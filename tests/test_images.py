@@ -130,6 +130,18 @@ class TestModes:
         with pytest.raises(ImageError, match="beyond 16 bits"):
             load_image(tiff(2, 16, 1, struct.pack("<2h", -1, 5), sample_format=2))
 
+    def test_signed_bytes(self):
+        with pytest.raises(ImageError, match="with a sign"):
+            load_image(tiff(2, 8, 1, bytes([0, 255]), sample_format=2))
+
+    @pytest.mark.parametrize("scale", [1, 256, 257])
+    def test_tiff_palette(self, scale):
+        """Of 16 bits, or of 8 as old programs wrote it."""
+        colors = np.random.default_rng(0).integers(0, 256, (256, 3), np.uint16)
+        tifffile.imwrite(file := io.BytesIO(), np.arange(256, dtype=np.uint8)[None], photometric="palette",
+                         colormap=colors.T * np.uint16(scale))  # fmt: skip
+        np.testing.assert_array_equal(load_image(file)[0], colors)
+
     def test_float(self):
         with pytest.raises(ImageError, match="floating-point"):
             load_image(tiff(2, 32, 1, struct.pack("<2f", 0, 1), sample_format=3))
@@ -192,6 +204,19 @@ class TestTransparency:
         image.putpalette([10, 20, 30, 40, 50, 60])
         image.putpixel((1, 0), 1)
         np.testing.assert_array_equal(load_image(file_of(image, "GIF", transparency=0)), [[[255] * 3, [40, 50, 60]]])
+
+    def test_gif_is_transparent_where_its_picture_is_not(self):
+        image = Image.new("P", (2, 1))
+        image.putpalette([10, 20, 30, 40, 50, 60])
+        image.putpixel((1, 0), 1)
+        data = bytearray(file_of(image, "GIF").getvalue())
+        data[6:10] = struct.pack("<2H", 4, 3)  # the screen
+        place = data.index(b"\x2c\0\0\0\0\2\0\1\0")
+        data[place + 1 : place + 5] = struct.pack("<2H", 1, 2)  # left and top of the picture
+        expected = np.full((3, 4, 3), 255)
+        expected[2, 1:3] = [10, 20, 30], [40, 50, 60]
+        with pytest.warns(ImageWarning, match="transparency is replaced by white"):
+            np.testing.assert_array_equal(load_image(io.BytesIO(data)), expected)
 
 
 class TestMetadata:

@@ -65,6 +65,47 @@ def test_a_file_is_that_of_the_codec(codec, x, path):
         np.testing.assert_array_equal(np.asarray(image.crop((3, 4, 9, 9))), np.asarray(image)[4:9, 3:9])
 
 
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+def test_pictures_are_turned_once(codec, x, tmp_path, orientation):
+    """As the file says, or as the option says; what was turned before is taken as it is."""
+    exif = Image.Exif()
+    exif[274] = orientation
+    Image.fromarray(x).save(tmp_path / "a.png", exif=exif)
+    turns = {1: 0, 3: 2, 6: 3}[orientation]
+    upright = codec.encode(np.ascontiguousarray(np.rot90(x, turns)), 1)
+
+    def saved(image, **options):
+        image.save(file := io.BytesIO(), "RNC", iterations=1, **options)
+        return file.getvalue()
+
+    with Image.open(tmp_path / "a.png") as stored:
+        assert saved(stored) == codec.encode(stored, 1) == upright
+        turned = stored.rotate(90 * turns, expand=True)
+        assert turned.info["exif"]
+        assert saved(turned) == codec.encode(turned, 1) == upright
+        for option in (exif, exif.tobytes(), stored.info["exif"]):
+            assert saved(Image.fromarray(x), exif=option) == upright
+        assert saved(stored, exif=Image.Exif()) == upright
+
+
+def test_xmp_may_be_text(x):
+    packet = "<x:xmpmeta xmlns:x='adobe:ns:meta/'/>"
+    Image.fromarray(x).save(file := io.BytesIO(), "RNC", iterations=1, xmp=packet)
+    assert Image.open(file).info["xmp"] == packet.encode()
+
+
+def test_an_image_without_pixels_is_refused():
+    with pytest.raises(ValueError, match="an image of 0x5 pixels"):
+        Image.new("RGB", (0, 5)).save(io.BytesIO(), "RNC")
+
+
+def test_verifying_twice_is_refused(path):
+    with opened(path) as image:
+        image.verify()
+        with pytest.raises(RuntimeError, match="directly after open"):
+            image.verify()
+
+
 def test_iterations_are_chosen_before_loading(codec, path):
     for count in (1, 2, 3, None):
         with opened(path) as image:

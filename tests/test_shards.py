@@ -296,6 +296,23 @@ def test_what_is_wrong_is_said_in_one_line(roots, options, message, tmp_path, mo
     assert "\n" not in str(error.value)
 
 
+def test_a_damaged_header_is_not_the_end(tmp_path):
+    path = write_shards(tmp_path / "s", 1) / "train-000.tar"
+    with tarfile.open(path) as tar:
+        fourth = tar.getmember("0004.png").offset
+    data = bytearray(path.read_bytes())
+    data[fourth : fourth + 100] = bytes(range(1, 101))
+    path.write_bytes(data)
+    with pytest.raises(DataError, match=r"train-000\.tar: damaged after 4 images"):
+        index_shards(find_shards([str(path)]), tmp_path / "cache", 10**6)
+
+
+def test_members_above_the_folder_are_not_hidden(tmp_path):
+    write_shards(tmp_path / "s", 1, 0, **{"../photos/a.png": png(image(1)), "../.b/a.png": png(image(2))})
+    found = index_shards(find_shards([str(tmp_path / "s" / "train-000.tar")]), tmp_path, 10**6)
+    assert [place.name for place in found.places] == ["../photos/a.png"]
+
+
 def test_a_shard_that_shrinks_is_an_error(tmp_path):
     shards = write_shards(tmp_path / "shards", 1)
     module = data_module(f"{shards}/*.tar", tmp_path)

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import os
 import re
 import shutil
 import stat
@@ -142,6 +143,20 @@ def test_the_command_writes_and_opens_a_page(capsys, monkeypatch, codec):
     monkeypatch.setattr("webbrowser.open", lambda url: False)
     assert main(["view", "a.rnc", "a.html", *TINY]) == 0
     assert capsys.readouterr().err == "rnncodec: warning: a.rnc: no browser can be started; open the page in one\n"
+
+
+def test_any_name_has_a_page_but_not_in_place_of_the_file(capsys, codec, monkeypatch, tmp_path):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    data = codec.encode(PICTURE, 1)
+    for name in ("写" * 80 + ".rnc", os.fsdecode(b"caf\xe9.rnc")):
+        Path(name).write_bytes(data)
+        assert main(["view", name, "--no-open", *TINY]) == 0
+    assert len(list(tmp_path.glob("*-*.html"))) == 2
+    Path("a.html").write_bytes(data)
+    with pytest.raises(SystemExit, match="2"):
+        main(["view", "a.html", "./a.html", "--no-open", *TINY])
+    assert "would overwrite the input" in capsys.readouterr().err
+    assert Path("a.html").read_bytes() == data
 
 
 def test_what_fails_leaves_no_page(capsys, codec, monkeypatch, tmp_path):

@@ -75,8 +75,18 @@ def split_images(
 
 
 def val_images_of(folder: Path) -> dict[str, Path]:
-    """The images of a folder that is for validation alone, by their names."""
-    return {f"val_root:{path.relative_to(folder).as_posix()}": path for path in find_images([folder])}
+    """The images of a folder that is for validation alone, by their names.
+
+    Raises:
+        DataError: there are none, or it is no folder.
+        ImageError: the folder is missing or cannot be read.
+    """
+    if folder.is_file():
+        raise DataError(f"{folder}: val_root is a folder of images")
+    found = {f"val_root:{path.relative_to(folder).as_posix()}": path for path in find_images([folder])}
+    if not found:
+        raise DataError(f"{folder}: no images to validate on")
+    return found
 
 
 def held_out(names: Iterable[str], count: int, root: str) -> list[str]:
@@ -87,7 +97,7 @@ def held_out(names: Iterable[str], count: int, root: str) -> list[str]:
     Raises:
         DataError: none would be left to train on.
     """
-    ordered = sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())
+    ordered = sorted(names, key=lambda name: hashlib.sha256(os.fsencode(name)).digest())
     if ordered and count >= len(ordered):
         raise DataError(f"{root}: to hold out {count} of {len(ordered)} images leaves none to train on")
     return ordered[:count]

@@ -187,6 +187,9 @@ def are_shards(roots: Sequence[str]) -> bool:
     Raises:
         DataError: some are and some are not.
     """
+    for root in roots:
+        if root.endswith((".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")):
+            raise DataError(f"{root}: of a compressed tar file single images cannot be read; uncompress it")
     kinds = {"://" in root or root.endswith(".tar") for root in roots}
     if len(kinds) > 1:
         raise DataError("give either folders or tar files, not both")
@@ -207,16 +210,20 @@ def members(url: str) -> list[Place]:
             files.open(path, "rb", cache_type="readahead", block_size=512) as file,
             tarfile.open(fileobj=file, mode="r:") as tar,
         ):
-            return [
+            found = [
                 Place(0, member.name, member.offset_data, member.size)
                 for member in tar
                 if member.isreg() and Path(member.name).suffix.lower() in suffixes and not hidden(member.name)
             ]
+            file.seek(tar.offset)
+            if any(file.read(tarfile.BLOCKSIZE)):  # tarfile takes a damaged header for the end
+                raise DataError(f"{url}: damaged after {len(found)} images")
+            return found
 
 
 def hidden(name: str) -> bool:
     """Whether a file or one of its folders is hidden."""
-    return any(part.startswith(".") and part != "." for part in Path(name).parts)
+    return any(part.startswith(".") and part not in (".", "..") for part in Path(name).parts)
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 import io
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import BinaryIO, NamedTuple
 
 from rnncodec.files.errors import ImageError
@@ -11,6 +11,7 @@ from rnncodec.files.profiles import SRGB, Chromaticities, Curve, Space
 J2K, MAX_SIZ = b"\xff\x4f\xff\x51", 1024  # the start of a codestream of JPEG 2000, and of its header
 MAX_BOX = 2**24  # of a box of metadata; a longer one is not read
 ROMM = Space(Chromaticities((0.7347, 0.2653), (0.1596, 0.8404), (0.0366, 0.0001), (0.3457, 0.3585)), Curve(1.8))
+MAX_JXL = 64  # bytes of the header of JPEG XL
 JXL_RATIOS = (None, (1, 1), (12, 10), (4, 3), (3, 2), (16, 9), (5, 4), (2, 1))  # of width to height
 # The enumerated color spaces of JPEG 2000 that its decoder hands on as sRGB, gray or CMYK, and those that it does not.
 PLAIN_JP2, SYCC, ROMM_JP2 = {0, 12, 15, 16, 17}, 18, 21
@@ -109,29 +110,39 @@ def jxl_header(file: BinaryIO) -> tuple[int, int, int]:
     """Width, height and orientation, numbered as in EXIF, that the header of a seekable JPEG XL file states.
 
     Raises:
-        ImageError: there is no such header.
+        ImageError: there is no such header, or it is of an animation.
     """
     file.seek(0)
-    start = file.read(16)
+    start = file.read(MAX_JXL)
     if not start.startswith(b"\xff\x0a"):
-        whole, part = top_box(file, b"jxlc", 16), top_box(file, b"jxlp", 20)
+        whole, part = top_box(file, b"jxlc", MAX_JXL), top_box(file, b"jxlp", MAX_JXL + 4)
         start = whole if whole is not None else (part or b"")[4:]
     if not start.startswith(b"\xff\x0a"):
         raise ImageError("the header of the JPEG XL file is missing")
-    bits = int.from_bytes(start[2:16], "little")
+    bits = int.from_bytes(start[2:], "little")
 
     def take(count: int) -> int:
         nonlocal bits
         value, bits = bits & (1 << count) - 1, bits >> count
         return value
 
-    by_eight = take(1)
+    def size(small: Callable[[], int], large: Callable[[], int]) -> tuple[int, int]:
+        side = small if take(1) else large
+        height = side()
+        ratio = JXL_RATIOS[take(3)]
+        return height * ratio[0] // ratio[1] if ratio else side(), height
 
-    def side() -> int:
-        return 8 * (take(5) + 1) if by_eight else take((9, 13, 18, 30)[take(2)]) + 1
+    def whole_size() -> tuple[int, int]:
+        return size(lambda: 8 * (take(5) + 1), lambda: take((9, 13, 18, 30)[take(2)]) + 1)
 
-    height = side()
-    ratio = JXL_RATIOS[take(3)]
-    width = height * ratio[0] // ratio[1] if ratio else side()
-    all_default = take(1)
-    return width, height, 1 + take(3) if not all_default and take(1) else 1
+    width, height = whole_size()
+    orientation = 1
+    if not take(1) and take(1):  # not everything is usual, and there is more
+        orientation += take(3)
+        if take(1):  # the size for which the picture is meant
+            whole_size()
+        if take(1):  # a preview
+            size(lambda: take((0, 0, 5, 9)[take(2)]), lambda: take((6, 8, 10, 12)[take(2)]))
+        if take(1):  # its decoder gives the last picture
+            raise ImageError("an animation in JPEG XL, of which the first picture cannot be read")
+    return width, height, orientation

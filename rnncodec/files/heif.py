@@ -42,12 +42,21 @@ def heif_space(file: BinaryIO) -> Space:
 
 def heif_is_turned(file: BinaryIO) -> bool:
     """Whether decoders turn or mirror the main picture."""
+    return any(kind == b"imir" or (kind == b"irot" and value[:1] > b"\0") for kind, value in _main(file))
+
+
+def heif_has(file: BinaryIO, wanted: bytes) -> bool:
+    """Whether the main picture has a property of a kind."""
+    return any(kind == wanted for kind, _ in _main(file))
+
+
+def _main(file: BinaryIO) -> list[Box]:
+    """The properties of the main picture, none if they are corrupt."""
     try:
         meta = _meta(file)
-        properties = list(_properties(meta, _items(meta)[0]))
+        return list(_properties(meta, _items(meta)[0]))
     except EOFError:
-        return False
-    return any(kind == b"imir" or (kind == b"irot" and value[:1] > b"\0") for kind, value in properties)
+        return []
 
 
 def _meta(file: BinaryIO) -> dict[bytes, bytes]:

@@ -16,6 +16,7 @@ from rnncodec.files.records import EXIF, XMP, pack
 
 PREFIX = b"Exif\0\0"  # before the EXIF data of JPEG
 ORIENTATION = 274
+COLOR_SPACE, SRGB = 40961, 1  # a tag of EXIF, and its usual value
 EXIF_TAGS, INTEROPERABILITY = 34665, 40965  # directories in the main one, and in that of EXIF
 # What the main directory says of a photograph: texts, resolution, ratings, EXIF, GPS. In TIFF, other tags say how the
 # pixels are stored.
@@ -78,6 +79,10 @@ def _exif(image: Image.Image) -> bytes:
             exif = Image.Exif()
             exif.load(stored)
         exif.bigtiff = False
+        directory = exif.get_ifd(EXIF_TAGS) if EXIF_TAGS in exif else {}
+        if directory.get(COLOR_SPACE, SRGB) != SRGB:  # the pixels are, by now
+            directory[COLOR_SPACE] = SRGB
+            directory.pop(INTEROPERABILITY, None)
         for tag in list(exif):
             if tag == ORIENTATION or (image.format == "TIFF" and tag not in MAIN_TAGS):
                 del exif[tag]

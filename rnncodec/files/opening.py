@@ -2,6 +2,7 @@
 
 import io
 import struct
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -13,10 +14,11 @@ from rnncodec.files import tiff
 from rnncodec.files.bmp import bmp_space
 from rnncodec.files.boxes import jp2_bits, jp2_space, jxl_header
 from rnncodec.files.errors import ImageError, one_line
-from rnncodec.files.heif import heif_is_turned, heif_space
+from rnncodec.files.heif import heif_has, heif_is_turned, heif_space
+from rnncodec.files.jpeg import is_adobe_rgb, late_profile
 from rnncodec.files.metadata import ORIENTATION, quiet
 from rnncodec.files.png import read_png
-from rnncodec.files.profiles import Space
+from rnncodec.files.profiles import ADOBE_RGB, Space
 from rnncodec.files.webp import ShortReads, webp_size
 
 # Formats of photographs. Pillow's other plugins are left out: some run external programs, some accept any bytes.
@@ -26,6 +28,7 @@ PACKAGES = {
     "HEIF": ("pillow_heif", "HeifImageFile", "heic"),
     "JXL": ("pillow_jxl.JpegXLImagePlugin", "JXLImageFile", "jxl"),
 }
+WHOLE = ("WEBP", "AVIF", *PACKAGES)  # read into memory as a whole
 HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
 EXIF_ITEM, NO_ITEM = b"\0\0Exif", b"\0\0none"  # the end of an entry in an AVIF file's list of items
 JXL_STARTS = (b"\xff\x0a", b"\0\0\0\x0cJXL \r\n\x87\n")
@@ -46,6 +49,8 @@ class Picture:
         premultiplied: whether the colors are multiplied by alpha.
         interleaved: whether the image is gray with alpha, of 16 bits each, as four bytes per pixel.
         bits: of each sample; Pillow shifts fewer than 8 to the left.
+        frame: left, top, right and bottom of the pixels; the others are transparent. None for all.
+        orientation: how the pixels are turned, by EXIF's numbers; None takes what the EXIF of the image says.
         turned: whether the decoder turns the stored pixels upright; None if it leaves that to us, as EXIF says.
         lost: what was not kept or is corrupt, each in one line.
     """
@@ -58,6 +63,8 @@ class Picture:
     premultiplied: bool = False
     interleaved: bool = False
     bits: int = 8
+    frame: tuple[int, int, int, int] | None = None
+    orientation: int | None = None
     turned: bool | None = None
     lost: list[str] = field(default_factory=list)
 
@@ -83,6 +90,8 @@ def open_picture(file: BinaryIO, max_pixels: int) -> Picture:
             continue
         if not file.seekable():
             file = _read_pipe(file, prefix, _most_bytes(max_pixels))
+        if name in WHOLE and file.seek(0, io.SEEK_END) > _most_bytes(max_pixels):
+            raise ImageError(f"more than {_most_bytes(max_pixels)} bytes")
         file.seek(0)
         try:
             picture = _OPEN.get(name, _open_plain)(file, name, max_pixels)
@@ -109,6 +118,10 @@ def _open_plain(file: BinaryIO, name: str, max_pixels: int) -> Picture:
     """Opens an image of a format that Pillow reads as it is."""
     image = _checked(Image.OPEN[name][0], file, max_pixels)
     picture = Picture(image, image.info.get("icc_profile"))
+    if name == "JPEG" and picture.space is None:
+        picture.space = late_profile(image) or (ADOBE_RGB if is_adobe_rgb(image) else None)
+    if name == "GIF" and image.tile and image.tile[0].extents != (0, 0, *image.size):
+        picture.frame = image.tile[0].extents
     if "icc_profile" in image.info and picture.space is None:
         picture.lost.append("color profile ignored: it is corrupt")
     if name != "JPEG2000" and getattr(image, "is_animated", False):
@@ -138,6 +151,8 @@ def _open_avif(file: BinaryIO, name: str, max_pixels: int) -> Picture:
         picture = _open_plain(io.BytesIO(data.replace(EXIF_ITEM, NO_ITEM, 1)), name, max_pixels)
         picture.lost.append("EXIF left out: it is corrupt")
     picture.space = picture.space or heif_space(file)
+    if heif_has(file, b"clap"):
+        picture.lost.append("its crop (clap) is ignored: the whole picture is kept")
     return picture
 
 
@@ -184,7 +199,7 @@ def _open_tiff(file: BinaryIO, name: str, max_pixels: int) -> Picture:
 
     with quiet():
         image = opened(low=False)
-        picture = Picture(image, image.info.get("icc_profile"), lost=lost)
+        picture = Picture(image, tiff.profile(image), lost=lost)
         picture.turned = image.tag_v2.get(ORIENTATION) in range(2, 9)  # the others are upright
         picture.premultiplied = tiff.is_premultiplied(image)
         if tiff.has_wide_samples(image) and image.mode in ("RGB", "RGBA", "CMYK"):
@@ -207,6 +222,9 @@ def _open_package(file: BinaryIO, name: str, max_pixels: int) -> Picture:
         _check_size(width, height, max_pixels)
         file.seek(0)
     image = _checked(factory, file, max_pixels)
+    data = getattr(image, "_data", b"")
+    if name == "JXL" and image.mode == "LA" and len(data) == 4 * image.width * image.height:
+        vars(image)["_data"] = data[sys.byteorder == "little" :: 2]  # 16 bits, which the package takes for 8
     picture = Picture(image, image.info.get("icc_profile"))
     if getattr(image, "n_frames", 1) > 1:
         picture.lost.append("only the first of several images is kept")

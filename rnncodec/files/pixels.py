@@ -37,11 +37,14 @@ def upright_rgb(picture: Picture) -> np.ndarray:
     """
     color, alpha, mode = _samples(picture)
     rgb = to_srgb(color, mode, _profile(picture, mode), picture.lost)
+    if picture.frame is not None:
+        alpha = _within(picture.frame, color.shape[:2], alpha)
     if alpha is not None and alpha.min() < np.iinfo(alpha.dtype).max:
         picture.lost.append("transparency is replaced by white")
         rgb = _on_white(rgb, alpha)
     if picture.turned is None:
-        operation = ORIENTATIONS.get(_orientation(picture.image))
+        number = orientation_of(picture.image) if picture.orientation is None else picture.orientation
+        operation = ORIENTATIONS.get(number)
         picture.turned = operation is not None
         if operation is not None:
             rgb = np.asarray(Image.fromarray(rgb).transpose(operation))
@@ -125,6 +128,14 @@ def _profile(picture: Picture, mode: str) -> bytes | None:
         return None
 
 
+def _within(frame: tuple[int, int, int, int], shape: tuple[int, int], alpha: np.ndarray | None) -> np.ndarray:
+    """Alpha uint8 [H, W], where nothing outside of a frame is seen."""
+    left, top, right, bottom = frame
+    found = np.zeros(shape, np.uint8)
+    found[top:bottom, left:right] = 255 if alpha is None else alpha[top:bottom, left:right]
+    return found
+
+
 def _on_white(rgb: np.ndarray, alpha: np.ndarray) -> np.ndarray:
     """Blends uint8 pixels [H, W, 3] with white, by alpha [H, W]."""
     result, step = np.empty_like(rgb), max(1, ROWS // rgb.shape[1])
@@ -135,7 +146,7 @@ def _on_white(rgb: np.ndarray, alpha: np.ndarray) -> np.ndarray:
     return result
 
 
-def _orientation(image: Image.Image) -> int:
+def orientation_of(image: Image.Image) -> int:
     """The EXIF orientation of a loaded image, 1 (upright) where there is none or the EXIF data is corrupt."""
     try:
         with quiet():

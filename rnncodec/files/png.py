@@ -70,7 +70,8 @@ def read_png(file: BinaryIO, limit: int, lost: list[str]) -> Png:
         elif (body := _checked(file, kind, length, lost)) is not None:
             if kind in (b"tEXt", b"zTXt", b"iTXt"):
                 keyword, _, rest = body.partition(b"\0")
-                texts.setdefault(keyword, (kind, rest))
+                if keyword in (XMP_KEYWORD, RAW_EXIF.encode()):
+                    texts.setdefault(keyword, (kind, rest))
             elif kind == b"tRNS" and len(header) >= 13 and header[9] == 3:
                 kept.write(head + body + struct.pack(">I", zlib.crc32(kind + body)))
             else:

@@ -44,6 +44,7 @@ def _camera(alpha: float, slope: float, start: float) -> Curve:
 
 BT709 = Chromaticities((0.64, 0.33), (0.30, 0.60), (0.15, 0.06))
 SRGB = Space(BT709, Curve(2.4, 1 / 1.055, 0.055 / 1.055, 1 / 12.92, 0.04045))
+ADOBE_RGB = Space(Chromaticities((0.64, 0.33), (0.21, 0.71), (0.15, 0.06)), Curve(563 / 256))
 ILLUMINANT_C = (0.310, 0.316)
 
 # By the code points of ITU-T H.273, which PNG (cICP), AVIF and HEIC (nclx) use.

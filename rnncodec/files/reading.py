@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
 from rnncodec.files import tiff
@@ -98,21 +98,32 @@ def read_photograph(source: Source, max_pixels: int = MAX_PIXELS, strip: bool = 
         raise ImageError(f"{name}: {one_line(error)}") from error
 
 
-def to_rgb(image: Image.Image) -> np.ndarray:
+def to_rgb(image: Image.Image, orientation: int | None = None) -> np.ndarray:
     """Converts an image of any mode to upright 8-bit sRGB.
 
-    EXIF rotation is applied, an ICC profile is converted, and transparency is composited on white. Of what Pillow does
-    not tell, such as the color chunks of PNG and the lower bytes of 16-bit colors, only `load_image` knows.
+    An image that comes from a file is turned as its EXIF says; others, which may have been turned already, are taken as
+    they are. An ICC profile is converted, and transparency is composited on white. Of what Pillow does not tell, such
+    as the color chunks of PNG and the lower bytes of 16-bit colors, only `load_image` knows.
+
+    Args:
+        image: to convert.
+        orientation: how it is turned, by EXIF's numbers, whatever its own EXIF says.
 
     Returns:
         uint8 [H, W, 3].
 
     Raises:
-        ImageError: the pixels cannot be decoded, are floats, or are integers beyond 16 bits.
+        ImageError: the pixels cannot be decoded, are floats, or are integers beyond 16 bits, or there are none.
     """
-    picture = Picture(image, image.info.get("icc_profile"))
-    if isinstance(image, TiffImageFile) and (tiff.has_planes(image) or not tiff.is_premultiplied(image)):
-        tiff.unpack(image)  # which leaves premultiplied colors as they are, and the image is the caller's
+    if not image.width or not image.height:
+        raise ImageError(f"an image of {image.width}x{image.height} pixels")
+    if orientation is None and not isinstance(image, ImageFile.ImageFile):
+        orientation = 1
+    picture = Picture(image, image.info.get("icc_profile"), orientation=orientation)
+    if isinstance(image, TiffImageFile):
+        picture.space = tiff.profile(image)
+        if tiff.has_planes(image) or not tiff.is_premultiplied(image):
+            tiff.unpack(image)  # which leaves premultiplied colors as they are, and the image is the caller's
     pixels = _convert(picture)
     _warn(picture.lost)
     return pixels

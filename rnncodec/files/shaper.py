@@ -24,10 +24,12 @@ def shaper(profile: bytes, channels: int) -> Callable[[np.ndarray], np.ndarray] 
     """What converts uint16 samples [H, W, 1 or 3] to 8-bit sRGB; None if the profile is not of curves and a matrix."""
     tags = tags_of(profile)
     names = {1: (b"kTRC",), 3: (b"rTRC", b"gTRC", b"bTRC")}.get(channels)
-    if names is None or any(name.startswith((b"A2B", b"D2B")) for name in tags):
+    if names is None or any(name.startswith((b"A2B", b"D2B")) for name in tags) or profile[20:24] != b"XYZ ":
         return None
     try:
         curves = [_curve(tags[name]) for name in names]
+        if any(curve[0] > 0 for curve in curves):  # black is light, for which ImageCms makes up
+            return None
         to_srgb = np.eye(1)
         if channels == 3:
             to_srgb = np.linalg.solve(_matrix(tags_of(profile_of(SRGB))), _matrix(tags))

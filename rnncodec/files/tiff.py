@@ -6,16 +6,18 @@ import sys
 from typing import BinaryIO
 
 import PIL
-from PIL import Image
+from PIL import Image, ImagePalette
 from PIL.TiffImagePlugin import TiffImageFile
 
 from rnncodec.files.errors import ImageError
 
 WIDTH, HEIGHT = 256, 257
+COLOR_MAP, SAMPLE_FORMAT, PROFILE = 320, 339, 34675
 BITS, PHOTOMETRIC, PLANAR, EXTRA, NEW_SUBFILE, OLD_SUBFILE, DNG_VERSION = 258, 262, 284, 338, 254, 255, 50706
 REDUCED, MASK = 1, 4  # bits of NEW_SUBFILE
 REDUCED_OLD = 2
 RGB, CMYK, YCBCR = 2, 5, 6  # kinds of PHOTOMETRIC
+SIGNED = 2  # a kind of SAMPLE_FORMAT
 ASSOCIATED, SEPARATE = 1, 2  # a kind of EXTRA, and of PLANAR
 MAX_PAGES = 100  # that are looked through for a picture that is no thumbnail
 TILE_OFFSETS, TILE_COUNTS, STRIP_OFFSETS, STRIP_COUNTS = 324, 325, 273, 279
@@ -39,7 +41,7 @@ def choose_page(image: TiffImageFile, lost: list[str]) -> None:
     """Turns to the first page that is neither a thumbnail nor a mask; if there are others, `lost` says so.
 
     Raises:
-        ImageError: the pages are thumbnails, or belong to a raw file.
+        ImageError: the pages are thumbnails, or belong to a raw file, or samples have a sign.
     """
     if DNG_VERSION in image.tag_v2:
         raise ImageError(RAW)
@@ -60,6 +62,8 @@ def choose_page(image: TiffImageFile, lost: list[str]) -> None:
     if not found:
         raise ImageError(RAW)
     image.seek(found[0])
+    if SIGNED in image.tag_v2.get(SAMPLE_FORMAT, ()) and set(image.tag_v2.get(BITS, ())) == {8}:
+        raise ImageError("samples of 8 bits with a sign have no defined white; convert the image to 8 or 16 bits")
 
 
 def unpack(image: TiffImageFile, low: bool = False) -> None:
@@ -72,6 +76,9 @@ def unpack(image: TiffImageFile, low: bool = False) -> None:
         low: take the lower bytes of 16-bit samples; otherwise the upper ones.
     """
     kind, extra = image.tag_v2.get(PHOTOMETRIC), image.tag_v2.get(EXTRA, ())
+    palette = image.tag_v2.get(COLOR_MAP, ())
+    if image.mode in ("P", "PA") and palette and max(palette) < 256:  # of 8 bits, as old programs wrote it, not of 16
+        image.palette = ImagePalette.raw("RGB;L", bytes(palette))
     if not image.tile or image.mode not in ("RGB", "RGBA", "CMYK", "YCbCr"):
         return
     if kind == YCBCR or image.mode == "YCbCr":
@@ -131,6 +138,11 @@ def _directory(tags: dict[int, tuple[int, ...]], start: int, order: str) -> byte
             values, packed = values + packed, struct.pack(f"{order}I", place)
         entries += struct.pack(f"{order}HHI", tag, LONG, len(numbers)) + packed
     return entries + bytes(4) + values
+
+
+def profile(image: TiffImageFile) -> bytes | None:
+    """The ICC profile of the page; Pillow also gives that of a page that was looked at before."""
+    return image.tag_v2.get(PROFILE)
 
 
 def has_wide_samples(image: TiffImageFile) -> bool:

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,8 @@ from rnncodec.weights import (
 )
 
 # Errors while reading a file that is not a checkpoint of a training.
-UNREADABLE = (pickle.UnpicklingError, EOFError, KeyError, TypeError, AttributeError, RuntimeError, ValueError)
+UNREADABLE = (pickle.UnpicklingError, EOFError, LookupError, TypeError, AttributeError, RuntimeError, ValueError)
+UNREADABLE += (ArithmeticError, AssertionError, ImportError, struct.error)  # unpicklers raise nearly anything
 
 
 def add_allocation(source: str | os.PathLike[str], path: str | os.PathLike[str], photographs: Path) -> None:
