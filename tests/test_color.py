@@ -206,8 +206,8 @@ class TestProfiles:
             with tifffile.TiffWriter(file) as writer:
                 for space, page in ((first, samples), (second, samples[::-1])):
                     options: dict[str, Any] = {"iccprofile": profile(space)} if space else {}
-                    reduced = {"subfiletype": 1} if small and page is not samples else {}
-                    writer.write(page, photometric="rgb", **options, **reduced)
+                    options |= {"subfiletype": 1} if small and page is not samples else {}
+                    writer.write(page, photometric="rgb", **options)
             shown = samples / (2**depth - 1)
             expected = 255 * shown if first is None else converted(shown, XY[first], light(first))
             with warnings.catch_warnings():

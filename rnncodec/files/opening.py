@@ -120,8 +120,9 @@ def _open_plain(file: BinaryIO, name: str, max_pixels: int) -> Picture:
     picture = Picture(image, image.info.get("icc_profile"))
     if name == "JPEG" and picture.space is None:
         picture.space = late_profile(image) or (ADOBE_RGB if is_adobe_rgb(image) else None)
-    if name == "GIF" and image.tile and image.tile[0].extents != (0, 0, *image.size):
-        picture.frame = image.tile[0].extents
+    tiles = getattr(image, "tile", ())
+    if name == "GIF" and tiles and tiles[0].extents != (0, 0, *image.size):
+        picture.frame = tiles[0].extents
     if "icc_profile" in image.info and picture.space is None:
         picture.lost.append("color profile ignored: it is corrupt")
     if name != "JPEG2000" and getattr(image, "is_animated", False):
