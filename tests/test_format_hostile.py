@@ -376,10 +376,12 @@ def test_short_payloads_are_refused_before_weights_are_loaded(codec, tmp_path, c
     path, target = tmp_path / "a.rnc", tmp_path / "a.png"
     path.write_bytes(file(codec, 256, 256, CONTEXT, [bytes(4)]))
     monkeypatch.setattr(torch.nn.Module, "__init__", None)  # nothing is built
-    for command in (["decode", str(path), str(target)], ["info", str(path)], ["truncate", str(path), str(target)]):
+    cut = tmp_path / "b.rnc"
+    for command in (["decode", str(path), str(target)], ["info", str(path)], ["truncate", str(path), str(cut)]):
         assert cli.main(command) == 1
         assert "iteration 1 takes 4 bytes, not 32 to 65536" in capsys.readouterr().err
     assert not target.exists()
+    assert not cut.exists()
 
 
 def test_the_python_interface_takes_the_same_path(codec):

@@ -77,7 +77,7 @@ class Grid(NamedTuple):
         kept = living.index_select(0, self.order).nonzero().flatten()
         moved = torch.full((len(self.order) + 1,), len(kept), dtype=torch.int32, device=kept.device)
         moved[kept] = torch.arange(len(kept), dtype=torch.int32, device=kept.device)
-        around = moved.index_select(0, self.around[0, kept].flatten()).view(len(kept), -1)
+        around = moved.index_select(0, self.around[0, kept].flatten()).view(-1, SIDE * SIDE)
         black = int((kept < self.turns[1].start).sum())
         place = moved.index_select(0, self.place)
         return Grid(self.order[kept], _turns(black, len(kept)), place, _in_two_parts(around))
