@@ -96,7 +96,8 @@ class Codec(ImageCodec):
 
         Args:
             image: path of an image file, PIL image of any mode, uint8 array [H, W, 3], or tensor [3, H, W] in [0, 1],
-                rounded to 8 bits.
+                rounded to 8 bits. A file, also one that PIL has opened, is turned upright as its EXIF says; what PIL
+                has made of it since is taken as it is.
             iterations: at least 1, 16 by default, at most `max_iterations`.
             quality: from 1 to 100, see README.md.
             bpp: the most bits per pixel of the whole file.
