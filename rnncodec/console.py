@@ -66,7 +66,7 @@ def warnings_told(tell: Callable[[str], None]) -> Iterator[None]:
         if isinstance(message, ImageWarning):
             lost.setdefault(str(message), {})[message.source] = None
         else:
-            tell(f"warning: {(str(message) or category.__name__).splitlines()[0]}")
+            tell(f"warning: {(str(message).strip() or category.__name__).splitlines()[0]}")
 
     with warnings.catch_warnings():
         warnings.simplefilter("always", ImageWarning)

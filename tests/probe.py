@@ -1,7 +1,10 @@
 """Callbacks for the tests of training: what each rank saw and learned, and signals at known times."""
 
 import hashlib
+import os
 import signal
+import subprocess
+import time
 from pathlib import Path
 
 import lightning as L
@@ -34,3 +37,16 @@ class Sender(L.Callback):
     def send(self, trainer, *args, **kwargs):
         while trainer.global_step == self.step and self.signals:
             signal.raise_signal(self.signals.pop(0))
+
+
+class Killer(L.Callback):
+    """Ends W&B's process when a hook is called at a step, as SLURM does with all processes of a job."""
+
+    def __init__(self, hook: str, step: int) -> None:
+        self.step = step
+        setattr(self, hook, self.kill)
+
+    def kill(self, trainer, *args, **kwargs):
+        if trainer.global_step == self.step:
+            subprocess.run(["pkill", "-TERM", "-P", str(os.getpid()), "wandb-core"], check=True)
+            time.sleep(0.5)  # until its end is known

@@ -177,12 +177,43 @@ def test_a_signal_waits_for_accumulated_gradients(crops, tmp_path):
     assert same(weights(last.parent)[0], weights(tmp_path / "a" / "debug")[0])
 
 
-def started(crops, folder, *more):
+def started(crops, folder, *more, **environment):
     """A training in its own process."""
     path = os.pathsep.join([str(ROOT / "tests"), str(ROOT)])
-    variables = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "PYTHONWARNINGS": "ignore"}
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "PYTHONWARNINGS": "ignore", **environment}
     command = [sys.executable, str(ROOT / "train.py"), *arguments(crops, folder, *more)]
     return subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("hook", ["on_train_batch_start", "on_validation_batch_start"])
+def test_without_the_process_of_wandb_a_training_goes_on(crops, whole, tmp_path, monkeypatch, hook):
+    """As after a signal to all processes of a job, while there is a step to finish."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.delenv("WANDB_DATA_DIR")
+    path = "--trainer.callbacks"
+    kills = [f"{path}+", "probe.Killer", f"{path}.hook", hook, f"{path}.step", "3"]
+    with started(crops, tmp_path, *kills, PYTHONWARNINGS="default") as process:
+        _, error = process.communicate(timeout=120)
+    assert process.returncode == 0, error
+    assert error.count("W&B's process has ended") == 1, error
+    assert "Traceback" not in error
+    assert "socket" not in error
+    assert same(weights(tmp_path / "debug")[0], weights(whole)[0])
+    assert validations(tmp_path / "debug") == validations(whole)
+
+
+@pytest.mark.slow
+def test_a_signal_that_ends_the_process_of_wandb_too_saves_the_step(crops, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.delenv("WANDB_DATA_DIR")
+    path = "--trainer.callbacks"
+    kills = [f"{path}+", "probe.Killer", f"{path}.hook", "on_train_batch_start", f"{path}.step", "1"]
+    with started(crops, tmp_path, *kills, *sends("on_train_batch_start", 1, signal.SIGTERM)) as process:
+        _, error = process.communicate(timeout=120)
+    assert process.returncode == 143, error
+    assert "Traceback" not in error
+    assert weights(tmp_path / "debug")[1] == 2
 
 
 @pytest.mark.slow

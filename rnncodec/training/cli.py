@@ -22,7 +22,7 @@ from lightning.pytorch.callbacks import (
     ProgressBar,
 )
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+from lightning.pytorch.loggers import CSVLogger, Logger
 
 import rnncodec
 from rnncodec.data import PatchDataModule
@@ -178,7 +178,7 @@ class CodecCLI(LightningCLI):
     def run_loggers(self, name: str) -> list[Logger]:
         """The loggers of every training."""
         folder = self.folder.path
-        wandb_logger = WandbLogger(
+        wandb_logger = tracking.Tracker(
             name=os.environ.get("WANDB_NAME") or name,
             save_dir=folder,
             id=self.folder.run_id,
@@ -277,14 +277,16 @@ def main(args: Sequence[str] | None = None, program: str = "train.py") -> int:
                 args=arguments,
                 parser_kwargs={"prog": program, **(asked.parser_options if asked else {})},
             )
+        status = stop.status
     except FAILURES as error:
         print(f"{program}: error: {reason(error)}", file=sys.stderr)
-        return 1
+        status = 1
     except (KeyboardInterrupt, SystemExit) as end:
         if stop.signal is None or (isinstance(end, SystemExit) and end.code == 0):  # of the parser, or another process
             raise
         resume = f"--ckpt_path {stop.saved} resumes it" if stop.saved else "nothing is saved"
         print(f"{program}: stopped by {signal.Signals(stop.signal).name}; {resume}", file=sys.stderr)
-        with suppress(ConnectionError, SystemExit):  # W&B's process may have ended by the same signal, as under SLURM
-            wandb.teardown(stop.status)
-    return stop.status
+        status = stop.status
+    with suppress(ConnectionError, SystemExit):  # W&B's process may have ended by the same signal, as under SLURM
+        wandb.teardown(status)
+    return status

@@ -76,26 +76,27 @@ class TrainingRecord(L.Callback):
             "trainer": trainer_facts(trainer),
             "starts": self.starts,
         }
-        for run in runs:
-            path = Path(trainer.default_root_dir) / "config.yaml"
-            tracking.describe(
-                run,
-                {
-                    **{key: value for key, value in self.facts.items() if key not in ("run", "images")},
-                    "data": drawn | ({"root": manifest.root} if manifest else {}),
-                    "seed": global_seed(),
-                    "versions": versions(),
-                    "parameters": parameters(pl_module),
-                    "macs_per_pixel": macs_per_pixel(network.config) if network else {},
-                    "config": yaml.safe_load(path.read_text()) if path.exists() else {},
-                    **pl_module.hparams,
-                },
-                manifest,
-            )
-            if manifest is not None:
-                use(run, images_artifact(manifest))
-            given = (pl_module.hparams.get(key) for key in ("weights", "codec"))
-            use(run, *(weights_artifact(load_weights(name)) for name in given if name))
+        with tracking.outlived():
+            for run in runs:
+                path = Path(trainer.default_root_dir) / "config.yaml"
+                tracking.describe(
+                    run,
+                    {
+                        **{key: value for key, value in self.facts.items() if key not in ("run", "images")},
+                        "data": drawn | ({"root": manifest.root} if manifest else {}),
+                        "seed": global_seed(),
+                        "versions": versions(),
+                        "parameters": parameters(pl_module),
+                        "macs_per_pixel": macs_per_pixel(network.config) if network else {},
+                        "config": yaml.safe_load(path.read_text()) if path.exists() else {},
+                        **pl_module.hparams,
+                    },
+                    manifest,
+                )
+                if manifest is not None:
+                    use(run, images_artifact(manifest))
+                given = (pl_module.hparams.get(key) for key in ("weights", "codec"))
+                use(run, *(weights_artifact(load_weights(name)) for name in given if name))
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint["provenance"] = self.facts
@@ -144,39 +145,42 @@ class ValidationRecord(L.Callback):
         means |= {key: value for key, value in areas.items() if not math.isnan(value)}
         for key, mean in means.items():  # equal on all ranks
             training.log(f"val/{key}", mean, prog_bar=key in PROGRESS)
-        for run in wandb_runs(trainer):
-            name = run.name or ""
-            charts = training.charts(means)
-            shown: dict[tuple[str, float], wandb.Image] = {}
-            for image, found in self.pictures:
-                strip = torch.cat(found["reconstructions"], -1)
-                charts["val/reconstructions"] = [_picture(strip, "original, then its reconstructions")]
-                charts |= {f"val/{key}": [_picture(pixels, image)] for key, pixels in found["maps"].items()}
-                decoded = zip(found["points"], found["reconstructions"][1:], strict=True)
-                shown |= {(image, point.setting): _picture(pixels) for point, pixels in decoded}
-            if self.curve:
-                points = [replace(p, image=image, codec=name) for image, found in images for p in found["points"]]
-                charts |= {
-                    "val/images": tracking.points_table(points, shown),
-                    **tracking.curve_charts({name: self.curve}),
-                }
-            run.log(charts)
+        with tracking.outlived():
+            for run in wandb_runs(trainer):
+                name = run.name or ""
+                charts = training.charts(means)
+                shown: dict[tuple[str, float], wandb.Image] = {}
+                for image, found in self.pictures:
+                    strip = torch.cat(found["reconstructions"], -1)
+                    charts["val/reconstructions"] = [_picture(strip, "original, then its reconstructions")]
+                    charts |= {f"val/{key}": [_picture(pixels, image)] for key, pixels in found["maps"].items()}
+                    decoded = zip(found["points"], found["reconstructions"][1:], strict=True)
+                    shown |= {(image, point.setting): _picture(pixels) for point, pixels in decoded}
+                if self.curve:
+                    points = [replace(p, image=image, codec=name) for image, found in images for p in found["points"]]
+                    charts |= {
+                        "val/images": tracking.points_table(points, shown),
+                        **tracking.curve_charts({name: self.curve}),
+                    }
+                run.log(charts)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         # Checkpoints are logged only at the end, because W&B keeps a copy of each on disk.
         folder = Path(trainer.default_root_dir)
-        for run in wandb_runs(trainer):
-            if self.curve:
-                tracking.log_rates(run, self.curve)
-            if list(folder.glob("*.ckpt")):
-                run.log_artifact(checkpoints_artifact(folder, {"steps": trainer.global_step}))
+        with tracking.outlived():
+            for run in wandb_runs(trainer):
+                if self.curve:
+                    tracking.log_rates(run, self.curve)
+                if list(folder.glob("*.ckpt")):
+                    run.log_artifact(checkpoints_artifact(folder, {"steps": trainer.global_step}))
 
 
 def wandb_runs(trainer: L.Trainer) -> list[Run]:
-    """The W&B runs that this process logs to; none on ranks above zero, or if W&B is disabled."""
+    """The W&B runs that this process logs to; none on ranks above zero, or if W&B is disabled or its process ended."""
     if not trainer.is_global_zero:
         return []
-    runs = [logger.experiment for logger in trainer.loggers if isinstance(logger, WandbLogger)]
+    loggers = [logger for logger in trainer.loggers if isinstance(logger, WandbLogger)]
+    runs = [logger.experiment for logger in loggers if not (isinstance(logger, tracking.Tracker) and logger.lost)]
     return [run for run in runs if not run.disabled]
 
 

@@ -4,6 +4,7 @@ import json
 import math
 import netrc
 import os
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields
@@ -12,6 +13,7 @@ from typing import Any
 from urllib.parse import urlparse
 
 import wandb
+from lightning.pytorch.loggers import WandbLogger
 from wandb.sdk.wandb_run import Run
 
 from rnncodec.data.manifest import Manifest, manifest_of_files
@@ -53,6 +55,36 @@ def settings(folder: Path) -> dict[str, Any]:
     os.environ.setdefault("WANDB_DATA_DIR", str((folder / "wandb").resolve()))
     mode = None if os.environ.get("WANDB_MODE") or login_exists() else "offline"
     return {"project": os.environ.get("WANDB_PROJECT") or "rnncodec", "mode": mode}
+
+
+@contextmanager
+def outlived() -> Iterator[None]:
+    """Meanwhile, the end of W&B's process is only told; what is logged to it is lost."""
+    try:
+        yield
+    except ConnectionError:
+        warnings.warn("W&B's process has ended, and the training goes on without it", stacklevel=1)
+
+
+class Tracker(WandbLogger):
+    """Lightning's logger for W&B, but a training goes on if W&B's process ends.
+
+    Under SLURM, for one, a signal reaches all processes of a job, and this one ends at once, while the training has a
+    step to finish and to save.
+
+    Attributes:
+        lost: whether W&B's process has ended.
+    """
+
+    lost = False
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        if self.lost:
+            return
+        self.lost = True
+        with outlived():
+            super().log_metrics(metrics, step)
+            self.lost = False
 
 
 def describe(run: Run, facts: Mapping[str, Any], images: Manifest | None) -> None:
