@@ -372,6 +372,14 @@ class TestLoadErrors:
         assert message in self.error(io.BytesIO(header), max_pixels=width * height - 1)
         assert "above the limit" not in self.error(io.BytesIO(header), max_pixels=width * height)
 
+    @pytest.mark.parametrize("format", ["WEBP", *(["AVIF"] if features.check("avif") else [])])
+    def test_what_is_read_as_a_whole_is_bounded(self, format):
+        file = file_of(Image.new("RGB", (10, 10)), format)
+        file.seek(8 * 100 + 2**24, io.SEEK_SET)  # the largest size that is allowed for 100 pixels, and a byte
+        file.write(b"\0")
+        with pytest.raises(ImageError, match="more than 16778016 bytes"):
+            load_image(file, max_pixels=100)
+
     def test_threads_leave_the_warning_filters_alone(self):
         before = list(warnings.filters)
         data = file_of(Image.fromarray(photo()), "JPEG", exif=b"garbage").getvalue()
