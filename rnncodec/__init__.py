@@ -22,12 +22,16 @@ __all__ = ["Codec", "__version__", "evaluate", "load"]
 
 
 def load(
-    name_or_path: "str | os.PathLike[str]" = "small", device: "str | torch.device" = "cpu", *, bfloat16: bool = False
+    name_or_path: "str | os.PathLike[str] | None" = None,
+    device: "str | torch.device" = "cpu",
+    *,
+    bfloat16: bool = False,
 ) -> "Codec | CompressiveCodec":
     """Loads trained weights into a codec.
 
     Args:
-        name_or_path: the name of weights that come with the package, or the path of a `.safetensors` file.
+        name_or_path: the name of weights that come with the package, or the path of a `.safetensors` file; None for the
+            default weights.
         device: where to compute, `cpu` or `cuda`.
         bfloat16: whether to compute in bfloat16 where encoder and decoder need not agree, see `Codec`; compressive
             autoencoders never do.
@@ -42,9 +46,9 @@ def load(
     from rnncodec.codec import Codec
     from rnncodec.compressive import CompressiveCodec
     from rnncodec.network import CompressiveAutoencoder
-    from rnncodec.weights import load_weights
+    from rnncodec.weights import DEFAULT_NAME, load_weights
 
-    weights = load_weights(name_or_path)
+    weights = load_weights(DEFAULT_NAME if name_or_path is None else name_or_path)
     if isinstance(weights.network, CompressiveAutoencoder):
         return CompressiveCodec(weights, device)
     return Codec(weights, device, bfloat16=bfloat16)

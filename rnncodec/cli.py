@@ -100,7 +100,7 @@ def encode(args: argparse.Namespace) -> int:
 
     @cache
     def codec() -> "ImageCodec":
-        return _codec(args.weights or "small", args)
+        return _codec(args.weights, args)
 
     if not (args.skip_existing and all(map(exists, jobs))):  # or loading it would take most of the time
         _check_iterations(args, codec().max_iterations)
@@ -193,7 +193,7 @@ def budget(args: argparse.Namespace) -> int:
     """Compresses images so that all files together keep to a rate, and measures them."""
     use_threads(args.threads)
     room = _room("budget", "rnncodec.budget", "eval")
-    return room.run(args, lambda: _codec(args.weights or "small", args)) if room else 1
+    return room.run(args, lambda: _codec(args.weights, args)) if room else 1
 
 
 def info(args: argparse.Namespace) -> int:
@@ -288,7 +288,7 @@ def rate(args: argparse.Namespace) -> int:
 COMMANDS = {command.__name__: command for command in (encode, decode, view, budget, info, truncate, export, rate)}
 
 
-def _codec(weights: str, args: argparse.Namespace) -> "ImageCodec":
+def _codec(weights: str | None, args: argparse.Namespace) -> "ImageCodec":
     import torch
 
     import rnncodec

@@ -263,7 +263,7 @@ def main(argv: Sequence[str] | None = None, program: str = "evaluate.py") -> int
     """Runs the command line; returns the exit status, 1 if anything failed."""
     parser = argparse.ArgumentParser(prog=program, description="Measures a codec on photographs, beside others.")
     parser.add_argument("images", nargs="+", type=Path, help="image files and folders")
-    parser.add_argument("--weights", default="small", help="name of shipped weights, or a file (default: small)")
+    parser.add_argument("--weights", help="name of shipped weights, or a file (default: the default weights)")
     parser.add_argument(
         "--iterations", type=positive_int, help=f"iterations to measure (default: all, but at most {MAX_ITERATIONS})"
     )

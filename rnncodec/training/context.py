@@ -16,7 +16,7 @@ from rnncodec.network import AnyConfig, LatentBinarizer, LatentConfig, Recurrent
 from rnncodec.training.base import Training
 from rnncodec.training.module import CodecTraining
 from rnncodec.training.records import Validated
-from rnncodec.weights import load_weights
+from rnncodec.weights import DEFAULT_NAME, load_weights
 
 
 def _config(values: ContextConfig | dict[str, Any] | None, network: AnyConfig) -> ContextConfig:
@@ -92,7 +92,7 @@ class ContextTraining(Training):
     def __init__(
         self,
         contexts: dict[str, ContextConfig],
-        codec: str = "small",
+        codec: str = DEFAULT_NAME,
         weights: str | None = None,
         iterations: int = 16,
         learning_rate: float = 5e-4,
