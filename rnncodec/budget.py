@@ -28,6 +28,7 @@ from rnncodec.metrics.distortion import MS_SSIM_MIN_SIDE, ms_ssim
 
 AMPLE = 4  # times the bytes of an equal share, up to which the files of an image are known at first
 USED = 0.998  # of the budget, the least that all files are to take together
+FILLED = 3  # images that may get a file which takes what is left
 
 
 @dataclass
@@ -179,8 +180,22 @@ def compress(
         if each(lengthen, sources):
             return 1, set(pictures), []
         choose()
+
+    def fill(source: str, target: str, report: Report) -> None:
+        picture = pictures[source]
+        picture.options += contender.fill(load(source), picture.options[picture.chosen].size + left())
+
+    def left() -> int:
+        return limit - sum(picture.options[picture.chosen].size for picture in pictures.values())
+
+    least = math.ceil(USED * limit)
     status |= each(refine, list(pictures))
-    choose(math.ceil(USED * limit))
+    choose(least)
+    # Of a few images, no combination may come near the limit: then one of them gets what is left.
+    for source in sorted(pictures, key=lambda source: -pictures[source].pixels)[:FILLED]:
+        if limit - left() < least:
+            status |= each(fill, [source])
+            choose(least)
     measured: list[Measured] = []
 
     def finish(source: str, target: str, report: Report) -> Done:

@@ -106,7 +106,10 @@ def encode(args: argparse.Namespace) -> int:
         _check_iterations(args, codec().max_iterations)
     roi = None
     if args.roi:
-        roi = images.read_photograph(args.roi, args.max_pixels, strip=True).pixels.mean(2).round().astype(np.uint8)
+        mask = images.read_photograph(args.roi, args.max_pixels, strip=True)
+        if images.ON_WHITE in mask.lost:
+            raise ValueError(f"{args.roi} has transparency, of which --roi cannot tell how much it counts")
+        roi = mask.pixels.mean(2).round().astype(np.uint8)
 
     def work(source: str, target: str, report: Report) -> Done:
         file = stdin() if source == "-" else source

@@ -3,6 +3,7 @@
 import copy
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from typing import get_args
 
 import numpy as np
 import torch
@@ -90,9 +91,9 @@ class Codec(ImageCodec):
     ) -> bytes:
         """Compresses an image; at most one of iterations, quality, bpp, max_bytes and psnr sets the target.
 
-        Without a target, or with one of iterations, every location gets as many iterations as all others. For other
-        targets, a latent network with its context model chooses how many each location gets, see `rnncodec.allocation`.
-        Other networks choose the number of iterations for the whole image.
+        Without a target, or with one of iterations, every location gets as many iterations as all others. For psnr, bpp
+        and max_bytes, and for quality with the tune `psnr`, a latent network with its context model chooses how many
+        each location gets, see `rnncodec.allocation`. In all other cases the number is chosen for the whole image.
 
         Args:
             image: path of an image file, PIL image of any mode, uint8 array [H, W, 3], or tensor [3, H, W] in [0, 1],
@@ -125,8 +126,10 @@ class Codec(ImageCodec):
             height, width, iterations=iterations, quality=quality, bpp=bpp, max_bytes=max_bytes, psnr=psnr
         )
         pixels = torch.from_numpy(array).permute(2, 0, 1)[None]
-        if roi is not None and (roi.dtype != np.uint8 or roi.shape != (height, width)):
-            found = f"{roi.dtype} {list(roi.shape)}"
+        if tune not in get_args(TuneName):
+            raise ValueError(f"tune is one of {', '.join(get_args(TuneName))}, not {tune!r}")
+        found = f"{roi.dtype} {list(roi.shape)}" if isinstance(roi, np.ndarray) else type(roi).__name__
+        if roi is not None and found != f"uint8 {[height, width]}":
             raise ValueError(f"the region of interest of this image is uint8 [{height}, {width}], not {found}")
         way: TuneName = "psnr" if psnr is not None or roi is not None else tune
         if self.allocator is not None and entropy in (None, "context"):
@@ -135,7 +138,9 @@ class Codec(ImageCodec):
                 grid = self.loop.grid(height, width)
 
                 def write(planes: Iterable[np.ndarray]) -> bytes:
-                    return self._write(planes, self.session("context", *grid, maps=True), height, width, None, block)
+                    planes = list(planes)
+                    session = self.session("context", *grid, maps=not all(plane.all() for plane in planes))
+                    return self._write(planes, session, height, width, None, block)
 
                 weight = region_weights(roi, self.config.stride)
                 return self.allocator.encode(pixels, target, way, weight, write, self._parts(*grid), progress)

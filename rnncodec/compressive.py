@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -38,6 +38,7 @@ class CompressiveCodec(ImageCodec):
     """
 
     max_iterations = 1
+    of_integers = True
 
     def __init__(self, weights: Weights, device: str | torch.device = "cpu") -> None:
         super().__init__(weights, device)
@@ -93,21 +94,21 @@ class CompressiveCodec(ImageCodec):
         def file(level: int) -> bytes:
             return self._write(self._integers(y, level), level, entropy or "prior", height, width, block)
 
-        if max_bytes is not None:
-            level = largest(lambda level: len(file(level)) <= max_bytes, last)
+        if max_bytes is None and psnr is None:
             if level is None:
-                raise ValueError(f"the smallest file takes {len(file(0))} bytes, more than {max_bytes}")
-        elif psnr is not None:
-            below = largest(lambda level: self._decibel(y, level, pixels) < psnr, last)
-            level = 0 if below is None else min(below + 1, last)
-            if below == last:
-                reached = self._decibel(y, last, pixels)
-                warnings.warn(f"{psnr:g} dB are out of reach, the image has {reached:.2f} dB", stacklevel=2)
-        elif level is None:
-            level = round(((50 if quality is None else quality) - 1) / 99 * last)
+                level = round(((50 if quality is None else quality) - 1) / 99 * last)
+            data = file(level)
+        else:  # neither bytes nor PSNR rise with every level, so that all are tried
+            files: list[tuple[float, bytes]] = []
+            for each in range(last + 1):
+                reached = self._decibel(y, each, pixels)
+                files.append((reached, file(each)))
+                if progress:
+                    progress(each + 1, last + 1)
+            data = _chosen(files, max_bytes, psnr)
         if progress:
             progress(1, 1)
-        return file(level)
+        return data
 
     def decode(
         self,
@@ -201,10 +202,22 @@ class CompressiveCodec(ImageCodec):
         return format.write(Container(self.header(height, width, [entry], block, level=level), (payload,), block))
 
 
-def largest(holds: Callable[[int], bool], last: int) -> int | None:
-    """The largest number from 0 to `last` for which something holds, as it does for all smaller ones; None if none."""
-    low, high = -1, last
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if holds(middle) else (low, middle - 1)
-    return None if low < 0 else low
+def _chosen(files: Sequence[tuple[float, bytes]], max_bytes: int | None, psnr: float | None) -> bytes:
+    """Of files and their PSNR: the best that fits, or the smallest with a PSNR; the best, with a warning, if none has.
+
+    Raises:
+        ValueError: none fits.
+    """
+    if max_bytes is not None:
+        fit = [(reached, -len(data), data) for reached, data in files if len(data) <= max_bytes]
+        if not fit:
+            least = min(len(data) for _, data in files)
+            raise ValueError(f"the smallest file takes {least} bytes, more than {max_bytes}")
+        return max(fit)[2]
+    assert psnr is not None
+    good = [(len(data), data) for reached, data in files if reached >= psnr]
+    if good:
+        return min(good)[1]
+    reached, data = max(files)
+    warnings.warn(f"{psnr:g} dB are out of reach, the image has {reached:.2f} dB", stacklevel=3)
+    return data

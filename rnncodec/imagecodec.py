@@ -1,6 +1,7 @@
 """What the codecs of all networks share: what they are asked for, their headers, and the files that they refuse."""
 
 import math
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate, pairwise, zip_longest
@@ -22,6 +23,8 @@ from rnncodec.inputs import Input, read_input
 from rnncodec.loop import Progress
 from rnncodec.tiling import MAX_SIDE
 from rnncodec.weights import Weights, WeightsError
+
+LARGEST = 2**62  # bytes that are asked for
 
 
 class Compressed(TypedDict):
@@ -45,6 +48,7 @@ class ImageCodec(ABC):
 
     Attributes:
         max_iterations: of a file.
+        of_integers: whether files have integers, not bits.
 
     Args:
         weights: from `rnncodec.weights.load_weights`.
@@ -55,6 +59,7 @@ class ImageCodec(ABC):
     """
 
     max_iterations: int
+    of_integers = False
 
     def __init__(self, weights: Weights, device: str | torch.device) -> None:
         if str(device).split(":")[0] not in ("cpu", "cuda"):  # others lack float64, which the entropy coder needs
@@ -191,6 +196,9 @@ class ImageCodec(ABC):
                 f"the file needs the weights {header.weights!r} ({header.fingerprint.hex()}), "
                 f"loaded are {self.name!r} ({self.fingerprint.hex()})"
             )
+        if (header.level is not None) != self.of_integers:
+            found, needed = ("integers", "bits") if header.level is not None else ("bits", "integers")
+            raise FormatError(f"the file has {found}, its weights code {needed}")
         if (header.stride, header.bits) != (self.config.stride, self.config.bits):
             raise FormatError(
                 f"the header says stride {header.stride} and {header.bits} bits, "
@@ -230,8 +238,13 @@ def check_targets(
         raise ValueError(f"quality must be in 1..100, not {quality}")
     if psnr is not None and not 0 < psnr < math.inf:
         raise ValueError(f"psnr must be a positive number of dB, not {psnr}")
+    if max_bytes is not None:
+        try:
+            return min(operator.index(max_bytes), LARGEST)
+        except TypeError as error:
+            raise ValueError(f"max_bytes must be a whole number, not {max_bytes}") from error
     if bpp is None:
-        return max_bytes
+        return None
     if not bpp > 0:
         raise ValueError(f"bpp must be positive, not {bpp}")
-    return int(min(bpp * height * width / 8 * (1 + 1e-12), 2**62))
+    return int(min(bpp * height * width / 8 * (1 + 1e-12), LARGEST))

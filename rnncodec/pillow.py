@@ -14,6 +14,7 @@ import warnings
 from contextlib import suppress
 from typing import IO, Any
 
+import numpy as np
 from PIL import Image, ImageFile
 
 import rnncodec
@@ -28,7 +29,8 @@ from rnncodec.weights import shipped_name
 
 NAME = "RNC"  # of the format, for Pillow
 MAX_PIXELS = 2**32  # Pillow itself refuses or warns of large images
-OPTIONS = "iterations", "quality", "bpp", "max_bytes", "psnr", "tune", "entropy"  # of `save`, as of `Codec.encode`
+# Of `save`, as of `Codec.encode`.
+OPTIONS = "iterations", "quality", "bpp", "max_bytes", "psnr", "tune", "roi", "entropy"
 
 _readers: dict[bytes, ImageCodec] = {}  # by fingerprint
 _writers: list[ImageCodec] = []  # the one that writes, if it was chosen or needed
@@ -122,7 +124,7 @@ class RncImageFile(ImageFile.ImageFile):
 
 
 def _save(image: Image.Image, file: IO[bytes], filename: str | bytes) -> None:
-    """Writes an image with the options of its `save`: those of `Codec.encode`, and exif and xmp."""
+    """Writes an image with the options of its `save`: those of `Codec.encode` (`roi` may be an image), exif and xmp."""
     if not _writers:
         use(rnncodec.load())
     carrier, lost = Image.new("RGB", (1, 1)), list[str]()
@@ -134,6 +136,8 @@ def _save(image: Image.Image, file: IO[bytes], filename: str | bytes) -> None:
     for reason in lost:
         warnings.warn(reason, ImageWarning, stacklevel=4)
     options = {name: value for name, value in image.encoderinfo.items() if name in OPTIONS}
+    if isinstance(mask := options.get("roi"), Image.Image):
+        options["roi"] = np.asarray(mask.convert("L"))
     # An .rnc file cannot say how to turn its pixels, so that is done here.
     pixels = to_rgb(image, orientation_of(carrier) if exif else None)
     file.write(_writers[0].encode(pixels, records=records, **options))

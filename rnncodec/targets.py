@@ -1,5 +1,6 @@
 """What a compressed file is to have: an effort, a number of bytes or a PSNR; and the encoder that comes near it."""
 
+import math
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
@@ -10,8 +11,8 @@ from torch import Tensor
 
 from rnncodec.allocation import QUALITIES, SURVEYS, Allocation, Plan, Survey, TuneName
 from rnncodec.entropy import ContextModel, ContextSession
-from rnncodec.files.format import truncate
-from rnncodec.loop import Loop, Progress
+from rnncodec.files.format import FormatError, truncate
+from rnncodec.loop import Loop, Progress, Start
 
 MARGIN = 0.003  # of the bytes of a target that are left over, so that it is rarely missed
 CUT = 0.03  # of the bytes of a target that a file may have too many: without its end, it is nearly as good
@@ -20,6 +21,9 @@ TOLERANCE = 0.045  # dB
 OVERHEAD = 56  # bits of a payload beside its locations: entry in the header, checksum, end of the code
 STEPS = 200  # of progress
 ATTEMPTS = 6  # to meet a target, each with what the one before has shown
+FEW, MORE = 1024, 20  # locations of images that have more attempts, as single locations count there, and how many
+HASTE = 20.0  # dB by which the error to ask for may grow at once, as an image may have none
+EVERYTHING = math.inf  # the effort of all iterations everywhere, whatever a survey estimates that they save
 
 
 class Target(ABC):
@@ -33,7 +37,7 @@ class Target(ABC):
 
     @abstractmethod
     def effort(self, survey: Survey) -> float:
-        """The effort to try next."""
+        """The effort to try next, from 0 to 1, or `EVERYTHING`."""
 
     @abstractmethod
     def met(self, data: bytes, reached: float) -> bool:
@@ -41,7 +45,11 @@ class Target(ABC):
 
     @abstractmethod
     def best(self) -> bytes:
-        """The best of the files."""
+        """The best of the files, of which there is at least one.
+
+        Raises:
+            FormatError: none is as small as it is to be.
+        """
 
 
 class EffortTarget(Target):
@@ -73,37 +81,42 @@ class BytesTarget(Target):
     """
 
     def __init__(self, limit: int) -> None:
-        self.limit, self.goal = limit, limit * (1 - MARGIN)
+        self.limit, self.goal, self.near = limit, limit * (1 - MARGIN), limit * (1 - 3 * MARGIN)
         self.bits = 8 * (self.goal - HEADER)
         self.small = self.cut = b""  # the largest file that fits, and the largest of those that were cut to fit
         self.tried: list[tuple[int, float]] = []  # bytes of files, and the bits that were asked for
+        self.error: FormatError | None = None  # of a file of which not even the first payload fits
 
     def effort(self, survey: Survey) -> float:
         return survey.for_rate(self.bits)
 
     def met(self, data: bytes, reached: float) -> bool:
-        """As in `Target`.
-
-        Raises:
-            FormatError: not even the first payload fits.
-        """
         if len(data) <= self.limit:
             self.small = max(self.small, data, key=len)
         else:
-            self.cut = max(self.cut, truncate(data, max_bytes=self.limit), key=len)
+            try:
+                self.cut = max(self.cut, truncate(data, max_bytes=self.limit), key=len)
+            except FormatError as error:
+                self.error = error
         self.tried.append((len(data), self.bits))
         below = max((tried for tried in self.tried if tried[0] <= self.goal), default=None)
         above = min((tried for tried in self.tried if tried[0] > self.goal), default=None)
         size, bits = min((tried for tried in (below, above) if tried), key=lambda tried: abs(tried[0] - self.goal))
         self.bits = bits + 8 * (self.goal - size)
         if below and above and not below[1] < self.bits < above[1]:
-            self.bits = float(np.interp(self.goal, (below[0], above[0]), (below[1], above[1])))
-        return len(data) <= (1 + CUT) * self.limit and len(self.best()) >= (1 - 3 * MARGIN) * self.limit
+            share = (self.goal - below[0]) / (above[0] - below[0]) if len(self.tried) <= ATTEMPTS else 0.5
+            self.bits = below[1] + share * (above[1] - below[1])
+        return len(data) <= (1 + CUT) * self.limit and max(len(self.small), len(self.cut)) >= self.near
 
     def best(self) -> bytes:
-        """The largest file that fits, if it is nearly as large as it may be, or one that was cut."""
-        near = len(self.small) >= (1 - 3 * MARGIN) * self.limit
-        return self.small if near else max(self.small, self.cut, key=len)
+        """The largest file that fits, if it is nearly as large as it may be, or one that was cut.
+
+        Raises:
+            FormatError: there is none.
+        """
+        if self.error and not (self.small or self.cut):
+            raise self.error
+        return self.small if len(self.small) >= self.near else max(self.small, self.cut, key=len)
 
 
 class PsnrTarget(Target):
@@ -118,22 +131,37 @@ class PsnrTarget(Target):
 
     def __init__(self, psnr: float, values: int) -> None:
         self.psnr = psnr
-        self.squared = 4 * values * 10 ** (-psnr / 10)  # of values in [-1, 1]
+        self.level = 10 * math.log10(values) - psnr  # of the squared error to ask for, in dB, of values in [0, 1]
         self.files: list[tuple[float, bytes]] = []
+        self.tried: list[tuple[float, float]] = []  # what was reached, and the level that was asked for
+        self.asked = 0.0  # effort
+        self.estimated = False  # whether the effort of 1 has not reached the PSNR
 
     def effort(self, survey: Survey) -> float:
-        return survey.for_squared(self.squared)
+        effort = survey.for_squared(4 * 10 ** (self.level / 10))
+        self.asked = EVERYTHING if self.estimated and effort >= 1 else effort
+        return self.asked
 
     def met(self, data: bytes, reached: float) -> bool:
         self.files.append((reached, data))
-        self.squared *= 10 ** ((reached - self.psnr) / 10)
+        if self.asked == EVERYTHING:
+            return True
+        self.estimated = self.estimated or (self.asked >= 1 and reached < self.psnr)
+        self.tried.append((reached, self.level))
+        below = max((tried for tried in self.tried if tried[0] <= self.psnr), default=None)
+        above = min((tried for tried in self.tried if tried[0] > self.psnr), default=None)
+        self.level += min(reached - self.psnr, HASTE)
+        if below and above and not above[1] < self.level < below[1]:
+            self.level = (below[1] + above[1]) / 2
         return abs(reached - self.psnr) <= TOLERANCE
 
     def best(self) -> bytes:
         """The file whose PSNR is nearest; warns if it is not near."""
         reached, data = min(self.files, key=lambda file: abs(file[0] - self.psnr))
         if reached < self.psnr - 2 * TOLERANCE:
-            warnings.warn(f"{self.psnr:g} dB are out of reach, the image has {reached:.2f} dB", stacklevel=4)
+            most = max(reached for reached, _ in self.files)
+            reason = "are out of reach" if most < self.psnr else "are not met"
+            warnings.warn(f"{self.psnr:g} dB {reason}, the image has {reached:.2f} dB", stacklevel=4)
         return data
 
 
@@ -202,12 +230,14 @@ class Allocator:
         plan = Plan(kind, target.effort, self._price, worth, reconstructions, OVERHEAD * parts, weight)
         survey, start = self.loop.survey(pixels, inputs, plan, half())
         made = dict[bytes, tuple[bytes, float]]()
-        for _ in range(ATTEMPTS):
-            last = survey.choose(target.effort(survey))
-            while survey.short(last):  # it ended too early, by estimates that were wrong
+        for _ in range(ATTEMPTS if survey.weight.size > FEW else MORE):
+            last = survey.choose(effort := target.effort(survey))
+            while effort < EVERYTHING and survey.short(last):  # it ended too early, by estimates that were wrong
                 plan = plan._replace(least=2 * len(survey.rate))
                 survey, start = self.loop.survey(pixels, inputs, plan, half())
-                last = survey.choose(target.effort(survey))
+                last = survey.choose(effort := target.effort(survey))
+            if effort == EVERYTHING:
+                last, start = np.full_like(last, self.loop.max_iterations), Start([], {})
             if last.tobytes() not in made:
                 planes, reached = self.loop.encode_stopped(pixels, inputs, last, start, half(), target.judges)
                 made[last.tobytes()] = write(planes), reached

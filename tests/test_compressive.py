@@ -1,7 +1,9 @@
 """The compressive autoencoder: its network against NumPy, its training, its files."""
 
+import copy
 import json
 import math
+from types import SimpleNamespace
 
 import lightning as L
 import numpy as np
@@ -153,6 +155,23 @@ def test_tables_are_those_of_the_mixtures(network):
         np.testing.assert_allclose(chance, expected[:, column], rtol=2e-3, atol=1e-4)
 
 
+def test_tables_of_wide_mixtures():
+    """Each decision of large integers is right: whether the size is at least n, given that it is at least n - 1."""
+    torch.manual_seed(1)
+    wide = CompressiveAutoencoder(TINY)
+    with torch.no_grad():
+        wide.deviation.copy_(torch.rand_like(wide.deviation) + 2)  # e ** 2 to e ** 3
+        wide.weight.normal_()
+    wide.tabulate()
+    values = np.arange(-400, 401)
+    for rate in range(3):
+        chances = bins(wide, rate, values)
+        at_least = np.array([chances[:, np.abs(values) >= n].sum(1) for n in range(17)]).T
+        found = wide.table[4 * rate].numpy() / SCALE
+        np.testing.assert_allclose(found[:, 0], at_least[:, 1], atol=1e-4)
+        np.testing.assert_allclose(found[:, 2:], at_least[:, 2:16] / at_least[:, 1:15], atol=1e-4)
+
+
 @pytest.mark.parametrize("rounding", ["identity", "noise", "stochastic"])
 def test_rounding_and_its_gradient(rounding):
     """Theis et al. 2017, sec. 2.1: the gradient is 1; noise is uniform; stochastic rounding is right on average."""
@@ -218,24 +237,40 @@ def test_windows_leave_no_trace(codec, photo, monkeypatch):
 
 
 def test_targets(codec, photo):
-    sizes = [len(codec.encode(photo, level=level)) for level in range(codec.config.levels)]
-    limit = (sizes[3] + sizes[4]) // 2
-    assert len(codec.encode(photo, max_bytes=limit)) == max(size for size in sizes if size <= limit)
-    assert len(codec.encode(photo, bpp=8 * limit / (45 * 61))) == max(size for size in sizes if size <= limit)
-    assert codec.encode(photo, quality=1) == codec.encode(photo, level=0)
-    assert codec.encode(photo, quality=100) == codec.encode(photo, level=8)
-    assert codec.encode(photo) == codec.encode(photo, level=4)
-    with pytest.raises(ValueError, match="the smallest file takes"):
-        codec.encode(photo, max_bytes=50)
+    """Of all levels, the best that fits and the smallest that is good enough; neither rises with every level."""
 
     def decibel(data):
         return 10 * np.log10(255**2 / np.mean((np.asarray(codec.decode(data)) - photo.astype(float)) ** 2))
 
-    reached = [decibel(codec.encode(photo, level=level)) for level in range(codec.config.levels)]
+    files = [codec.encode(photo, level=level) for level in range(codec.config.levels)]
+    sizes, reached = [len(data) for data in files], [decibel(data) for data in files]
+    for limit in (min(sizes), (sizes[3] + sizes[4]) // 2, max(sizes), 10**400):
+        best = max(value for size, value in zip(sizes, reached, strict=True) if size <= limit)
+        data = codec.encode(photo, max_bytes=limit)
+        assert len(data) <= limit
+        assert decibel(data) == pytest.approx(best, abs=1e-6)
+        assert codec.encode(photo, bpp=8 * min(limit, 10**9) / (45 * 61)) == data
+    for target in np.sort(reached) - 0.001:
+        least = min(size for size, value in zip(sizes, reached, strict=True) if value >= target)
+        data = codec.encode(photo, psnr=target)
+        assert decibel(data) >= target
+        assert len(data) == least
+    assert codec.encode(photo, quality=1) == files[0]
+    assert codec.encode(photo, quality=100) == files[8]
+    assert codec.encode(photo) == files[4]
+    with pytest.raises(ValueError, match=f"^the smallest file takes {min(sizes)} bytes, more than {min(sizes) - 1}$"):
+        codec.encode(photo, max_bytes=min(sizes) - 1)
     with pytest.warns(UserWarning, match="^90 dB are out of reach, the image has"):
-        codec.encode(photo, psnr=90)
-    least = min(reached) - 0.1
-    assert decibel(codec.encode(photo, psnr=least)) >= least
+        assert decibel(codec.encode(photo, psnr=90)) == pytest.approx(max(reached), abs=1e-6)
+
+
+def test_integers_stay_within_16_bits(network, weights, photo):
+    loud = rnncodec.load(weights)
+    with torch.no_grad():
+        loud.network.scale.add_(20)
+    found = loud.integers(photo, 0)
+    assert found.min() == -32767
+    assert found.max() == 32767
 
 
 @pytest.mark.parametrize(
@@ -363,27 +398,111 @@ def test_training_learns_one_rate_and_then_the_others(tmp_path):
     assert int(network.table.min()) > 0
 
 
-def test_the_loss_is_rate_and_distortion(network):
-    module = CompressiveTraining(TINY, (100.0, 400.0, 1600.0), first=1)
-    module.network = network
-    x = Patches()[0]
+@pytest.fixture
+def module(network, monkeypatch):
+    """A training with a network, whose steps a test may set, and no trainer but its number of steps."""
+    made = CompressiveTraining(TINY, (100.0, 400.0, 1600.0), first=1, scale_steps=4, growth_steps=3)
+    made.network = network
+    monkeypatch.setattr(made, "log", lambda *args, **options: None)
+    monkeypatch.setattr(CompressiveTraining, "trainer", SimpleNamespace(max_steps=12))
+    monkeypatch.setattr(CompressiveTraining, "global_step", 0)
+    return made
+
+
+@pytest.mark.parametrize("step", [5, *range(8, 12)])
+def test_the_loss_is_rate_and_distortion(module, network, monkeypatch, step):
+    monkeypatch.setattr(CompressiveTraining, "global_step", step)
+    rate, x = module.rate(), Patches()[0]
     with torch.no_grad():
-        x_hat, nats = network(x, 2)
-    scale = network.scales(8).detach()
-    with torch.no_grad():
-        integers = (network.analyse(x, slice(0, 4), slice(0, 4)) * scale).round()
-    chances = bins(network, 2, np.arange(-400, 401))
+        x_hat, _ = network(x, rate)
+        integers = (network.analyse(x, slice(0, 4), slice(0, 4)) * network.scales(4 * rate)).round()
+        loss = module.training_step(x, 0).item()
+    chances = bins(network, rate, np.arange(-400, 401))
     length = -np.log2(chances[np.arange(6)[None, :, None, None], integers.int().numpy() + 400]).sum()
-    assert module.bpp(nats, x).item() == pytest.approx(length / (2 * 32 * 32), rel=1e-2)
-    assert module.error(x, x_hat).item() == pytest.approx((((x - x_hat) / 2) ** 2).mean().item(), rel=1e-5)
+    error = (((x - x_hat) / 2) ** 2).mean().item()
+    assert loss == pytest.approx(length / (2 * 32 * 32) + 100 * 4**rate * error, rel=1e-2)
 
 
-def test_coefficients_come_one_after_another(network):
-    x = Patches()[0]
+def test_the_rates_of_steps(module, monkeypatch):
+    """The first eight steps are for one rate, the last four for any; scale_steps beyond all steps are all of them."""
+    rates = []
+    for step in range(12):
+        monkeypatch.setattr(CompressiveTraining, "global_step", step)
+        rates.append(module.rate())
+    assert rates[:8] == [1] * 8
+    assert rates[8:] != [1] * 4
+    module.scale_steps = 200
+    monkeypatch.setattr(CompressiveTraining, "trainer", SimpleNamespace(max_steps=100))
+    found = []
+    for step in range(100):
+        monkeypatch.setattr(CompressiveTraining, "global_step", step)
+        found.append(module.rate())
+    assert set(found) == {0, 1, 2}
+
+
+def test_rates_begin_with_what_the_first_has_learned(module, network):
+    module.network = copied = copy.deepcopy(network)
     with torch.no_grad():
-        _, nats = network(x, 1, active=2)
-    assert (nats[:, 2:] == 0).all()
-    assert nats[:, :2].sum() > 0
+        copied.deviation.normal_()
+    scale, deviation, weight = (p.detach().clone() for p in (network.scale, copied.deviation, copied.weight))
+    module.start_rates()
+    for rate, apart in enumerate((-math.log(2), 0, math.log(2))):  # half the logarithm of a weight over the first
+        torch.testing.assert_close(copied.scale[rate], scale[1] + apart)
+        torch.testing.assert_close(copied.deviation[rate], deviation[1] + apart)
+        torch.testing.assert_close(copied.weight[rate], weight[1])
+
+
+def test_every_parameter_has_one_learning_rate(module, network):
+    groups = module.configure_optimizers()["optimizer"].param_groups
+    found = {parameter: group["initial_lr"] for group in groups for parameter in group["params"]}
+    assert sum(len(group["params"]) for group in groups) == len(found) == len(list(network.parameters()))
+    rates = module.muon_learning_rate, module.prior_learning_rate, module.learning_rate
+    assert len(set(rates)) == 3
+    expected = {parameter: rates[2] for parameter in network.parameters()}
+    expected |= {parameter: rates[1] for parameter in (network.scale, network.deviation, network.weight)}
+    inner = [*list(network.analysis.modules()), *list(network.synthesis.modules())]
+    kernels = [layer.weight for layer in inner if isinstance(layer, torch.nn.Conv2d)]
+    ends = network.analysis[0].weight, network.synthesis[-2].weight  # that see or make pixels
+    expected |= {kernel: rates[0] for kernel in kernels if not any(kernel is end for end in ends)}
+    assert found == expected
+
+
+def test_coefficients_come_one_after_another(module, network, monkeypatch):
+    x = Patches()[0]
+    for step, active in ((0, 1), (1, 3), (2, 5), (3, 6), (4, 6)):
+        monkeypatch.setattr(CompressiveTraining, "global_step", step)
+        with torch.no_grad():
+            _, nats = network(x, 1, module.active())
+        assert (nats[:, active:] == 0).all()
+        assert (nats[:, :active].sum((0, 2, 3)) > 0).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"distortion_weights": (3.0, 2.0, 1.0)}, "positive and rise, unlike"),
+        ({"distortion_weights": (1.0, 1.0, 2.0)}, "positive and rise, unlike"),
+        ({"distortion_weights": (-1.0, 1.0, 2.0)}, "positive and rise, unlike"),
+        ({"distortion_weights": (1.0, 2.0, 3.0), "first": 1, "scale_steps": -0.2}, "scale_steps must not be negative"),
+    ],
+)
+def test_wrong_options_of_training(options, message):
+    with pytest.raises(ValueError, match=message):
+        CompressiveTraining(TINY, **{"first": 1, **options})
+
+
+def test_scale_steps_need_a_number_of_steps(tmp_path):
+    module = CompressiveTraining(TINY, (100.0, 400.0, 1600.0), first=1)
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    trainer = L.Trainer(max_steps=-1, max_time="00:00:01:00", default_root_dir=tmp_path, **quiet)
+    with pytest.raises(ValueError, match="^scale_steps are the last ones"):
+        trainer.fit(module, torch.utils.data.DataLoader(Patches(), batch_size=None))
+
+
+def test_more_coefficients_than_a_file_holds_are_refused():
+    assert CompressiveConfig(coefficients=255).bits == 255
+    with pytest.raises(ValueError, match="room for 255 coefficients of a block, not 256"):
+        CompressiveConfig(coefficients=256)
 
 
 @pytest.mark.parametrize(

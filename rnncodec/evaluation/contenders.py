@@ -65,6 +65,10 @@ class Contender(ABC):
     def near(self, x: np.ndarray, options: Sequence[Option], chosen: int) -> list[Option]:
         """More files of an image, of about the size of a chosen one."""
 
+    def fill(self, x: np.ndarray, size: int) -> list[Option]:
+        """More files of an image, of nearly so many bytes, if the codec can aim at them."""
+        return []
+
     @abstractmethod
     def decode(self, data: bytes) -> np.ndarray:
         """Decodes a file to an image, uint8 [H, W, 3]."""
@@ -73,7 +77,7 @@ class Contender(ABC):
 class Prefixes(Contender):
     """A recurrent codec, whose files can be cut after each iteration, or part of one.
 
-    If the weights allow it, `near` gives files in which locations stop.
+    If the weights allow it, `near` and `fill` give files in which locations stop.
 
     Args:
         codec: the codec.
@@ -97,9 +101,13 @@ class Prefixes(Contender):
         return options[-1].setting >= self.codec.max_iterations
 
     def near(self, x: np.ndarray, options: Sequence[Option], chosen: int) -> list[Option]:
-        if self.codec.allocator is None or options[chosen].setting <= 1:  # every location has the first iteration
+        if options[chosen].setting <= 1:  # every location has the first iteration
             return []
-        size = math.floor(MORE * options[chosen].size)
+        return self.fill(x, math.floor(MORE * options[chosen].size))
+
+    def fill(self, x: np.ndarray, size: int) -> list[Option]:
+        if self.codec.allocator is None:
+            return []
         return self._cuts(x, self.codec.encode(x, max_bytes=size, tune=self.tune, records={}))
 
     def decode(self, data: bytes) -> np.ndarray:

@@ -3,13 +3,14 @@
 from rnncodec.files.errors import ImageError, ImageWarning, one_line
 from rnncodec.files.finding import find_images, find_unreadable, readable_suffixes
 from rnncodec.files.opening import FORMATS
-from rnncodec.files.pixels import orientation_of
+from rnncodec.files.pixels import ON_WHITE, orientation_of
 from rnncodec.files.reading import MAX_PIXELS, load_image, load_photograph, read_photograph, to_rgb
 from rnncodec.files.writing import atomic_folder, atomic_write, format_name, save_image
 
 __all__ = [
     "FORMATS",
     "MAX_PIXELS",
+    "ON_WHITE",
     "ImageError",
     "ImageWarning",
     "atomic_folder",

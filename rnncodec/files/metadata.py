@@ -4,6 +4,7 @@ import io
 import re
 import threading
 import warnings
+from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -94,9 +95,14 @@ def _exif(image: Image.Image) -> bytes:
 
 
 def _xmp(image: Image.Image) -> bytes:
-    """The XMP packet, with the orientation 1 if it has one, empty if there is none."""
+    """The XMP packet in UTF-8, with the orientation 1 if it has one, empty if there is none."""
     packet = image.info.get("xmp")
-    return XMP_ORIENTATION.sub(rb"\g<1>1", packet) if isinstance(packet, bytes) else b""
+    if not isinstance(packet, bytes):
+        return b""
+    if packet.startswith((BOM_UTF16_BE, BOM_UTF16_LE)):
+        packet = packet.decode("utf-16").encode()
+    packet.decode()  # shows whether it is UTF-8
+    return XMP_ORIENTATION.sub(rb"\g<1>1", packet)
 
 
 def _options(name: str, records: Mapping[str, bytes]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ ORIENTATIONS = {  # by EXIF tag 274: the operation that turns the stored image u
     8: Image.Transpose.ROTATE_90,
 }
 WHITE, TWELVE_BITS = 65535, 4095
+ON_WHITE = "transparency is replaced by white"
 ROWS = 2**20  # pixels that are blended at once, which bounds the memory
 
 
@@ -40,7 +41,7 @@ def upright_rgb(picture: Picture) -> np.ndarray:
     if picture.frame is not None:
         alpha = _within(picture.frame, color.shape[:2], alpha)
     if alpha is not None and alpha.min() < np.iinfo(alpha.dtype).max:
-        picture.lost.append("transparency is replaced by white")
+        picture.lost.append(ON_WHITE)
         rgb = _on_white(rgb, alpha)
     if picture.turned is None:
         number = orientation_of(picture.image) if picture.orientation is None else picture.orientation

@@ -60,6 +60,8 @@ class CompressiveConfig:
             raise ValueError("a compressive autoencoder has two widths, and every number is at least 1")
         if self.rates > 64:
             raise ValueError(f"{self.rates} rates are too many")
+        if self.coefficients > 255:
+            raise ValueError(f"a file has room for 255 coefficients of a block, not {self.coefficients}")
 
     @property
     def stride(self) -> int:

@@ -69,6 +69,8 @@ class LatentConfig:
         _ = self.extra_runs  # checks them
         if self.bits % self.groups or self.bits // self.groups > self.latents:
             raise ValueError(f"{self.bits} bits are not {self.groups} groups of different channels of {self.latents}")
+        if self.bits > 255:
+            raise ValueError(f"a file has room for 255 bits of a location, not {self.bits}")
         if len(self.analysis_channels) != 3 or len(self.synthesis_channels) != 3:
             raise ValueError("the branches of the transforms have three scales")
 

@@ -37,7 +37,7 @@ from rnncodec.training.checkpoints import AtomicCheckpointIO, LastCheckpoint, ch
 from rnncodec.training.flags import check_trainer
 from rnncodec.training.folder import RunFolder, run_name
 from rnncodec.training.help import Help, help_asked
-from rnncodec.training.messages import messages
+from rnncodec.training.messages import UNION, innermost, messages
 from rnncodec.training.optim import bfloat16_pays
 from rnncodec.training.progress import TrainingProgress
 from rnncodec.training.stopping import StopOnSignal
@@ -94,7 +94,7 @@ class Parser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.exit_on_error:  # it tries one of several types
             super().error(message, ex)
-        print(f"{self.prog.partition(' ')[0]}: error: {' '.join(message.split())}", file=sys.stderr)
+        print(f"{self.prog.partition(' ')[0]}: error: {innermost(message)}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -252,7 +252,7 @@ def reason(error: BaseException) -> str:
     text = str(error).strip()
     if text.startswith("Caught ") and "DataLoader worker" in text:
         return text.splitlines()[-1].partition(": ")[2] or text.splitlines()[-1]
-    return one_line(error)
+    return innermost(text) if text.startswith(UNION) else one_line(error)
 
 
 def main(args: Sequence[str] | None = None, program: str = "train.py") -> int:

@@ -4,6 +4,7 @@ import math
 import random
 from collections.abc import Mapping
 from dataclasses import asdict
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -68,6 +69,10 @@ class CompressiveTraining(Training):
         rates = self.network.config.rates
         if len(distortion_weights) != rates or not 0 <= first < rates:
             raise ValueError(f"{rates} rates need as many weights of the distortion, and the first is one of them")
+        if min(distortion_weights) <= 0 or any(a >= b for a, b in pairwise(distortion_weights)):
+            raise ValueError(f"weights of the distortion are positive and rise, unlike {list(distortion_weights)}")
+        if not scale_steps >= 0:
+            raise ValueError(f"scale_steps must not be negative, as {scale_steps} is")
         self.prior_learning_rate, self.muon_learning_rate = prior_learning_rate, muon_learning_rate
         self.distortion_weights, self.first = tuple(distortion_weights), first
         self.growth_steps, self.scale_steps = growth_steps, scale_steps
@@ -77,6 +82,10 @@ class CompressiveTraining(Training):
         self.save_hyperparameters()
         self.plain_hyperparameters(network=asdict(self.network.config))
         self.network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+
+    def on_fit_start(self) -> None:
+        if self.trainer.max_steps < 1 and self.scale_steps and self.network.config.rates > 1:
+            raise ValueError("scale_steps are the last ones of trainer.max_steps, which must be set")
 
     def configure_optimizers(self) -> Any:
         network = self.network
@@ -97,7 +106,7 @@ class CompressiveTraining(Training):
     def scaling(self) -> int:
         """The step from which only scales and priors are trained."""
         most = self.trainer.max_steps
-        last = self.scale_steps * most if self.scale_steps < 1 else self.scale_steps
+        last = self.scale_steps * most if self.scale_steps < 1 else min(self.scale_steps, most)
         return round(most - last) if most > 0 else most
 
     def scaled(self) -> bool:

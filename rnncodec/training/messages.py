@@ -48,6 +48,8 @@ NEEDLESS_LINES = re.compile(
     )
 )
 
+UNION = "Does not validate against any of the Union subtypes"
+
 
 class Lines(logging.Handler):
     """Prints what Lightning's loggers are told, above a progress bar if there is one."""
@@ -56,6 +58,19 @@ class Lines(logging.Handler):
         message = record.getMessage()
         if not NEEDLESS_LINES.match(message):
             print(message, file=sys.stderr, flush=True)  # as it is now, because a progress bar replaces it
+
+
+def innermost(text: str) -> str:
+    """The reason in an error of jsonargparse, which tells of each type that an option may have, in a single line."""
+    if UNION not in text:
+        return " ".join(text.split())
+    keys = list[str]()
+    for line in (line.strip().removeprefix("- ") for line in text.splitlines()):
+        if key := re.fullmatch(r'Parser key "(.+)":', line):
+            keys.append(key[1])
+        elif not line.startswith((UNION, "Subtypes:", "Errors:", "Problem with given class_path")):
+            return f"{'.'.join(keys)}: {line}" if keys else line  # the first type that it tells of is the one meant
+    return " ".join(text.split())
 
 
 @contextmanager

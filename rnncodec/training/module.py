@@ -168,6 +168,9 @@ class CodecTraining(Training):
         recurrent = isinstance(config, LatentConfig) or "none" not in (config.encoder_cell, config.decoder_cell)
         if recurrent and self.trainer.world_size > 1 and self.fewest_iterations() < 2:
             raise ValueError("several processes need at least 2 iterations: in one, hidden kernels have no gradient")
+        data = getattr(self.trainer, "datamodule", None)
+        if isinstance(data, PatchDataModule) and data.patch_size % config.stride:
+            raise ValueError(f"patches of {data.patch_size} pixels a side are no multiple of blocks of {config.stride}")
         self.start_network()
 
     def training_step(self, x: Tensor, batch_idx: int) -> Tensor:

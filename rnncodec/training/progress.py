@@ -160,7 +160,7 @@ class TrainingProgress(ProgressBar):
         found = [f"{self._pace.speed / 1e6:.3g} MP/s"]
         left = self._left(trainer, self._pace)
         if left is not None:
-            found.append(f"{timedelta(seconds=round(left))} left")
+            found.append(f"{timedelta(seconds=max(0, round(left)))} left")
         return ", ".join([*found, *(f"{name} {value:.4g}" for name, value in self._metrics.items())])
 
     def _left(self, trainer: L.Trainer, pace: Pace) -> float | None:
