@@ -124,7 +124,7 @@ class Survey(ABC):
 
     @abstractmethod
     def choose(self, effort: float) -> np.ndarray:
-        """The last iteration of each location, from 1, int [rows, cols]."""
+        """The last iteration of each location, from 1, int [rows, cols]; efforts above 1 are as 1."""
 
     @abstractmethod
     def done(self, last: np.ndarray) -> bool:
@@ -188,7 +188,7 @@ class EvenSurvey(Survey):
     measure, reconstructions, checked, crowd = "ms-ssim", 2, 1, 1.0
 
     def choose(self, effort: float) -> np.ndarray:
-        level = 1 + effort * (self.most - 1)
+        level = 1 + min(effort, 1.0) * (self.most - 1)
         count = min(int(level), len(self.rate))
         last = np.full(self.weight.shape, count)
         if count < len(self.rate):

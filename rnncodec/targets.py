@@ -52,6 +52,19 @@ class Target(ABC):
         """
 
 
+def between(below: tuple[float, float], above: tuple[float, float], goal: float, tried: int) -> float:
+    """What to ask for, given what gave a little too little and too much: by interpolation, after some tries by halves.
+
+    Args:
+        below: what a request gave, and the request.
+        above: likewise.
+        goal: what is wanted.
+        tried: number of requests.
+    """
+    share = (goal - below[0]) / (above[0] - below[0]) if tried <= ATTEMPTS else 0.5
+    return below[1] + share * (above[1] - below[1])
+
+
 class EffortTarget(Target):
     """A given effort.
 
@@ -86,9 +99,12 @@ class BytesTarget(Target):
         self.small = self.cut = b""  # the largest file that fits, and the largest of those that were cut to fit
         self.tried: list[tuple[int, float]] = []  # bytes of files, and the bits that were asked for
         self.error: FormatError | None = None  # of a file of which not even the first payload fits
+        self.asked, self.room = 0.0, False  # effort, and whether that of 1 has left bytes over
 
     def effort(self, survey: Survey) -> float:
-        return survey.for_rate(self.bits)
+        effort = survey.for_rate(self.bits)
+        self.asked = EVERYTHING if self.room and effort >= 1 else effort
+        return self.asked
 
     def met(self, data: bytes, reached: float) -> bool:
         if len(data) <= self.limit:
@@ -98,14 +114,16 @@ class BytesTarget(Target):
                 self.cut = max(self.cut, truncate(data, max_bytes=self.limit), key=len)
             except FormatError as error:
                 self.error = error
+        if self.asked == EVERYTHING:
+            return True
+        self.room = self.room or (self.asked >= 1 and len(data) < self.near)
         self.tried.append((len(data), self.bits))
         below = max((tried for tried in self.tried if tried[0] <= self.goal), default=None)
         above = min((tried for tried in self.tried if tried[0] > self.goal), default=None)
         size, bits = min((tried for tried in (below, above) if tried), key=lambda tried: abs(tried[0] - self.goal))
         self.bits = bits + 8 * (self.goal - size)
         if below and above and not below[1] < self.bits < above[1]:
-            share = (self.goal - below[0]) / (above[0] - below[0]) if len(self.tried) <= ATTEMPTS else 0.5
-            self.bits = below[1] + share * (above[1] - below[1])
+            self.bits = between(below, above, self.goal, len(self.tried))
         return len(data) <= (1 + CUT) * self.limit and max(len(self.small), len(self.cut)) >= self.near
 
     def best(self) -> bytes:
@@ -151,8 +169,8 @@ class PsnrTarget(Target):
         below = max((tried for tried in self.tried if tried[0] <= self.psnr), default=None)
         above = min((tried for tried in self.tried if tried[0] > self.psnr), default=None)
         self.level += min(reached - self.psnr, HASTE)
-        if below and above and not above[1] < self.level < below[1]:
-            self.level = (below[1] + above[1]) / 2
+        if below and above and (len(self.tried) > 3 or not above[1] < self.level < below[1]):
+            self.level = between(below, above, self.psnr, len(self.tried))
         return abs(reached - self.psnr) <= TOLERANCE
 
     def best(self) -> bytes:

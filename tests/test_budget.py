@@ -258,6 +258,15 @@ def test_locations_stop_where_weights_allow_it(larger, stopping, tmp_path, capsy
     assert float(cells[4]) == pytest.approx(of_all_pixels(larger, decoded)[0], abs=6e-4)
 
 
+@pytest.mark.parametrize("bpp", [0.1, 0.13])
+def test_a_single_image_gets_its_bytes(larger, stopping, tmp_path, capsys, bpp):
+    """Also where no file that is cut after an iteration takes nearly as many."""
+    output = tmp_path / "out"
+    given = ["--weights", str(stopping), "--tune", "psnr"]
+    assert main(["budget", str(larger / "coffee.png"), "--output-dir", str(output), "--bpp", str(bpp), *given]) == 0
+    assert 0.985 * bpp < float(row(capsys.readouterr().out, "rnncodec-latent")[3]) <= bpp
+
+
 def test_bits_are_spent_for_what_is_to_be_high(larger, tmp_path):
     args = argparse.Namespace(bpp=0.7, max_pixels=10**6, quiet=True)
     found = []

@@ -586,6 +586,15 @@ def test_targets_that_fail(latent, photo, capsys, options, message):
     assert not Path("out.rnc").exists()
 
 
+def test_masks_with_transparency_are_refused(latent, photo, capsys):
+    """It could count as much as white, or as little as black."""
+    Image.new("LA", (256, 192), (255, 0)).save("clear.png")
+    options = ["--bytes", "500", "--roi", "clear.png", "--weights", str(latent[1])]
+    assert main(["encode", "photo.png", "out.rnc", *options]) == 1
+    (line,) = complaints(capsys)
+    assert line == "rnncodec: error: clear.png has transparency, of which --roi cannot tell how much it counts"
+
+
 def test_export_of_an_allocation(latent, pretrained, photos, capsys):
     bare, path = map(load_weights, latent)
     assert bare.allocation is None

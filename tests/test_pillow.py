@@ -14,7 +14,8 @@ import rnncodec.pillow
 from rnncodec.codec import Codec
 from rnncodec.files import format
 from rnncodec.files.images import load_image
-from rnncodec.weights import load_weights
+from rnncodec.training.calibration import calibrate
+from rnncodec.weights import load_weights, save_weights
 
 
 @pytest.fixture(scope="module")
@@ -225,6 +226,21 @@ def test_shipped_weights_read_and_write_without_a_word(x, monkeypatch):
     forget(monkeypatch)
     with Image.open(file) as image:
         np.testing.assert_array_equal(np.asarray(image), np.asarray(shipped.decode(file.getvalue())))
+
+
+def test_a_region_of_interest_may_be_an_image(photos, tmp_path, monkeypatch):
+    path = tmp_path / "weights.safetensors"
+    save_latent(photos, path)
+    bare = Codec(load_weights(path))
+    x = load_image(photos / "coffee.png")[:256, :384]
+    save_weights(path, bare.network, "latent", {}, bare.context, calibrate(bare, [x]))
+    allocating, mask = rnncodec.load(path), np.zeros((256, 384), np.uint8)
+    mask[:, 192:] = 255
+    monkeypatch.setattr(rnncodec.pillow, "_writers", [allocating])
+    file = io.BytesIO()
+    Image.fromarray(x).save(file, "RNC", max_bytes=900, roi=Image.fromarray(mask))
+    assert file.getvalue() == allocating.encode(x, max_bytes=900, roi=mask)
+    assert file.getvalue() != allocating.encode(x, max_bytes=900, tune="psnr")
 
 
 def test_reading_does_not_change_who_writes(codec, x, monkeypatch):

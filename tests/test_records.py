@@ -638,3 +638,23 @@ class TestLeftOut:
         assert said == []
         (found := Image.Exif()).load(records["EXIF"])
         assert sorted(found) == [271, 272, 282, 34665, 34853]
+
+
+@pytest.mark.parametrize(
+    ("packet", "kept"),
+    [
+        ((PACKET % 6).encode("utf-16"), (PACKET % 1).encode()),
+        (b"\xfe\xff" + (PACKET % 6).encode("utf-16-be"), (PACKET % 1).encode()),
+        (b"\xff\xfe\0ba", None),
+        (b"<x:xmpmeta>\xe9</x:xmpmeta>", None),
+    ],
+)
+def test_xmp_becomes_utf_8(packet, kept):
+    """As FORMAT.md says; what is in no encoding that XMP may have is left out."""
+    Image.fromarray(stored()).save(file := io.BytesIO(), "WEBP", xmp=packet)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        _, records = load_photograph(file)
+    assert records.get("XMP ") == kept
+    assert len(caught) == (kept is None)
+    assert all("XMP left out" in str(warning.message) for warning in caught)

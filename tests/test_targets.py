@@ -1,5 +1,6 @@
 """Tests of targets: bytes, PSNR, quality and regions, met by a small latent network and by networks without choice."""
 
+import re
 import warnings
 from typing import Any
 
@@ -13,6 +14,7 @@ from rnncodec.codec import Codec
 from rnncodec.evaluation.evaluate import evaluate
 from rnncodec.files import format
 from rnncodec.files.images import load_image, save_image
+from rnncodec.targets import EVERYTHING, PsnrTarget
 from rnncodec.training.calibration import calibrate
 from rnncodec.weights import load_weights, save_weights
 
@@ -76,6 +78,65 @@ def test_bytes_near_the_ends(codec, x, tune):
     for limit in (first - 1, 50, 1, 0):
         with pytest.raises(ValueError, match=f"^iteration 1 takes {first} bytes, more than {limit}$"):
             codec.encode(x, max_bytes=limit, tune=tune)
+
+
+@pytest.mark.parametrize("tune", TUNES)
+def test_where_no_location_stops_a_file_has_no_maps(codec, x, tune):
+    first = codec.encode(x, 1)
+    assert codec.encode(x, max_bytes=len(first), tune=tune) == first
+    assert codec.encode(x, max_bytes=10**400, tune=tune) == codec.encode(x, 4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_bytes": float("nan")}, "max_bytes must be a whole number, not nan"),
+        ({"max_bytes": 99.5}, "max_bytes must be a whole number, not 99.5"),
+        ({"max_bytes": 900, "tune": "ssim"}, "tune is one of ms-ssim, psnr, not 'ssim'"),
+        ({"iterations": 1, "tune": "ssim"}, "tune is one of ms-ssim, psnr, not 'ssim'"),
+        ({"max_bytes": 900, "roi": [[0]]}, "the region of interest of this image is uint8 [256, 384], not list"),
+    ],
+)
+def test_wrong_targets(codec, x, options, message):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        codec.encode(x, **options)
+
+
+class Surveyed:
+    """A survey of one location, by which a squared error is left at an effort that falls with it."""
+
+    def __init__(self, least):
+        self.least = least
+
+    def for_squared(self, error):
+        return 1.0 if error < self.least else 1 / (1 + error)
+
+
+def reached(target, effort_to_psnr, attempts=20):
+    """The PSNR of the file that a target takes, of files that an effort gives."""
+    survey = Surveyed(0.001)
+    for _ in range(attempts):
+        value = effort_to_psnr(target.effort(survey))
+        if target.met(f"{value}".encode(), value):
+            break
+    return float(target.best())
+
+
+def test_all_iterations_are_tried_before_a_psnr_is_out_of_reach():
+    """An estimate may say that the last iterations save nothing, although they do."""
+
+    def psnr_of(effort):
+        return 40.0 if effort == EVERYTHING else 35 * effort
+
+    assert reached(PsnrTarget(39.9, 3), psnr_of) == 40
+    with pytest.warns(UserWarning, match=r"^50 dB are out of reach, the image has 40.00 dB$"):
+        assert reached(PsnrTarget(50, 3), psnr_of) == 40
+    assert abs(reached(PsnrTarget(20, 3), psnr_of) - 20) < 0.05
+
+
+def test_a_psnr_between_two_files_is_not_out_of_reach():
+    with pytest.warns(UserWarning, match=r"^20.4 dB are not met, the image has 20.00 dB$"):
+        assert reached(PsnrTarget(20.4, 3), lambda effort: float(round(30 * min(effort, 1)))) == 20
 
 
 def test_bits_per_pixel_are_bytes(codec, x):

@@ -3,6 +3,7 @@
 import re
 import warnings
 
+import lightning as L
 import pytest
 import torch
 import wandb
@@ -13,7 +14,7 @@ from small_training import arguments, noise_images
 from rnncodec.data.cache import build_cache
 from rnncodec.training import cli
 from rnncodec.training.messages import messages
-from rnncodec.training.progress import Pace
+from rnncodec.training.progress import Pace, TrainingProgress
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +102,14 @@ def test_a_terminal_has_a_bar(images, tmp_path, capsys, monkeypatch):
     assert re.search(r"validating ━+.*[012]/2", said)
     assert "Epoch" not in said
     assert re.search(r"[\r\n]step 3/4: ", said)
+
+
+def test_no_time_is_left_where_it_is_over(monkeypatch):
+    """As after a validation that took longer than what was left."""
+    bar = TrainingProgress()
+    monkeypatch.setattr(bar, "_pace", Pace(0, lambda: 0.0))
+    monkeypatch.setattr(bar, "_left", lambda trainer, pace: -8.0)
+    assert "0:00:00 left" in bar._state(L.Trainer(logger=False, enable_checkpointing=False, accelerator="cpu"))
 
 
 def test_pace():

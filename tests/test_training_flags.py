@@ -88,3 +88,31 @@ def test_errors_are_one_line_wherever_they_arise(tmp_path, capsys, monkeypatch, 
     assert line.startswith("train.py: error: ")
     assert said in line
     assert not any("Traceback" in each for each in error)
+
+
+@pytest.mark.parametrize(
+    ("args", "status", "said"),
+    [
+        (["debug", "--model.network.priming", "9"], 1, "priming and diffusion are from 0 to 8 extra runs, not 9 and 0"),
+        (["debug", "--model.network.bits", "256"], 1, "a file has room for 255 bits of a location, not 256"),
+        (["debug", "--model.network.bits", "x"], 2, "model.network.bits: Expected a <class 'int'>. Got value: x"),
+        (["theis2017", "--model.network.rates", "4"], 1, "4 rates need as many weights of the distortion"),
+        (["theis2017", "--model.network.coefficients", "300"], 1, "a file has room for 255 coefficients of a block"),
+        (["theis2017", "--model.network.rounding", "up"], 2, "model.network.rounding: Expected a typing.Literal"),
+        (["theis2017", "--model.growth", "3"], 2, "model: Option 'growth' is not accepted"),
+        (["toderici2016_fc", "--model.network.priming", "1"], 1, "priming and diffusion need a recurrent cell"),
+        (["debug", "--trainer.max_steps", "x"], 2, "Parser key \"trainer.max_steps\": Expected a <class 'int'>."),
+    ],
+)
+def test_the_reason_of_a_wrong_option_is_told(tmp_path, monkeypatch, capsys, args, status, said):
+    """Not that of each type that the option may have."""
+    monkeypatch.chdir(tmp_path)
+    command = ["fit", "--config", *args, "--data.root", "."]
+    if status == 2:
+        with pytest.raises(SystemExit, match="2"):
+            cli.main(command)
+    else:
+        assert cli.main(command) == status
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"train.py: error: {said}")
+    assert "Union" not in line
