@@ -287,6 +287,7 @@ def main(args: Sequence[str] | None = None, program: str = "train.py") -> int:
         resume = f"--ckpt_path {stop.saved} resumes it" if stop.saved else "nothing is saved"
         print(f"{program}: stopped by {signal.Signals(stop.signal).name}; {resume}", file=sys.stderr)
         status = stop.status
-    with suppress(ConnectionError, SystemExit):  # W&B's process may have ended by the same signal, as under SLURM
-        wandb.teardown(status)
+    for end in wandb.finish, wandb.teardown:
+        with suppress(ConnectionError, SystemExit):  # W&B's process may have ended by the same signal, as under SLURM
+            end(status)
     return status
