@@ -89,7 +89,7 @@ class Questions(nn.Module):
         """The cases of a group of questions, uint8 [B, K / groups, H, W]."""
         above = _around(known.activity) > at(self.edges, iteration)[group].view(-1, 1, 1)
         history = known.history.index_select(1, at(self.channel, iteration)[group])
-        return history * ACTIVITIES + above.sum(1, keepdim=True, dtype=torch.uint8)
+        return history * ACTIVITIES + above.sum(1, keepdim=True, dtype=torch.int32).to(torch.uint8)  # as ONNX can
 
     def told(self, iteration: Tensor, group: int, known: Known, case: Tensor, bits: Tensor) -> Known:
         """What is known after a group has been answered; a bit of 0 was not sent and changes nothing.
