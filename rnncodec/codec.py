@@ -128,9 +128,10 @@ class Codec(ImageCodec):
         pixels = torch.from_numpy(array).permute(2, 0, 1)[None]
         if tune not in get_args(TuneName):
             raise ValueError(f"tune is one of {', '.join(get_args(TuneName))}, not {tune!r}")
-        found = f"{roi.dtype} {list(roi.shape)}" if isinstance(roi, np.ndarray) else type(roi).__name__
-        if roi is not None and found != f"uint8 {[height, width]}":
-            raise ValueError(f"the region of interest of this image is uint8 [{height}, {width}], not {found}")
+        if roi is not None:
+            found = f"{roi.dtype} {list(roi.shape)}" if isinstance(roi, np.ndarray) else type(roi).__name__
+            if found != f"uint8 {[height, width]}":
+                raise ValueError(f"the region of interest of this image is uint8 [{height}, {width}], not {found}")
         way: TuneName = "psnr" if psnr is not None or roi is not None else tune
         if self.allocator is not None and entropy in (None, "context"):
             target = self.allocator.target(quality, max_bytes, psnr, way, array.size)

@@ -23,7 +23,6 @@ STEPS = 200  # of progress
 ATTEMPTS = 6  # to meet a target, each with what the one before has shown
 FEW, MORE = 1024, 20  # locations of images that have more attempts, as single locations count there, and how many
 HASTE = 20.0  # dB by which the error to ask for may grow at once, as an image may have none
-EVERYTHING = math.inf  # the effort of all iterations everywhere, whatever a survey estimates that they save
 
 
 class Target(ABC):
@@ -31,13 +30,15 @@ class Target(ABC):
 
     Attributes:
         judges: whether it needs the PSNR of the files.
+        short: whether the last file has less than it is to have.
     """
 
     judges = False
+    short = False
 
     @abstractmethod
     def effort(self, survey: Survey) -> float:
-        """The effort to try next, from 0 to 1, or `EVERYTHING`."""
+        """The effort to try next, from 0 to 1."""
 
     @abstractmethod
     def met(self, data: bytes, reached: float) -> bool:
@@ -99,12 +100,9 @@ class BytesTarget(Target):
         self.small = self.cut = b""  # the largest file that fits, and the largest of those that were cut to fit
         self.tried: list[tuple[int, float]] = []  # bytes of files, and the bits that were asked for
         self.error: FormatError | None = None  # of a file of which not even the first payload fits
-        self.asked, self.room = 0.0, False  # effort, and whether that of 1 has left bytes over
 
     def effort(self, survey: Survey) -> float:
-        effort = survey.for_rate(self.bits)
-        self.asked = EVERYTHING if self.room and effort >= 1 else effort
-        return self.asked
+        return survey.for_rate(self.bits)
 
     def met(self, data: bytes, reached: float) -> bool:
         if len(data) <= self.limit:
@@ -114,9 +112,7 @@ class BytesTarget(Target):
                 self.cut = max(self.cut, truncate(data, max_bytes=self.limit), key=len)
             except FormatError as error:
                 self.error = error
-        if self.asked == EVERYTHING:
-            return True
-        self.room = self.room or (self.asked >= 1 and len(data) < self.near)
+        self.short = len(data) < self.near
         self.tried.append((len(data), self.bits))
         below = max((tried for tried in self.tried if tried[0] <= self.goal), default=None)
         above = min((tried for tried in self.tried if tried[0] > self.goal), default=None)
@@ -152,19 +148,13 @@ class PsnrTarget(Target):
         self.level = 10 * math.log10(values) - psnr  # of the squared error to ask for, in dB, of values in [0, 1]
         self.files: list[tuple[float, bytes]] = []
         self.tried: list[tuple[float, float]] = []  # what was reached, and the level that was asked for
-        self.asked = 0.0  # effort
-        self.estimated = False  # whether the effort of 1 has not reached the PSNR
 
     def effort(self, survey: Survey) -> float:
-        effort = survey.for_squared(4 * 10 ** (self.level / 10))
-        self.asked = EVERYTHING if self.estimated and effort >= 1 else effort
-        return self.asked
+        return survey.for_squared(4 * 10 ** (self.level / 10))
 
     def met(self, data: bytes, reached: float) -> bool:
         self.files.append((reached, data))
-        if self.asked == EVERYTHING:
-            return True
-        self.estimated = self.estimated or (self.asked >= 1 and reached < self.psnr)
+        self.short = reached < self.psnr
         self.tried.append((reached, self.level))
         below = max((tried for tried in self.tried if tried[0] <= self.psnr), default=None)
         above = min((tried for tried in self.tried if tried[0] > self.psnr), default=None)
@@ -248,19 +238,22 @@ class Allocator:
         plan = Plan(kind, target.effort, self._price, worth, reconstructions, OVERHEAD * parts, weight)
         survey, start = self.loop.survey(pixels, inputs, plan, half())
         made = dict[bytes, tuple[bytes, float]]()
+        fell_short = False  # whether the largest effort was too little
         for _ in range(ATTEMPTS if survey.weight.size > FEW else MORE):
             last = survey.choose(effort := target.effort(survey))
-            while effort < EVERYTHING and survey.short(last):  # it ended too early, by estimates that were wrong
+            while survey.short(last):  # it ended too early, by estimates that were wrong
                 plan = plan._replace(least=2 * len(survey.rate))
                 survey, start = self.loop.survey(pixels, inputs, plan, half())
                 last = survey.choose(effort := target.effort(survey))
-            if effort == EVERYTHING:
+            everything = fell_short and effort >= 1
+            if everything:  # also what the survey estimates to save nothing
                 last, start = np.full_like(last, self.loop.max_iterations), Start([], {})
             if last.tobytes() not in made:
                 planes, reached = self.loop.encode_stopped(pixels, inputs, last, start, half(), target.judges)
                 made[last.tobytes()] = write(planes), reached
-            if target.met(*made[last.tobytes()]):
+            if target.met(*made[last.tobytes()]) or everything:
                 break
+            fell_short = fell_short or (target.short and effort >= 1)
         if progress:
             progress(STEPS, STEPS)
         return target.best()

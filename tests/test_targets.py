@@ -6,15 +6,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from test_calibration import save_latent
 
 import rnncodec
 from rnncodec import tiling
+from rnncodec.allocation import Allocation
 from rnncodec.codec import Codec
 from rnncodec.evaluation.evaluate import evaluate
 from rnncodec.files import format
 from rnncodec.files.images import load_image, save_image
-from rnncodec.targets import EVERYTHING, PsnrTarget
+from rnncodec.loop import Start
+from rnncodec.targets import Allocator, BytesTarget, PsnrTarget
 from rnncodec.training.calibration import calibrate
 from rnncodec.weights import load_weights, save_weights
 
@@ -102,41 +105,61 @@ def test_wrong_targets(codec, x, options, message):
         codec.encode(x, **options)
 
 
-class Surveyed:
-    """A survey of one location, by which a squared error is left at an effort that falls with it."""
+class OneBlock:
+    """A loop whose images have one location, what is left of them in the latent space, and the PSNR of each iteration.
 
-    def __init__(self, least):
-        self.least = least
+    Args:
+        left: squared errors that a survey estimates.
+        reached: in dB.
+    """
 
-    def for_squared(self, error):
-        return 1.0 if error < self.least else 1 / (1 + error)
+    def __init__(self, left, reached):
+        self.left, self.reached, self.max_iterations = left, reached, len(reached)
+        self.encoded = []
+
+    def inputs(self, pixels):
+        return []
+
+    def survey(self, pixels, inputs, plan, progress):
+        survey = plan.kind(1, 1, self.max_iterations, plan.overhead)
+        for error in self.left:
+            survey.add(np.full((1, 1), 64.0), np.full((1, 1), error))
+        return survey, Start([], {})
+
+    def encode_stopped(self, pixels, inputs, last, start, progress, judge):
+        self.encoded.append(int(last.item()))
+        return self.encoded[-1:], self.reached[self.encoded[-1] - 1]
 
 
-def reached(target, effort_to_psnr, attempts=20):
-    """The PSNR of the file that a target takes, of files that an effort gives."""
-    survey = Surveyed(0.001)
-    for _ in range(attempts):
-        value = effort_to_psnr(target.effort(survey))
-        if target.met(f"{value}".encode(), value):
-            break
-    return float(target.best())
+def allocated(loop, target):
+    """The iterations of the file that an allocator makes of an image of one location: 64 bytes, and 15 for each."""
+    allocator = Allocator(loop, None, Allocation((1.0,), {}))
+    data = allocator.encode(torch.zeros(1), target, "psnr", None, lambda last: bytes(64 + 15 * last[0]), 1, None)
+    return (len(data) - 64) // 15
 
 
-def test_all_iterations_are_tried_before_a_psnr_is_out_of_reach():
-    """An estimate may say that the last iterations save nothing, although they do."""
+# By an estimate, the last of four iterations saves nothing.
+WRONG = [4 * 3 * 10 ** (-psnr / 10) for psnr in (20, 25, 30)] + [4 * 3 * 10**-3]
 
-    def psnr_of(effort):
-        return 40.0 if effort == EVERYTHING else 35 * effort
 
-    assert reached(PsnrTarget(39.9, 3), psnr_of) == 40
+@pytest.mark.parametrize("asked", [38, 39.9, 40])
+def test_all_iterations_are_tried_before_a_psnr_is_out_of_reach(asked):
+    loop = OneBlock(WRONG, [20.0, 25.0, 30.0, 40.0])
+    assert allocated(loop, PsnrTarget(asked, 3)) == 4
+    assert loop.encoded[-1] == 4
+
+
+def test_a_psnr_is_out_of_reach_or_not_met():
+    loop = OneBlock(WRONG, [20.0, 25.0, 30.0, 40.0])
     with pytest.warns(UserWarning, match=r"^50 dB are out of reach, the image has 40.00 dB$"):
-        assert reached(PsnrTarget(50, 3), psnr_of) == 40
-    assert abs(reached(PsnrTarget(20, 3), psnr_of) - 20) < 0.05
+        assert allocated(loop, PsnrTarget(50, 3)) == 4
+    with pytest.warns(UserWarning, match=r"^27.4 dB are not met, the image has 25.00 dB$"):
+        assert allocated(loop, PsnrTarget(27.4, 3)) == 2
 
 
-def test_a_psnr_between_two_files_is_not_out_of_reach():
-    with pytest.warns(UserWarning, match=r"^20.4 dB are not met, the image has 20.00 dB$"):
-        assert reached(PsnrTarget(20.4, 3), lambda effort: float(round(30 * min(effort, 1)))) == 20
+def test_all_iterations_are_tried_where_bytes_are_left():
+    for limit, iterations in ((10**6, 4), (124, 4), (123, 3), (109, 3), (108, 2), (79, 1)):
+        assert allocated(OneBlock(WRONG, [20.0, 25.0, 30.0, 40.0]), BytesTarget(limit)) == iterations
 
 
 def test_bits_per_pixel_are_bytes(codec, x):

@@ -194,6 +194,8 @@ def _open_tiff(file: BinaryIO, name: str, max_pixels: int) -> Picture:
         file.seek(0)
         image = tiff.Tiff(file, "")
         tiff.choose_page(image, [] if low else lost)
+        if tiff.has_signed_bytes(image):
+            raise ImageError("samples of 8 bits with a sign have no defined white; convert the image to 8 or 16 bits")
         _check_size(*image.size, max_pixels)
         tiff.unpack(image, low)
         return image

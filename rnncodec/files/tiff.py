@@ -41,7 +41,7 @@ def choose_page(image: TiffImageFile, lost: list[str]) -> None:
     """Turns to the first page that is neither a thumbnail nor a mask; if there are others, `lost` says so.
 
     Raises:
-        ImageError: the pages are thumbnails, or belong to a raw file, or samples have a sign.
+        ImageError: the pages are thumbnails, or belong to a raw file.
     """
     if DNG_VERSION in image.tag_v2:
         raise ImageError(RAW)
@@ -62,8 +62,6 @@ def choose_page(image: TiffImageFile, lost: list[str]) -> None:
     if not found:
         raise ImageError(RAW)
     image.seek(found[0])
-    if SIGNED in image.tag_v2.get(SAMPLE_FORMAT, ()) and set(image.tag_v2.get(BITS, ())) == {8}:
-        raise ImageError("samples of 8 bits with a sign have no defined white; convert the image to 8 or 16 bits")
 
 
 def unpack(image: TiffImageFile, low: bool = False) -> None:
@@ -148,6 +146,11 @@ def profile(image: TiffImageFile) -> bytes | None:
 def has_wide_samples(image: TiffImageFile) -> bool:
     """Whether all samples have 16 bits."""
     return set(image.tag_v2.get(BITS, (1,))) == {16}
+
+
+def has_signed_bytes(image: TiffImageFile) -> bool:
+    """Whether all samples have 8 bits, some of them with a sign."""
+    return SIGNED in image.tag_v2.get(SAMPLE_FORMAT, ()) and set(image.tag_v2.get(BITS, ())) == {8}
 
 
 def has_planes(image: TiffImageFile) -> bool:
