@@ -133,9 +133,13 @@ class OneBlock:
 
 def allocated(loop, target):
     """The iterations of the file that an allocator makes of an image of one location: 64 bytes, and 15 for each."""
-    allocator = Allocator(loop, None, Allocation((1.0,), {}))
-    data = allocator.encode(torch.zeros(1), target, "psnr", None, lambda last: bytes(64 + 15 * last[0]), 1, None)
-    return (len(data) - 64) // 15
+
+    def write(planes: Any) -> bytes:
+        return bytes(64 + 15 * planes[0])
+
+    unused: Any = None
+    allocator = Allocator(loop, unused, Allocation((1.0,), {}))
+    return (len(allocator.encode(torch.zeros(1), target, "psnr", None, write, 1, None)) - 64) // 15
 
 
 # By an estimate, the last of four iterations saves nothing.
