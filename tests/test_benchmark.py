@@ -1,12 +1,22 @@
 """Tests of the benchmark script with tiny sizes: it runs and reports every ratio."""
 
 import json
+import logging
 from pathlib import Path
 
 import pytest
 import yaml
 
 import benchmark
+
+
+@pytest.fixture(autouse=True)
+def level():
+    """The program silences Lightning for good; later tests hear it again."""
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    yield
+    logger.setLevel(level)
 
 
 def test_ratios_are_taken_turn_by_turn():
