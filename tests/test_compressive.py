@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+from itertools import pairwise
 from types import SimpleNamespace
 
 import lightning as L
@@ -382,8 +383,9 @@ def test_training_learns_one_rate_and_then_the_others(tmp_path):
     )
     trainer.fit(module, torch.utils.data.DataLoader(Patches(), batch_size=None))
     scales, kernels = zip(*seen, strict=True)
-    # For eight steps only the first rate; then only scales and priors.
-    torch.testing.assert_close(scales[7][[0, 2]], before[[0, 2]])
+    # For eight steps only the first rate, which the others follow a step later; then only scales and priors.
+    for earlier, scale in pairwise(scales[:8]):
+        torch.testing.assert_close(scale[[0, 2]] - earlier[1], before[[0, 2]] - before[1])
     assert not torch.equal(scales[7][1], before[1])
     assert not torch.equal(kernels[7], kernels[6])
     assert all(torch.equal(kernel, kernels[7]) for kernel in kernels[8:])
@@ -397,6 +399,38 @@ def test_training_learns_one_rate_and_then_the_others(tmp_path):
     network, _ = load_checkpoint(tmp_path / "last.ckpt")
     assert isinstance(network, CompressiveAutoencoder)
     assert int(network.table.min()) > 0
+
+
+def test_several_processes_go_on_when_the_transforms_stay(tmp_path):
+    """DDP waits for the gradients of all parameters for which it did at the start."""
+    module = CompressiveTraining(TINY, (100.0, 400.0, 1600.0), first=1, scale_steps=2)
+    kernels: list[torch.Tensor] = []
+
+    class Watch(L.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            kernels.append(module.network.synthesis[-2].weight.detach().clone())
+
+    trainer = L.Trainer(
+        max_steps=5,
+        strategy="ddp",
+        devices=1,
+        default_root_dir=tmp_path,
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        callbacks=[Watch()],
+        limit_val_batches=0,
+    )
+    try:
+        trainer.fit(module, torch.utils.data.DataLoader(Patches(), batch_size=None))
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+    assert not torch.equal(kernels[1], kernels[2])
+    assert torch.equal(kernels[2], kernels[3])
+    assert torch.equal(kernels[3], kernels[4])
 
 
 @pytest.fixture
@@ -446,7 +480,7 @@ def test_rates_begin_with_what_the_first_has_learned(module, network):
     with torch.no_grad():
         copied.deviation.normal_()
     scale, deviation, weight = (p.detach().clone() for p in (network.scale, copied.deviation, copied.weight))
-    module.start_rates()
+    module.follow_first()
     for rate, apart in enumerate((-math.log(2), 0, math.log(2))):  # half the logarithm of a weight over the first
         torch.testing.assert_close(copied.scale[rate], scale[1] + apart)
         torch.testing.assert_close(copied.deviation[rate], deviation[1] + apart)

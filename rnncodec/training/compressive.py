@@ -25,8 +25,8 @@ class CompressiveTraining(Training):
 
         loss = bits per pixel + weight of the distortion * mean squared error, of values in [0, 1]
 
-    All coefficients and transforms are trained for one rate. Then they stay as they are, and the other rates learn
-    their scales and priors (sec. 2.5), one rate in each step.
+    All coefficients and transforms are trained for one rate, whose scales and priors the other rates follow. Then the
+    transforms stay as they are, and all rates learn their own scales and priors (sec. 2.5), one rate in each step.
 
     Args:
         network: config of the network; None for that of the paper.
@@ -121,23 +121,24 @@ class CompressiveTraining(Training):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_start(batch, batch_idx)
-        if self.scaled():
-            self.network.analysis.requires_grad_(False)
-            self.network.synthesis.requires_grad_(False)
-        if self.global_step == self.scaling():
-            self.start_rates()
+        if not self.scaled() or self.global_step == self.scaling():
+            self.follow_first()
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        if self.scaled():  # gradients are dropped rather than not computed: with several processes, DDP waits for them
+            for parameter in (*self.network.analysis.parameters(), *self.network.synthesis.parameters()):
+                parameter.grad = None
+        super().on_before_optimizer_step(optimizer)
 
     @torch.no_grad()
-    def start_rates(self) -> None:
-        """Begins all rates with what the first one has learned, their scales as far from it as at the start."""
+    def follow_first(self) -> None:
+        """Gives all rates what the first one has learned, their scales as far from it as at the start.
+
+        In each step, because averaged weights would otherwise keep a part of what they were at the start.
+        """
         network, first = self.network, self.first
-        ahead = network.scale - network.scale[first]
-        apart = (
-            torch.log(torch.tensor(self.distortion_weights, device=ahead.device) / self.distortion_weights[first])[
-                :, None
-            ]
-            / 2
-        )
+        weights = torch.tensor(self.distortion_weights, device=network.scale.device)
+        apart = torch.log(weights / weights[first])[:, None] / 2
         network.scale.copy_(network.scale[first] + apart)
         network.deviation.copy_(network.deviation[first] + apart[..., None])
         network.weight.copy_(network.weight[first].expand_as(network.weight))
@@ -180,7 +181,7 @@ class CompressiveTraining(Training):
             values |= {f"{name}_{rate + 1}": value for name, value in metrics.items()} | {f"bpp_{rate + 1}": bpp}
             points.append(Point("", "", rate + 1, bytes=bpp * height * width / 8, bpp=bpp, **metrics))
             pictures.append(decoded)
-        values["loss"] = sum(losses) / len(losses) if self.scaled() else losses[self.first]
+        values["loss"] = sum(losses) / len(losses)
         values |= {"psnr": values[f"psnr_{self.first + 1}"], "bpp": values[f"bpp_{self.first + 1}"]}
         shown = [picture[0] for picture in pictures] if batch_idx == 0 else []
         return {"values": values, "points": points, "reconstructions": shown, "maps": {}}
