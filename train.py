@@ -28,10 +28,10 @@ and one of them is then added to its file. Or codec and context model are traine
     rnncodec train fit --config small_gpu --data.root PHOTOS --model.weights small  # on a GPU
 
 A config contains only what differs from DEFAULTS in rnncodec/training/cli.py; the command line overrides both. The
-default precision is bf16-mixed if there is a GPU or the processor has AVX-512, else 32-true; --trainer.precision sets
-another. Checkpoints, metrics and the complete config.yaml are written to runs/NAME, where NAME is set by --name or the
-config. W&B (docs/wandb.md) runs offline unless you are logged in or set WANDB_MODE. `rnncodec export` makes weights for
-`rnncodec encode --weights` from a checkpoint.
+default precision is bf16-mixed if there is a GPU or the processor has AVX512-BF16, else 32-true; --trainer.precision
+sets another. Checkpoints, metrics and the complete config.yaml are written to runs/NAME, where NAME is set by --name or
+the config. W&B (docs/wandb.md) runs offline unless you are logged in or set WANDB_MODE. `rnncodec export` makes weights
+for `rnncodec encode --weights` from a checkpoint.
 """
 
 import sys

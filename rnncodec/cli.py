@@ -22,7 +22,7 @@ from rnncodec.console import Report, complain, listed, prepare, printable, silen
 from rnncodec.display import show_file, show_scores
 from rnncodec.files import format, images
 from rnncodec.files.errors import ImageError, ImageWarning, one_line
-from rnncodec.files.format import Header
+from rnncodec.files.format import FormatError, Header
 from rnncodec.jobs import Job, UsageError, exists, find_files, find_jobs, read, refuse_terminal, write
 from rnncodec.threads import use_threads
 
@@ -151,7 +151,7 @@ def decode(args: argparse.Namespace) -> int:
     def work(source: str, target: str, report: Report) -> Done:
         header, data = read(source)
         codec = codec_for(header)
-        records = None if args.strip else format.read_records(data)
+        records = None if args.strip else _records(data)
         what = f"{header.width}x{header.height}"
         if each:
             number = 0
@@ -300,6 +300,14 @@ def _codec(weights: str | None, args: argparse.Namespace) -> "ImageCodec":
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return rnncodec.load(weights, device, bfloat16=args.bfloat16)
+
+
+def _records(data: bytes) -> dict[str, bytes]:
+    """The records of a file; an error says how to decode it without them."""
+    try:
+        return format.read_records(data)
+    except FormatError as error:
+        raise FormatError(f"{error}; --strip decodes without EXIF and XMP") from error
 
 
 class _Codecs:

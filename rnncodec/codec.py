@@ -3,7 +3,7 @@
 import copy
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from typing import get_args
+from typing import SupportsIndex, get_args
 
 import numpy as np
 import torch
@@ -96,9 +96,9 @@ class Codec(ImageCodec):
         each location gets, see `rnncodec.allocation`. In all other cases the number is chosen for the whole image.
 
         Args:
-            image: path of an image file, PIL image of any mode, uint8 array [H, W, 3], or tensor [3, H, W] in [0, 1],
-                rounded to 8 bits. A file, also one that PIL has opened, is turned upright as its EXIF says; what PIL
-                has made of it since is taken as it is.
+            image: path of an image file of at most 2^28 pixels (`load_photograph` reads larger ones), PIL image of any
+                mode, uint8 array [H, W, 3], or tensor [3, H, W] in [0, 1], rounded to 8 bits. A file, also one that PIL
+                has opened, is turned upright as its EXIF says; what PIL has made of it since is taken as it is.
             iterations: at least 1, 16 by default, at most `max_iterations`.
             quality: from 1 to 100, see README.md.
             bpp: the most bits per pixel of the whole file.
@@ -341,6 +341,6 @@ class Codec(ImageCodec):
         """A number of iterations in range, 16 by default."""
         if iterations is None:
             return min(MAX_ITERATIONS, self.max_iterations)
-        if not 1 <= iterations <= self.max_iterations:
+        if not isinstance(iterations, SupportsIndex) or not 1 <= iterations.__index__() <= self.max_iterations:
             raise ValueError(f"iterations must be in 1..{self.max_iterations}, not {iterations}")
         return iterations

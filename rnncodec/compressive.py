@@ -83,7 +83,7 @@ class CompressiveCodec(ImageCodec):
         """
         if iterations not in (None, 1) or roi is not None:
             raise ValueError("a compressive autoencoder has one iteration, and no region of interest")
-        if level is not None and not 0 <= level < self.config.levels:
+        if level is not None and (type(level) is not int or not 0 <= level < self.config.levels):
             raise ValueError(f"level must be in 0..{self.config.levels - 1}, not {level}")
         array, block = self.read(image, records)
         height, width = array.shape[:2]
@@ -101,8 +101,8 @@ class CompressiveCodec(ImageCodec):
         else:  # neither bytes nor PSNR rise with every level, so that all are tried
             files: list[tuple[float, bytes]] = []
             for each in range(last + 1):
-                reached = self._decibel(y, each, pixels)
-                files.append((reached, file(each)))
+                integers = self._integers(y, each)
+                files.append((self._decibel(integers, each, pixels), file(each)))
                 if progress:
                     progress(each + 1, last + 1)
             data = _chosen(files, max_bytes, psnr)
@@ -131,10 +131,7 @@ class CompressiveCodec(ImageCodec):
         coding = header.entries[0].coding
         # A raw payload may stand for any coder.
         session = self.session(CODINGS[coding] if coding else "prior", header.level, header.rows, header.cols)
-        integers = session.decode([(coding, payloads[0])])
-        scaled = torch.from_numpy(integers)[None].to(self.device).float() / self.network.scales(header.level)
-        array = np.empty((header.height, header.width, 3), np.uint8)
-        self._synthesise(scaled, array)
+        array = self._picture(session.decode([(coding, payloads[0])]), header.level, header.height, header.width)
         if progress:
             progress(1, 1)
         return Image.fromarray(array)
@@ -172,9 +169,11 @@ class CompressiveCodec(ImageCodec):
         with torch.inference_mode():
             return (y * self.network.scales(level)).round().clamp(-LARGEST, LARGEST)[0].cpu().numpy().astype(np.int16)
 
-    def _synthesise(self, y_hat: Tensor, array: np.ndarray) -> None:
-        """Writes the image of coefficients to an array, uint8 [H, W, 3]."""
-        stride = self.config.stride
+    def _picture(self, integers: np.ndarray, level: int, height: int, width: int) -> np.ndarray:
+        """The picture of integers, uint8 [H, W, 3]."""
+        with torch.inference_mode():
+            y_hat = torch.from_numpy(integers)[None].to(self.device).float() / self.network.scales(level)
+        array, stride = np.empty((height, width, 3), np.uint8), self.config.stride
         whole = tuple(slice(0, size) for size in y_hat.shape[-2:])
         for area, core in windows(whole[0], whole[1], self.network.halo, WINDOW):
             with exact():
@@ -183,13 +182,11 @@ class CompressiveCodec(ImageCodec):
             kept = tuple(slice(cut.start * stride, cut.stop * stride) for cut in inside(Tile(area, core)))
             place = array[y, x]
             place[:] = x_hat[kept][: place.shape[0], : place.shape[1]]
+        return array
 
-    def _decibel(self, y: Tensor, level: int, pixels: Tensor) -> float:
-        """The PSNR of an image at a level."""
-        with torch.inference_mode():
-            scale = self.network.scales(level)
-            array = np.empty((*pixels.shape[-2:], 3), np.uint8)
-            self._synthesise((y * scale).round() / scale, array)
+    def _decibel(self, integers: np.ndarray, level: int, pixels: Tensor) -> float:
+        """The PSNR of an image, of which these are the integers."""
+        array = self._picture(integers, level, *pixels.shape[-2:])
         error = np.square(array.astype(np.int64) - pixels[0].permute(1, 2, 0).numpy()).mean()
         return 10 * math.log10(255**2 / error) if error else math.inf
 

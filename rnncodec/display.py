@@ -21,7 +21,7 @@ def show_file(source: str, data: bytes, as_json: bool) -> None:
     """Prints the header of a file, and which iterations are complete."""
     file = format.read(data, max_pixels=2**32)
     header, found, records = file.header, len(file.payloads), unpack(file.records)
-    complete = found // header.parts
+    there, whole = found / header.parts, len(header.entries) / header.parts
     sizes, bpp = header.sizes, header.bpp
     rows = [(end, sizes[end - 1], bpp[end - 1]) for end in header.ends]
     entries = [header.entries[start:end] for start, end in pairwise((0, *header.ends))]
@@ -35,7 +35,7 @@ def show_file(source: str, data: bytes, as_json: bool) -> None:
             "height": header.height,
             "weights": header.weights,
             "fingerprint": header.fingerprint.hex(),
-            "complete": complete,
+            "complete": found // header.parts,
             "context": header.context.hex(),
             "parts": header.parts,
             "maps": header.maps,
@@ -50,7 +50,7 @@ def show_file(source: str, data: bytes, as_json: bool) -> None:
         print(json.dumps(document))
         return
     print(f"{printable(source)}: {header.width}x{header.height}, {len(data)} bytes, version {header.version}")
-    print(f"weights {header.weights} ({header.fingerprint.hex()}), {complete} of {len(rows)} iterations complete")
+    print(f"weights {header.weights} ({header.fingerprint.hex()}), {there:g} of {whole:g} iterations complete")
     if header.parts > 1 or header.maps:
         maps = ", locations stop where the picture needs no more" if header.maps else ""
         print(f"can be cut after {len(header.entries)} payloads, {header.parts} of each iteration{maps}")
@@ -62,7 +62,7 @@ def show_file(source: str, data: bytes, as_json: bool) -> None:
         column.justify = "right"
     for t, ((end, size, rate), coding, own) in enumerate(zip(rows, codings, entries, strict=True), 1):
         length = sum(entry.length for entry in own)
-        payload = "raw" if coding == format.RAW else f"{length / (header.raw_length * header.parts):.1%}"
+        payload = "raw" if coding == format.RAW else f"{length / (header.raw_length * len(own)):.1%}"
         missing = "" if end <= found else "missing" if end - len(own) >= found else "cut"
         table.add_row(str(t), str(size), f"{rate:.4f}", payload, missing)
     Console(highlight=False).print(table)

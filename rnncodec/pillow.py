@@ -124,7 +124,7 @@ class RncImageFile(ImageFile.ImageFile):
 
 
 def _save(image: Image.Image, file: IO[bytes], filename: str | bytes) -> None:
-    """Writes an image with the options of its `save`: those of `Codec.encode` (`roi` may be an image), exif and xmp."""
+    """Writes an image with the options of its `save`: those of `encode` (`roi` may be an image), exif and xmp."""
     if not _writers:
         use(rnncodec.load())
     carrier, lost = Image.new("RGB", (1, 1)), list[str]()
@@ -135,7 +135,8 @@ def _save(image: Image.Image, file: IO[bytes], filename: str | bytes) -> None:
     records = read_metadata(carrier, lost)
     for reason in lost:
         warnings.warn(reason, ImageWarning, stacklevel=4)
-    options = {name: value for name, value in image.encoderinfo.items() if name in OPTIONS}
+    known = (*OPTIONS, "level") if _writers[0].of_integers else OPTIONS
+    options = {name: value for name, value in image.encoderinfo.items() if name in known}
     if isinstance(mask := options.get("roi"), Image.Image):
         options["roi"] = np.asarray(mask.convert("L"))
     # An .rnc file cannot say how to turn its pixels, so that is done here.

@@ -222,7 +222,7 @@ class Allocator:
             progress: is called with the number of steps done and the number of all steps.
         """
         assert self.allocation is not None
-        worth, inputs = torch.tensor(self.allocation.worth, device=pixels.device), self.loop.inputs(pixels)
+        worth, inputs = torch.tensor(self.allocation.worth, device=self.loop.device), self.loop.inputs(pixels)
         shown = 0
 
         def half() -> Progress | None:

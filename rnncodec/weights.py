@@ -34,7 +34,7 @@ PRETRAINED = Path(__file__).parent / "pretrained"
 DEFAULT_NAME = "small"
 
 # A config in a file may be malicious. These bounds limit the network that is built to check the file's tensors.
-MAX_WIDTH, MAX_LAYERS, MAX_KERNEL = 2**14, 8, 31
+MAX_WIDTH, MAX_LAYERS, MAX_BLOCKS, MAX_KERNEL = 2**14, 8, 64, 31
 MAX_QUESTIONS = 2**16
 LATER = ("priming", "diffusion")  # fields that the configs in older files do not have
 TYPES = {torch.float32: "F16", torch.int32: "I32", torch.int64: "I64"}  # of a network's tensors, and of these in a file
@@ -316,7 +316,8 @@ def _config(kind: type[Config], values: Any) -> Config:
     checked = {}
     for key, value in values.items():
         if hints[key] is int:
-            valid = type(value) is int and 0 <= value <= MAX_WIDTH
+            most = MAX_BLOCKS if key.endswith("blocks") else MAX_WIDTH
+            valid = type(value) is int and 0 <= value <= most
         elif choices := [choice for choice in get_args(hints[key]) if isinstance(choice, str)]:
             valid = isinstance(value, str) and value in choices
         else:

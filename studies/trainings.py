@@ -88,7 +88,7 @@ def run(command: list[str], log: Path, variables: dict[str, str]) -> str:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=2, stderr=file, env=variables, start_new_session=True
         )
-        # SLURM sends this signal before a job's time ends, and Lightning then saves a checkpoint and requeues.
+        # SLURM sends this signal before a job's time ends, and the training then saves a checkpoint and ends.
         before = signal.signal(signal.SIGUSR1, lambda *_: process.send_signal(signal.SIGUSR1))
         try:
             status = process.wait()

@@ -226,6 +226,7 @@ def test_a_sweep_gives_each_run_a_folder(images, tmp_path, monkeypatch):
     for run, rate in ("run1", 0.01), ("run2", 0.02):
         monkeypatch.setenv("WANDB_RUN_ID", run)
         values = {"model.learning_rate": rate, "model.muon_learning_rate": 0.03, "trainer.max_steps": 1}
+        values |= {"trainer.val_check_interval": 1, "model.decay_steps": 1}
         assert values.keys() == sweep["parameters"].keys()
         made = create_sweep_command_args({"args": {name: {"value": value} for name, value in values.items()}})
         filled = {"${program}": [sweep["program"]], "${args}": made["args"]}

@@ -522,6 +522,13 @@ def test_encoder_and_decoder_agree_on_a_gpu(codecs, name):
     assert torch.equal(tensor_of(codec.decode(codec.encode(image))), to_uint8(steps[-1].state.y_hat)[0].cpu())
 
 
+@pytest.mark.parametrize("count", [2.5, "2", 0, 17])
+def test_iterations_are_a_number_in_range(codec, data, count):
+    for call in (lambda: codec.encode(noise(8, 8), count), lambda: codec.decode(data, count)):
+        with pytest.raises(ValueError, match=rf"^iterations must be in 1\.\.16, not {count}$"):
+            call()
+
+
 @pytest.mark.parametrize("device", ["mps", "xpu:0", "nonsense", torch.device("meta")])
 def test_devices_that_do_not_work_are_refused_by_name(codecs, device):
     codec = codecs["additive"]

@@ -5,6 +5,7 @@ import json
 import math
 from itertools import pairwise
 from types import SimpleNamespace
+from typing import Any
 
 import lightning as L
 import numpy as np
@@ -22,6 +23,7 @@ from rnncodec.entropy import SCALE
 from rnncodec.evaluation.evaluate import evaluate
 from rnncodec.files import codings, format
 from rnncodec.files.errors import FormatError
+from rnncodec.metrics.curves import read_points
 from rnncodec.network import CompressiveAutoencoder, CompressiveConfig
 from rnncodec.network import compressive as network_of
 from rnncodec.training.compressive import CompressiveTraining
@@ -348,6 +350,49 @@ def test_evaluation_measures_every_rate(codec, photo, tmp_path):
         assert point.psnr == pytest.approx(10 * math.log10(255**2 / error), abs=1e-3)
 
 
+def test_evaluations_of_rates_are_kept_and_drawn(codec, photo, tmp_path, monkeypatch):
+    """Their settings are levels, which begin at 0."""
+    Image.fromarray(np.tile(photo, (4, 3, 1))).save(tmp_path / "a.png")
+    options: dict[str, Any] = {"baselines": ["jpeg"], "cache": tmp_path / "cache", "save_images": True}
+    first = evaluate(codec, tmp_path / "a.png", output=tmp_path / "out", **options)
+    assert (tmp_path / "out" / "report.html").exists()
+    assert [point.setting for point in read_points(tmp_path / "out") if point.codec == "rnncodec-cae"] == [
+        0,
+        2,
+        4,
+        6,
+        8,
+    ]
+    own = [point.bytes for point in first if point.codec == "rnncodec-cae"]
+    jpeg = [point.bytes for point in first if point.codec == "jpeg"]
+    reached = [size for size in own if min(jpeg) <= size <= max(jpeg)]
+    assert all(min(abs(other - size) for other in jpeg) < 0.1 * size for size in reached)
+    monkeypatch.setattr(codec, "encode", None)  # all is in the cache
+    assert evaluate(codec, tmp_path / "a.png", baselines=["jpeg"], cache=tmp_path / "cache")
+    with pytest.raises(ValueError, match=r"^the weights 'cae' cannot choose"):
+        evaluate(codec, tmp_path / "a.png", tunes=["psnr"])
+
+
+def test_the_psnr_is_that_of_the_file(network, photo, tmp_path):
+    """Also of integers that are too large for a file."""
+    large = copy.deepcopy(network)
+    with torch.no_grad():
+        large.scale.add_(9)
+    save_weights(tmp_path / "cae.safetensors", large, "cae")
+    codec = compressive.CompressiveCodec(load_weights(tmp_path / "cae.safetensors"))
+    with pytest.warns(UserWarning, match=r"^99 dB are out of reach, the image has ([\d.]+) dB$") as told:
+        data = codec.encode(photo, psnr=99)
+    error = np.mean((np.asarray(codec.decode(data)) - photo.astype(float)) ** 2)
+    said = float(str(told[0].message).split()[-2])
+    assert said == pytest.approx(10 * math.log10(255**2 / error), abs=0.01)
+
+
+@pytest.mark.parametrize("level", [2.5, True, "2", -1, 9])
+def test_levels_are_whole_numbers(codec, photo, level):
+    with pytest.raises(ValueError, match=r"^level must be in 0\.\.8, not"):
+        codec.encode(photo, level=level)
+
+
 class Patches(torch.utils.data.Dataset):
     """Smooth random patches."""
 
@@ -408,7 +453,7 @@ def test_several_processes_go_on_when_the_transforms_stay(tmp_path):
 
     class Watch(L.Callback):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-            kernels.append(module.network.synthesis[-2].weight.detach().clone())
+            kernels.append(next(module.network.synthesis.parameters()).detach().clone())
 
     trainer = L.Trainer(
         max_steps=5,

@@ -258,7 +258,8 @@ HOSTILE = {
     "a truncated length": (zlib.compress(b"EXIF\x80"), "a record is cut short"),
     "a truncated record": (zlib.compress(b"EXIF\5abcd"), "a record is cut short"),
     "a huge length": (zlib.compress(b"EXIF\xff\xff\xff\xff\x7fabcd"), "a record is cut short"),
-    "an endless length": (zlib.compress(b"EXIF" + b"\xff" * 1000), "a record is cut short"),
+    "an endless length": (zlib.compress(b"EXIF" + b"\xff" * 1000), "more bytes than it needs"),
+    "a length with a byte too many": (zlib.compress(b"EXIF\x83\0abc"), "more bytes than it needs"),
     "a type of other bytes": (zlib.compress(b"\x1b[2J\0"), "four letters, digits or spaces, not '.x1b"),
     "duplicates": (zlib.compress(b"EXIF\0XMP \0EXIF\0"), "there are two records 'EXIF'"),
     "very many": (zlib.compress(b"".join(b"%04d\0" % i for i in range(10_000))), "more than 255 records"),
@@ -293,6 +294,8 @@ class TestBlock:
             ({" XMP": b""}, "four letters"),
             ({"Käse": b""}, "four letters"),
             ({"EXI\n": b""}, "four letters"),
+            ({5: b"", "EXIF": b""}, "four letters"),
+            ({"EXIF": "text"}, "a record is bytes, not str"),
         ],
     )
     def test_pack_refuses(self, records, message):
@@ -319,10 +322,13 @@ class TestBlock:
         assert str(error.value).isprintable()
         assert seconds < 1
         assert peak < 4 * MAX_BLOCK
-        for command in (["decode", "x.rnc", "x.png"], ["info", "x.rnc"]):
+        for command, hint in (
+            (["decode", "x.rnc", "x.png"], "; --strip decodes without EXIF and XMP"),
+            (["info", "x.rnc"], ""),
+        ):
             assert main(command) == 1
             (line,) = lines(capsys)
-            assert line == f"rnncodec: error: x.rnc: {error.value}"
+            assert line == f"rnncodec: error: x.rnc: {error.value}{hint}"
         assert not Path("x.png").exists()
         assert main(["decode", "x.rnc", "x.png", "--strip"]) == 0
         np.testing.assert_array_equal(np.asarray(Image.open("x.png")), np.asarray(codec.decode(picture)))

@@ -1,5 +1,6 @@
 """Tests of targets: bytes, PSNR, quality and regions, met by a small latent network and by networks without choice."""
 
+import copy
 import re
 import warnings
 from typing import Any
@@ -19,7 +20,7 @@ from rnncodec.files.images import load_image, save_image
 from rnncodec.loop import Start
 from rnncodec.targets import Allocator, BytesTarget, PsnrTarget
 from rnncodec.training.calibration import calibrate
-from rnncodec.weights import load_weights, save_weights
+from rnncodec.weights import Weights, load_weights, save_weights
 
 TUNES = ("ms-ssim", "psnr")
 
@@ -113,6 +114,8 @@ class OneBlock:
         reached: in dB.
     """
 
+    device = torch.device("cpu")
+
     def __init__(self, left, reached):
         self.left, self.reached, self.max_iterations = left, reached, len(reached)
         self.encoded = []
@@ -164,6 +167,39 @@ def test_a_psnr_is_out_of_reach_or_not_met():
 def test_all_iterations_are_tried_where_bytes_are_left():
     for limit, iterations in ((10**6, 4), (124, 4), (123, 3), (109, 3), (108, 2), (79, 1)):
         assert allocated(OneBlock(WRONG, [20.0, 25.0, 30.0, 40.0]), BytesTarget(limit)) == iterations
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tune", TUNES)
+def test_a_gpu_meets_targets(codec, x, tune):
+    allocation, known = codec.allocator.allocation, (codec.name, codec.fingerprint, {})
+    context = copy.deepcopy(codec.context), codec.context_fingerprint
+    on_gpu = Codec(Weights(copy.deepcopy(codec.network), *known, *context, allocation), "cuda")
+    data = on_gpu.encode(x, max_bytes=900, tune=tune)
+    assert 800 < len(data) <= 900
+    assert abs(psnr(x, data, codec) - psnr(x, codec.encode(x, max_bytes=900, tune=tune), codec)) < 0.2
+
+
+class Elsewhere:
+    """A loop on another device, up to the survey."""
+
+    device = torch.device("meta")
+
+    def inputs(self, pixels):
+        return []
+
+    def survey(self, pixels, inputs, plan, progress):
+        raise InterruptedError(plan.worth.device.type)
+
+
+def test_latents_are_weighed_where_they_are():
+    """Images are on the processor; what an error of latents is worth must be where these are."""
+    unused: Any = None
+    loop: Any = Elsewhere()
+    with pytest.raises(InterruptedError, match=r"^meta$"):
+        Allocator(loop, unused, Allocation((1.0,), {})).encode(
+            torch.zeros(1), PsnrTarget(30, 3), "psnr", None, unused, 1, None
+        )
 
 
 def test_bits_per_pixel_are_bytes(codec, x):

@@ -135,6 +135,13 @@ def test_missing_cut_and_foreign_files(path, tmp_path):
         load_weights(path)
 
 
+def test_a_small_file_cannot_ask_for_thousands_of_layers(path):
+    for key in ("analysis_blocks", "synthesis_blocks"):
+        rewrite(path, {"config": json.dumps({"latents": 384, key: 65})})
+        with pytest.raises(WeightsError, match=f"a {key} that cannot be: 65$"):
+            load_weights(path)
+
+
 HUGE = {"decoder_channels": [16384, 16384, 16384, 16384, 16384], "encoder_channels": [16384] * 4}
 
 
@@ -144,6 +151,7 @@ HUGE = {"decoder_channels": [16384, 16384, 16384, 16384, 16384], "encoder_channe
         ({"bits": 2**40}, "a bits that cannot be"),
         ({"bits": True}, "a bits that cannot be"),
         ({"bits": "3"}, "a bits that cannot be"),
+        ({"patch_size": 300, "reconstruction": "additive"}, "a stride of 255"),
         ({"encoder_channels": [2**31] * 4}, "a encoder_channels that cannot be"),
         ({"encoder_channels": [4] * 1000}, "a encoder_channels that cannot be"),
         ({"encoder_channels": 4}, "a encoder_channels that cannot be"),

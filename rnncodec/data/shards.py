@@ -57,7 +57,7 @@ class Shards:
     @cached_property
     def shard_names(self) -> list[str]:
         """The paths of the tar files from the root on, which stay when all of them move."""
-        return [url[len(self.root) + 1 :] for url in self.urls]
+        return [url.removeprefix(self.root).removeprefix("/") for url in self.urls]
 
     @cached_property
     def names(self) -> list[str]:

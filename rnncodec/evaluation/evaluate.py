@@ -105,8 +105,7 @@ def evaluate(
     if missing:
         raise ValueError(f"this Pillow cannot write {', '.join(missing)}")
     sources = [_source(codec, counts[name], name) for name, codec in named.items()]
-    recurrent = {name: codec for name, codec in named.items() if isinstance(codec, Codec)}
-    sources += [allocated(codec, counts[name], tune, name) for tune in tunes for name, codec in recurrent.items()]
+    sources += [allocated(codec, counts[name], tune, name) for tune in tunes for name, codec in named.items()]
     sources += [baseline(BASELINES[name]) for name in baselines]
     codec, count = next(iter(named.values())), next(iter(counts.values()))
     curves = _overlays(overlays, [source.title for source in sources])
@@ -147,7 +146,8 @@ def evaluate(
                     bar.update(task, description=f"{name}: {source.title}")
                     settings = source.settings
                     if pictures is not None and source.name in BASELINES:
-                        matched = BASELINES[source.name].matched(x, [point.bytes for point in measured[:count]])
+                        own = measured[: len(sources[0].settings)]
+                        matched = BASELINES[source.name].matched(x, [point.bytes for point in own])
                         settings = tuple(sorted({*settings, *matched}))
                     measured += measured_points(name, source, settings, x, where, memory, save)
                     bar.advance(task, 1 / len(sources))

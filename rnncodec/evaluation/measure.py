@@ -106,14 +106,16 @@ def ours(codec: Codec, iterations: int, name: str = "") -> Source:
     return Source(name, name, description, ".png", settings, run, saturates=iterations == codec.max_iterations)
 
 
-def allocated(codec: Codec, iterations: int, tune: TuneName, name: str = "") -> Source:
+def allocated(codec: ImageCodec, iterations: int, tune: TuneName, name: str = "") -> Source:
     """The same codec with a number of iterations for each location, at the bytes of 2, 3, ... iterations everywhere.
 
     Raises:
         ValueError: the codec cannot choose them, or there is only one iteration.
     """
-    if codec.allocator is None or iterations < 2:
+    allocation = codec.allocator and codec.allocator.allocation if isinstance(codec, Codec) else None
+    if not isinstance(codec, Codec) or allocation is None or iterations < 2:
         raise ValueError(f"the weights {codec.name!r} cannot choose {iterations} iterations at each location")
+    digest = hashlib.sha256(repr(allocation).encode()).hexdigest()[:16]  # no fingerprint tells its files from others
 
     def run(x: np.ndarray, settings: Sequence[float]) -> Iterator[Coded]:
         sizes = _sizes(codec.encode(x, iterations))
@@ -127,7 +129,7 @@ def allocated(codec: Codec, iterations: int, tune: TuneName, name: str = "") -> 
 
     name = f"rnncodec-{name or codec.name}-{tune}"
     settings = tuple(range(2, iterations + 1))
-    description = f"{_described(codec)}, at the bytes of 2 to {iterations} iterations, allocated for {tune}"
+    description = f"{_described(codec)}, at the bytes of 2 to {iterations} iterations, allocated for {tune} ({digest})"
     return Source(name, name, description, ".png", settings, run)
 
 

@@ -42,7 +42,8 @@ def rivals_table(curves: dict[str, list[Point]]) -> Table:
     first = next(iter(curves.values()))
     rates = [(p.setting, p.bpp) for p in first if p.image == "mean" and p.setting in REPORTED_ITERATIONS]
     result = Table(title="PSNR and MS-SSIM at the same bits per pixel")
-    result.add_column("iterations\nbpp", overflow="fold")
+    unit = "iterations" if first[0].setting else "level"  # levels begin at 0
+    result.add_column(f"{unit}\nbpp", overflow="fold")
     for setting, bpp in rates:
         result.add_column(f"{setting:g}\n{bpp:.3f}", justify="right", no_wrap=True)
     for name, curve in curves.items():

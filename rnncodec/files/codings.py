@@ -14,12 +14,12 @@ DECISIONS = 16  # with probabilities of their own, of an integer: is it 0, negat
 
 def raw_length(width: int, height: int, stride: int, bits: int, maps: bool = False) -> int:
     """The most bytes of a raw payload of so many bits at each location, and of a flag if there are stop maps."""
-    return _ceil(_ceil(height, stride) * _ceil(width, stride) * (bits + maps) + LEVEL_BITS * maps, 8)
+    return ceil_div(ceil_div(height, stride) * ceil_div(width, stride) * (bits + maps) + LEVEL_BITS * maps, 8)
 
 
 def length_size(most: int) -> int:
     """Bytes of a length field, which holds any length up to that of the raw bits."""
-    return _ceil(most.bit_length(), 8)
+    return ceil_div(most.bit_length(), 8)
 
 
 def least_length(coding: int, locations: int, bits: int, flags: int = 0) -> int:
@@ -33,14 +33,14 @@ def least_length(coding: int, locations: int, bits: int, flags: int = 0) -> int:
     """
     count = locations * bits + (flags and flags + LEVEL_BITS)
     if coding == RAW:
-        return _ceil(count, 8)
+        return ceil_div(count, 8)
     if coding == HUFFMAN:
         group = huffman_group(bits)
-        return _ceil(4 << group, 8) + _ceil(count // group, 8)
+        return ceil_div(4 << group, 8) + ceil_div(count // group, 8)
     if coding not in MOST:
         return 1
     before = bits if coding == STATIC else 0
-    return before + _ceil(count, MOST[coding])
+    return before + ceil_div(count, MOST[coding])
 
 
 def least_of_integers(coding: int, locations: int, integers: int) -> int:
@@ -49,11 +49,11 @@ def least_of_integers(coding: int, locations: int, integers: int) -> int:
     if coding == RAW:
         return count * INTEGER_BITS // 8
     if coding == HUFFMAN:  # at least one symbol, whose code has a bit
-        return 3 + _ceil(count, 8)
+        return 3 + ceil_div(count, 8)
     if coding not in MOST:
         return 1
     before = 2 * integers if coding == STATIC else 0
-    return before + _ceil(count, MOST[coding])
+    return before + ceil_div(count, MOST[coding])
 
 
 def huffman_group(bits: int) -> int:
@@ -61,6 +61,6 @@ def huffman_group(bits: int) -> int:
     return next(size for size in (4, 2, 1) if bits % size == 0)
 
 
-def _ceil(a: int, b: int) -> int:
+def ceil_div(a: int, b: int) -> int:
     """The quotient, rounded up."""
     return -(-a // b)

@@ -56,11 +56,17 @@ def varint(value: int) -> bytes:
 
 
 def take_varint(take: Callable[[int], bytes]) -> int:
-    """Reads what `varint` wrote, from at most five bytes."""
+    """Reads what `varint` wrote, from at most five bytes.
+
+    Raises:
+        FormatError: there are more bytes than the number needs.
+    """
     value = 0
     for place in range(5):
         byte = take(1)[0]
         value += byte % 128 << 7 * place
         if byte < 128:
-            break
-    return value
+            if place and not byte:
+                break
+            return value
+    raise FormatError("a number has more bytes than it needs")

@@ -14,6 +14,7 @@ from rnncodec.files.codings import (
     INTEGER_BITS,
     PRIOR,
     RAW,
+    ceil_div,
     least_length,
     least_of_integers,
     length_size,
@@ -135,7 +136,7 @@ class Header:
     @property
     def iterations(self) -> int:
         """Number of iterations, of which the last may lack some of its parts."""
-        return _ceil(len(self.entries), self.parts)
+        return ceil_div(len(self.entries), self.parts)
 
     @property
     def ends(self) -> tuple[int, ...]:
@@ -147,12 +148,12 @@ class Header:
     @property
     def rows(self) -> int:
         """Rows of locations: height / stride, rounded up."""
-        return _ceil(self.height, self.stride)
+        return ceil_div(self.height, self.stride)
 
     @property
     def cols(self) -> int:
         """Columns of locations: width / stride, rounded up."""
-        return _ceil(self.width, self.stride)
+        return ceil_div(self.width, self.stride)
 
     @property
     def raw_length(self) -> int:
@@ -309,8 +310,3 @@ def read_header(data: bytes) -> Header:
     if header.version != version or write_header(header) != data[: file.tell()]:  # each file has only one valid header
         raise FormatError(f"the header is not as it must be in version {version} of the format")
     return header
-
-
-def _ceil(a: int, b: int) -> int:
-    """The quotient, rounded up."""
-    return -(-a // b)

@@ -18,15 +18,17 @@ def pack(records: Mapping[str, bytes]) -> bytes:
     """Packs records by type, four letters, digits or spaces, in the order of the types; without records it is empty.
 
     Raises:
-        FormatError: a type is not as above, or the records are too many or too large.
+        FormatError: a type is not as above, a record is not bytes, or they are too many or too large.
     """
     if not records:
         return b""
     if len(records) > MAX_RECORDS:
         raise FormatError(f"{len(records)} records are above the limit of {MAX_RECORDS}")
     parts = list[bytes]()
-    for kind, value in sorted(records.items()):
+    for kind, value in sorted(records.items(), key=lambda record: str(record[0])):
         _check(kind)
+        if not isinstance(value, bytes):
+            raise FormatError(f"a record is bytes, not {type(value).__name__}")
         parts += kind.encode("ascii"), varint(len(value)), value
     size = sum(map(len, parts))
     if size <= MAX_BLOCK:
@@ -68,6 +70,6 @@ def unpack(block: bytes) -> dict[str, bytes]:
     return records
 
 
-def _check(kind: str) -> None:
-    if not TYPE.fullmatch(kind):
+def _check(kind: object) -> None:
+    if not (isinstance(kind, str) and TYPE.fullmatch(kind)):
         raise FormatError(f"the type of a record is four letters, digits or spaces, not {kind!a}")

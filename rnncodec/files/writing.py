@@ -139,17 +139,17 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     Raises:
         OSError: the files cannot be put there.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
+    folder = Path(os.path.realpath(path))  # which a link may name
+    temporary = folder.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
         try:
             temporary.mkdir()
             yield temporary
-            if path.exists():
+            if folder.exists():
                 for file in sorted(temporary.iterdir()):
-                    os.replace(file, path / file.name)
+                    os.replace(file, folder / file.name)
             else:
-                temporary.rename(path)
+                temporary.rename(folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     except OSError as error:

@@ -287,7 +287,8 @@ def _from_row(row: dict[str, str], steps: bool) -> Point:
 
     numbers: dict[str, Any] = {name: number(name) for name in ("setting", *MEASURES)}
     point = Point(row["image"], row["codec"], picture=row["picture"], **numbers)
-    if point.evaluated and not (point.setting > 0 and (steps or point.setting.is_integer())):
+    # The levels of a codec of integers begin at 0.
+    if point.evaluated and not (point.setting >= 0 and (steps or point.setting.is_integer())):
         raise ValueError(f"iterations are a {'positive' if steps else 'whole'} number, not {row['setting']!r}")
     return point
 

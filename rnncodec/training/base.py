@@ -1,5 +1,7 @@
 """The base class of all trainings: learning rate schedule, seeds, guard against divergence, and what is recorded."""
 
+import random
+import warnings
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -66,7 +68,8 @@ class Training(L.LightningModule):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         # The random state depends on the batch alone, so that a resumed run draws the same bits.
         number = self.trainer.fit_loop.epoch_loop.total_batch_idx * self.trainer.world_size + self.global_rank
-        torch.manual_seed(global_seed() * 2**32 + number)
+        # It has 32 bits, as the generators of processors ignore all others.
+        torch.manual_seed(random.Random(f"{global_seed()} {number} noise").getrandbits(32))
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         # Before they are clipped, which Lightning does afterwards.
@@ -96,6 +99,11 @@ class Training(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.bad_steps = checkpoint["bad_steps"]
         self.started_from = checkpoint.get("started_from", "")  # missing in checkpoints of earlier versions
+        before: dict[str, Any] = checkpoint.get("hyper_parameters", {})
+        rates = [name for name in before if name.endswith("learning_rate") or name == "weight_decay"]
+        kept = [name for name in rates if before[name] != self.hparams.get(name, before[name])]
+        if kept:  # they are in the state of the optimizer
+            warnings.warn(f"a resumed run keeps its {' and '.join(kept)}; what is given has no effect", stacklevel=1)
 
     def configure_callbacks(self) -> list[L.Callback]:
         return [TrainingRecord(), ValidationRecord()]

@@ -241,7 +241,7 @@ class JointTraining(CodecTraining):
     def validated_rate(self, bits: list[Tensor], cases: list[Tensor | None], distortion: Tensor) -> dict[str, float]:
         rates = self.rates(bits, cases)
         values = {"bpp": rates[-1].item(), "loss": self.weighed(distortion, rates).item()}
-        for k in REPORTED_ITERATIONS:
+        for k in self.reported:
             values |= {f"bpp_{k}": rates[k - 1].item(), f"saved_{k}": 1 - rates[k - 1].item() / (k * self.raw_bpp)}
         return values
 
@@ -251,7 +251,7 @@ class JointTraining(CodecTraining):
         return self.network.config.bits / self.network.config.stride**2
 
     def charts(self, means: Mapping[str, float]) -> dict[str, Any]:
-        rows = [["context", k * self.raw_bpp, means[f"saved_{k}"]] for k in REPORTED_ITERATIONS]
+        rows = [["context", k * self.raw_bpp, means[f"saved_{k}"]] for k in self.reported]
         return {"rate/saved": saved_chart(rows)}
 
     def maps(self, bits: list[Tensor], cases: list[Tensor | None], errors: list[Tensor]) -> dict[str, Tensor]:
@@ -267,7 +267,7 @@ class JointTraining(CodecTraining):
 
     def weighed(self, distortion: Tensor, rates: Tensor) -> Tensor:
         """The loss, from the distortion and the bits per pixel up to each iteration."""
-        if self.distortion == "l1":
+        if self.distortion != "rmse":
             return distortion + self.rate_weight * rates[-1]
         weights = torch.linspace(self.rate_weight, self.last_rate_weight, self.iterations, device=rates.device)
         each = weights[torch.arange(len(rates)).clamp(max=self.iterations - 1)]  # validation may run more iterations

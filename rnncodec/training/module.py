@@ -104,6 +104,11 @@ class CodecTraining(Training):
         self.save_hyperparameters()
         self.plain_hyperparameters(network=asdict(self.network.config))
         self.network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        config = self.network.config
+        most = config.iterations if isinstance(config, LatentConfig) else max(iterations, *REPORTED_ITERATIONS)
+        if not 1 <= iterations <= most:
+            raise ValueError(f"iterations must be in 1..{most}, those of the network, not {iterations}")
+        self.reported = tuple(k for k in REPORTED_ITERATIONS if k <= most)  # those that validation measures
         self.iterations, self.distortion = iterations, distortion
         self.weights = DissimilarityWeights() if distortion == "ssim_l1" else None
         self.pictures, self.missing = pictures, missing
@@ -228,7 +233,7 @@ class CodecTraining(Training):
         original, bits, cases, losses, errors = to_uint8(x), [], [], [], []
         values, points, pictures, blocks = {}, [], [original], []
         with torch.compiler.set_stance("force_eager"):  # each image size would need another compilation
-            steps = self.network.unroll(self.network.analyse(padded), max(REPORTED_ITERATIONS))
+            steps = self.network.unroll(self.network.analyse(padded), max(self.reported))
             for k, step in enumerate(steps, start=1):
                 bits.append(step.bits)
                 cases.append(step.cases)
@@ -237,7 +242,7 @@ class CodecTraining(Training):
                 errors.append(self.error(padded, picture))
                 if batch_idx == 0:
                     blocks.append(block_errors(padded[:1], picture[:1].float(), stride, "psnr"))
-                if k in REPORTED_ITERATIONS:
+                if k in self.reported:
                     x_hat = to_uint8(picture[..., :height, :width])
                     metrics: dict[str, Any] = {
                         name: DISTORTIONS[name](original, x_hat).mean().item() for name in VALIDATED
@@ -245,7 +250,7 @@ class CodecTraining(Training):
                     values |= {f"{name}_{k}": value for name, value in metrics.items()}
                     points.append(Point("", "", k, bytes=k * raw / 8, bpp=k * raw / (height * width), **metrics))
                     pictures.append(x_hat)
-        values["psnr"] = sum(values[f"psnr_{k}"] for k in REPORTED_ITERATIONS) / len(REPORTED_ITERATIONS)
+        values["psnr"] = sum(values[f"psnr_{k}"] for k in self.reported) / len(self.reported)
         values["l1"] = torch.stack(losses).mean().item()
         values |= self.validated_rate(bits, cases, self.mean_distortion(errors))
         if batch_idx:
@@ -271,9 +276,9 @@ class CodecTraining(Training):
     def curve(self, means: Mapping[str, float]) -> list[Point]:
         bpp = self.network.config.bits / self.network.config.stride**2
         metrics: dict[int, dict[str, Any]] = {
-            k: {name: means[f"{name}_{k}"] for name in VALIDATED} for k in REPORTED_ITERATIONS
+            k: {name: means[f"{name}_{k}"] for name in VALIDATED} for k in self.reported
         }
-        return [Point("mean", "", k, NAN, k * bpp, **metrics[k]) for k in REPORTED_ITERATIONS]
+        return [Point("mean", "", k, NAN, k * bpp, **metrics[k]) for k in self.reported]
 
 
 def enlarged(plane: Tensor, stride: int) -> Tensor:
