@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import os
 from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
@@ -446,7 +447,7 @@ def test_training_learns_one_rate_and_then_the_others(tmp_path):
     assert int(network.table.min()) > 0
 
 
-def test_several_processes_go_on_when_the_transforms_stay(tmp_path):
+def test_several_processes_go_on_when_the_transforms_stay(tmp_path, monkeypatch):
     """DDP waits for the gradients of all parameters for which it did at the start."""
     module = CompressiveTraining(TINY, (100.0, 400.0, 1600.0), first=1, scale_steps=2)
     kernels: list[torch.Tensor] = []
@@ -468,11 +469,13 @@ def test_several_processes_go_on_when_the_transforms_stay(tmp_path):
         callbacks=[Watch()],
         limit_val_batches=0,
     )
-    try:
-        trainer.fit(module, torch.utils.data.DataLoader(Patches(), batch_size=None))
-    finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "environ", os.environ.copy())  # to which the strategy adds its ranks and address
+        try:
+            trainer.fit(module, torch.utils.data.DataLoader(Patches(), batch_size=None))
+        finally:
+            if torch.distributed.is_initialized():
+                torch.distributed.destroy_process_group()
     assert not torch.equal(kernels[1], kernels[2])
     assert torch.equal(kernels[2], kernels[3])
     assert torch.equal(kernels[3], kernels[4])

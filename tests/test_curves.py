@@ -198,7 +198,7 @@ def changed(**values):
         (changed(bpp="nan"), "line 4: bpp cannot be 'nan'"),
         (changed(setting=""), "line 4: setting cannot be ''"),
         (changed(setting="1.5"), "line 4: iterations are a whole number, not '1.5'"),
-        (changed(setting="0"), "line 4: iterations are a whole number, not '0'"),
+        (changed(setting="-1"), "line 4: iterations are a whole number, not '-1'"),
         (changed(image="x" * 200_000), "field larger than field limit"),
     ],
 )

@@ -288,7 +288,8 @@ def _from_row(row: dict[str, str], steps: bool) -> Point:
     numbers: dict[str, Any] = {name: number(name) for name in ("setting", *MEASURES)}
     point = Point(row["image"], row["codec"], picture=row["picture"], **numbers)
     # The levels of a codec of integers begin at 0.
-    if point.evaluated and not (point.setting >= 0 and (steps or point.setting.is_integer())):
+    valid = point.setting > 0 if steps else point.setting >= 0 and point.setting.is_integer()
+    if point.evaluated and not valid:
         raise ValueError(f"iterations are a {'positive' if steps else 'whole'} number, not {row['setting']!r}")
     return point
 
