@@ -113,8 +113,14 @@ def test_the_frozen_codec_does_not_change_and_is_not_saved(trained, codec_file):
 
 def test_a_checkpoint_of_another_codec_is_not_resumed(trained, tmp_path):
     other = make_weights(tmp_path / "other.safetensors", seed=1)
-    module = ContextTraining(CONTEXTS, str(other), iterations=4)
+    module = ContextTraining(CONTEXTS, str(other), iterations=4, learning_rate=1e-2)
     with pytest.raises(ValueError, match="trained on the codec"):
+        module.on_load_checkpoint(torch.load(trained[0], weights_only=True))
+
+
+def test_a_resumed_training_says_that_it_keeps_its_rates(trained, codec_file):
+    module = ContextTraining(CONTEXTS, str(codec_file), iterations=4, learning_rate=1e-3, weight_decay=0.2)
+    with pytest.warns(UserWarning, match=r"^a resumed run keeps its learning_rate and weight_decay; what is given has"):
         module.on_load_checkpoint(torch.load(trained[0], weights_only=True))
 
 

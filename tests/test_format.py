@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import least_bytes
 
+from rnncodec.cli import main
 from rnncodec.files.fields import pack_bits, unpack_bits
 from rnncodec.files.format import (
     Container,
@@ -319,6 +320,21 @@ class TestParts:
         assert [entry.checksum for entry in header.entries] == [0x06AF, 0xAB85, 0xC9EA, 0x1CDE]
         assert payloads == PARTS_PAYLOADS
         assert read(PARTS_EXAMPLE + b"end", max_pixels=400, iterations=1).payloads == PARTS_PAYLOADS[:2]
+
+    def test_info(self, tmp_path, capsys):
+        """A file that ends within an iteration is whole; one that was cut is not."""
+        payloads = tuple(bytes([i]) * length for i, length in enumerate((1, 1, 2)))
+        entries = tuple(Entry.of(payload, coding, 3) for payload, coding in zip(payloads, (1, 1, 1), strict=True))
+        header = Header(40, 10, FINGERPRINT, "small", 16, 8, entries, bytes([1] * 8), parts=2)
+        data = write(Container(header, payloads))
+        for size, there in ((len(data), "1.5 of 1.5"), (len(data) - 1, "1 of 1.5")):
+            (tmp_path / "a.rnc").write_bytes(data[:size])
+            assert main(["info", str(tmp_path / "a.rnc")]) == 0
+            out = capsys.readouterr().out
+            assert f"{there} iterations complete" in out
+            rows = [line.strip("│ ").split() for line in out.splitlines() if line.startswith("│")]
+            # Three locations of 8 bits are 12 bits for each part, which takes two bytes.
+            assert [row[6] for row in rows] == ["50.0%", "100.0%"]
 
     @pytest.mark.parametrize(("kept", "size", "iterations"), [(1, 46, 1), (2, 50, 1), (3, 55, 2), (4, 59, 2)])
     def test_truncate(self, kept, size, iterations):

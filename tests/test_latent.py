@@ -429,6 +429,17 @@ def test_an_image_object_is_encoded_like_its_pixels(codec, photos):
     assert codec.encode(Image.open(buffer), 2) == codec.encode(array, 2)
 
 
+@torch.no_grad()
+def test_validation_measures_the_iterations_that_the_network_has():
+    module = JointTraining(network=asdict(TINY), context=ContextConfig("grouped", channels=4), iterations=24)
+    assert module.iterations == 4
+    found = module.eval().validation_step(torch.rand(1, 3, 64, 64) * 2 - 1, 1)
+    means = found["values"]
+    assert "psnr_4" in means
+    assert "psnr_8" not in means
+    assert [point.setting for point in module.curve(means)] == [1, 2, 4]
+
+
 def test_a_new_context_model_starts_from_the_odds_of_given_weights(network, tmp_path):
     path = tmp_path / "latent.safetensors"
     save_weights(path, network, "latent")

@@ -391,5 +391,13 @@ def test_evaluation_measures_files_of_the_same_bytes(codec, x, tmp_path):
         data = codec.encode(x, max_bytes=other.bytes, tune="psnr")
         assert own.bytes == len(data) <= other.bytes == len(codec.encode(x, int(other.setting)))
         assert own.psnr == pytest.approx(psnr(x, data, codec), abs=1e-3)
+    first = evaluate(codec, tmp_path / "x.png", iterations=2, tunes=["psnr"], cache=tmp_path / "cache")
+    other, known = copy.copy(codec), codec.allocator.allocation
+    other.allocator = Allocator(codec.loop, codec.context, known._replace(worth=known.worth[::-1]))
+    again, alone = (
+        evaluate(other, tmp_path / "x.png", iterations=2, tunes=["psnr"], cache=cache)
+        for cache in (tmp_path / "cache", None)
+    )
+    assert [point.psnr for point in again] == [point.psnr for point in alone] != [point.psnr for point in first]
     with pytest.raises(ValueError, match="cannot choose"):
         evaluate(rnncodec.load(), tmp_path / "x.png", iterations=2, tunes=["psnr"])

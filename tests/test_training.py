@@ -70,6 +70,19 @@ def test_learning_rate_rises_stays_and_falls_to_zero():
     assert [module.learning_rate_factor(step) for step in (0, 1, 3, 50, 90, 95, 99, 100)] == pytest.approx(factors)
 
 
+def test_the_noise_of_a_step_depends_on_seed_step_and_rank(monkeypatch):
+    drawn = set()
+    for seed, step, rank in ((0, 0, 0), (1, 0, 0), (12345, 0, 0), (0, 1, 0), (0, 0, 1), (0, 0, 0)):
+        monkeypatch.setenv("PL_GLOBAL_SEED", str(seed))
+        module = CodecTraining(TINY)
+        loop = SimpleNamespace(epoch_loop=SimpleNamespace(total_batch_idx=step))
+        module._trainer = SimpleNamespace(fit_loop=loop, world_size=4)  # pyright: ignore[reportAttributeAccessIssue]
+        monkeypatch.setattr(CodecTraining, "global_rank", rank)
+        module.on_train_batch_start(None, step)
+        drawn.add(torch.rand(1).item())
+    assert len(drawn) == 5  # the last is the first again
+
+
 def test_to_uint8_rounds_and_clamps():
     x = torch.tensor([-2.0, -1.0, -1 + 2 / 255, -1 + 2.9 / 255, 0.0, 1.0, 3.0])
     assert to_uint8(x).tolist() == [0, 0, 1, 1, 128, 255, 255]

@@ -151,7 +151,7 @@ HUGE = {"decoder_channels": [16384, 16384, 16384, 16384, 16384], "encoder_channe
         ({"bits": 2**40}, "a bits that cannot be"),
         ({"bits": True}, "a bits that cannot be"),
         ({"bits": "3"}, "a bits that cannot be"),
-        ({"patch_size": 300, "reconstruction": "additive"}, "a stride of 255"),
+        ({"patch_size": 300, "reconstruction": "additive"}, "blocks of up to 255 pixels a side, not 300"),
         ({"encoder_channels": [2**31] * 4}, "a encoder_channels that cannot be"),
         ({"encoder_channels": [4] * 1000}, "a encoder_channels that cannot be"),
         ({"encoder_channels": 4}, "a encoder_channels that cannot be"),

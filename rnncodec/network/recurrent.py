@@ -104,10 +104,10 @@ class NetworkConfig:
             raise ValueError("residual scaling looks across patches, which patch_size above 1 codes independently")
         if min(self.bits, self.patch_size, *self.gain_channels) < 1:
             raise ValueError("bits, patch_size and gain_channels must be at least 1")
-        if self.bits > 255 or self.stride > 255:
-            raise ValueError(
-                f"a file has room for 255 bits of a location and a stride of 255, not {self.bits} and {self.stride}"
-            )
+        if self.bits > 255:
+            raise ValueError(f"a file has room for 255 bits of a location, not {self.bits}")
+        if self.stride > 255:
+            raise ValueError(f"a file has room for blocks of up to 255 pixels a side, not {self.stride}")
         if self.extra_runs != ExtraRuns() and self.encoder_cell == self.decoder_cell == "none":
             raise ValueError("priming and diffusion need a recurrent cell, not the cell none on both sides")
 

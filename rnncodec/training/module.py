@@ -44,7 +44,7 @@ class CodecTraining(Training):
         weights: weights to start from, instead of random ones: name of shipped weights, or path of a .safetensors file.
             Their network may have fewer channels (see `rnncodec.network.widened`), another binarizer, and other priming
             and diffusion.
-        iterations: steps of the unrolled loop, each weighted equally.
+        iterations: steps of the unrolled loop, each weighted equally; of a latent network, at most as many as it has.
         pictures: number of iterations that are reconstructed in a training step, one drawn from each of as many equal
             ranges; 0 for all. A latent network needs few, because reconstruction costs more than an iteration.
         missing: fraction of the training steps of a latent network in which locations receive only a random number of
@@ -106,10 +106,10 @@ class CodecTraining(Training):
         self.network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         config = self.network.config
         most = config.iterations if isinstance(config, LatentConfig) else max(iterations, *REPORTED_ITERATIONS)
-        if not 1 <= iterations <= most:
-            raise ValueError(f"iterations must be in 1..{most}, those of the network, not {iterations}")
+        if iterations < 1:
+            raise ValueError(f"iterations must be at least 1, not {iterations}")
         self.reported = tuple(k for k in REPORTED_ITERATIONS if k <= most)  # those that validation measures
-        self.iterations, self.distortion = iterations, distortion
+        self.iterations, self.distortion = min(iterations, most), distortion
         self.weights = DissimilarityWeights() if distortion == "ssim_l1" else None
         self.pictures, self.missing = pictures, missing
         self.starts = isinstance(self.network.config, LatentConfig) and weights is None
