@@ -237,7 +237,7 @@ class Parallel(Layer):
         from_prior = prior.new_empty(prior.shape)
         for turn in range(2 * self.groups):
             squares, own = colors == turn % 2, slice(turn // 2 * size, (turn // 2 + 1) * size)
-            rows, reach = (height, 0) if turn else (max(2, self.STRIP // width), self.REACH)
+            rows, reach = (height, 0) if turn else (max(1, self.STRIP // width), self.REACH)
             found = []
             for top in range(0, height, rows):
                 first, last = max(0, top - reach), min(top + rows + reach, height)
