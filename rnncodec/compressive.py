@@ -91,18 +91,18 @@ class CompressiveCodec(ImageCodec):
         pixels = torch.from_numpy(array).permute(2, 0, 1)[None]
         y, last = self._analyse(pixels), self.config.levels - 1
 
-        def file(level: int) -> bytes:
-            return self._write(self._integers(y, level), level, entropy or "prior", height, width, block)
+        def file(integers: np.ndarray, level: int) -> bytes:
+            return self._write(integers, level, entropy or "prior", height, width, block)
 
         if max_bytes is None and psnr is None:
             if level is None:
                 level = round(((50 if quality is None else quality) - 1) / 99 * last)
-            data = file(level)
+            data = file(self._integers(y, level), level)
         else:  # neither bytes nor PSNR rise with every level, so that all are tried
             files: list[tuple[float, bytes]] = []
             for each in range(last + 1):
                 integers = self._integers(y, each)
-                files.append((self._decibel(integers, each, pixels), file(each)))
+                files.append((self._decibel(integers, each, pixels), file(integers, each)))
                 if progress:
                     progress(each + 1, last + 1)
             data = _chosen(files, max_bytes, psnr)

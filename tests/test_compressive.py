@@ -32,6 +32,12 @@ from rnncodec.training.export import load_checkpoint
 from rnncodec.weights import WeightsError, load_weights, save_weights
 
 TINY = CompressiveConfig(coefficients=6, channels=(4, 6), blocks=1, mixtures=3, rates=3)
+QUIET: dict[str, Any] = {
+    "accelerator": "cpu",
+    "logger": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
 
 
 @pytest.fixture(scope="module")
@@ -417,16 +423,7 @@ def test_training_learns_one_rate_and_then_the_others(tmp_path):
                 (module.network.scale.detach().clone(), next(module.network.analysis.parameters()).detach().clone())
             )
 
-    trainer = L.Trainer(
-        max_steps=12,
-        default_root_dir=tmp_path,
-        accelerator="cpu",
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[Watch()],
-        limit_val_batches=0,
-    )
+    trainer = L.Trainer(max_steps=12, default_root_dir=tmp_path, callbacks=[Watch()], limit_val_batches=0, **QUIET)
     trainer.fit(module, torch.utils.data.DataLoader(Patches(), batch_size=None))
     scales, kernels = zip(*seen, strict=True)
     # For eight steps only the first rate, which the others follow a step later; then only scales and priors.
@@ -456,18 +453,9 @@ def test_several_processes_go_on_when_the_transforms_stay(tmp_path, monkeypatch)
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
             kernels.append(next(module.network.synthesis.parameters()).detach().clone())
 
+    own: dict[str, Any] = {"strategy": "ddp", "devices": 1, "enable_checkpointing": False}
     trainer = L.Trainer(
-        max_steps=5,
-        strategy="ddp",
-        devices=1,
-        default_root_dir=tmp_path,
-        accelerator="cpu",
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        callbacks=[Watch()],
-        limit_val_batches=0,
+        max_steps=5, default_root_dir=tmp_path, callbacks=[Watch()], limit_val_batches=0, **own, **QUIET
     )
     with monkeypatch.context() as patch:
         patch.setattr(os, "environ", os.environ.copy())  # to which the strategy adds its ranks and address
@@ -576,8 +564,7 @@ def test_wrong_options_of_training(options, message):
 
 def test_scale_steps_need_a_number_of_steps(tmp_path):
     module = CompressiveTraining(TINY, (100.0, 400.0, 1600.0), first=1)
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
-    trainer = L.Trainer(max_steps=-1, max_time="00:00:01:00", default_root_dir=tmp_path, **quiet)
+    trainer = L.Trainer(max_steps=-1, max_time="00:00:01:00", default_root_dir=tmp_path, **QUIET)
     with pytest.raises(ValueError, match="scale_steps are the last ones"):
         trainer.fit(module, torch.utils.data.DataLoader(Patches(), batch_size=None))
 

@@ -112,10 +112,8 @@ def allocated(codec: ImageCodec, iterations: int, tune: TuneName, name: str = ""
     Raises:
         ValueError: the codec cannot choose them, or there is only one iteration.
     """
-    allocation = codec.allocator and codec.allocator.allocation if isinstance(codec, Codec) else None
-    if not isinstance(codec, Codec) or allocation is None or iterations < 2:
+    if not isinstance(codec, Codec) or codec.allocator is None or iterations < 2:
         raise ValueError(f"the weights {codec.name!r} cannot choose {iterations} iterations at each location")
-    digest = hashlib.sha256(repr(allocation).encode()).hexdigest()[:16]  # no fingerprint tells its files from others
 
     def run(x: np.ndarray, settings: Sequence[float]) -> Iterator[Coded]:
         sizes = _sizes(codec.encode(x, iterations))
@@ -129,6 +127,8 @@ def allocated(codec: ImageCodec, iterations: int, tune: TuneName, name: str = ""
 
     name = f"rnncodec-{name or codec.name}-{tune}"
     settings = tuple(range(2, iterations + 1))
+    # Its files depend on the allocation, which no fingerprint covers.
+    digest = hashlib.sha256(repr(codec.allocator.allocation).encode()).hexdigest()[:16]
     description = f"{_described(codec)}, at the bytes of 2 to {iterations} iterations, allocated for {tune} ({digest})"
     return Source(name, name, description, ".png", settings, run)
 

@@ -15,9 +15,7 @@ from rnncodec.metrics.distortion import DISTORTIONS
 from rnncodec.network import CompressiveAutoencoder, CompressiveConfig, to_uint8
 from rnncodec.training.base import Training, global_seed
 from rnncodec.training.optim import MuonAdamW
-from rnncodec.training.records import Validated
-
-VALIDATED = ("psnr", "ms_ssim")  # metrics of the validation
+from rnncodec.training.records import VALIDATED, Validated
 
 
 class CompressiveTraining(Training):

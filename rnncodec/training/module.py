@@ -27,11 +27,10 @@ from rnncodec.network import (
 from rnncodec.training.base import Training, global_seed
 from rnncodec.training.dissimilarity import DissimilarityWeights
 from rnncodec.training.optim import MuonAdamW, parameter_groups
-from rnncodec.training.records import Validated
+from rnncodec.training.records import VALIDATED, Validated
 from rnncodec.weights import load_weights
 
 START_BLOCKS = 2**16  # 16x16 blocks of training images from which a latent network is initialized
-VALIDATED = ("psnr", "ms_ssim")  # metrics of the validation
 
 
 class CodecTraining(Training):
@@ -112,7 +111,7 @@ class CodecTraining(Training):
         self.iterations, self.distortion = min(iterations, most), distortion
         self.weights = DissimilarityWeights() if distortion == "ssim_l1" else None
         self.pictures, self.missing = pictures, missing
-        self.starts = isinstance(self.network.config, LatentConfig) and weights is None
+        self.starts = isinstance(config, LatentConfig) and weights is None
         self.growth = {int(step): [k] if isinstance(k, int) else list(k) for step, k in (growth or {}).items()}
         self.optimizer, self.muon_learning_rate = optimizer, muon_learning_rate
         self.start_learning_rate = start_learning_rate

@@ -33,6 +33,7 @@ from rnncodec.weights import load_weights
 if TYPE_CHECKING:
     from rnncodec.training.base import Training
 
+VALIDATED = ("psnr", "ms_ssim")  # metrics of the validation of codecs
 PROGRESS = ("psnr", "bpp", "loss")  # validation means that the progress bar shows
 
 
